@@ -1,0 +1,1 @@
+"""The mathematics: each op is one public function and one file per backend. Knows tensors only."""
