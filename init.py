@@ -1,11 +1,11 @@
 """Create models that differ in nothing but the initialisation of dt_bias.
 
     python init.py                                              the tiny study, into runs/tiny/models
-    python init.py --config-path configs --seeds 1 2 3          the study's 40M model, three seeds x three initialisations
+    python init.py --config-path configs --seeds 1 2 3          the study's 40M model, 3 seeds x 3 initialisations
     python init.py --list                                       the initialisations and what they mean
 
-Writes {output-path}/seed-{seed}-{initialization}/ with config.json, model.safetensors and the tokenizer. For one seed all
-tensors but dt_bias are bit-identical across initialisations.
+Writes {output-path}/seed-{seed}-{initialization}/ with config.json, model.safetensors and the tokenizer. For one seed
+all tensors but dt_bias are bit-identical across initialisations.
 """
 
 import argparse
@@ -35,8 +35,8 @@ def main() -> None:
     parser.add_argument("--list", action="store_true", help="list the initialisations and stop")
     args = parse_arguments(parser, "init")
     if args.list:
-        for name, initializer in INITIALIZERS.items():
-            print(f"{name:24} {initializer.summary}")
+        for name in INITIALIZERS:
+            print(f"{name:24} {summary(name)}")
         return
 
     # Everything that can be wrong is found before the first folder is made.
@@ -70,13 +70,18 @@ def main() -> None:
             print(f"\n{folder} is there already and stays as it is")
             continue
         model = Mamba2LM(config, seed, name, parameters)
-        print(f"\nseed {seed}, {name}: {INITIALIZERS[name].summary}")
+        print(f"\nseed {seed}, {name}: {summary(name)}")
         print(dt_table(model.dt_bias(), model.A()))
         with atomic_folder(folder) as temporary:
             model.save_pretrained(temporary)
             if tokenizer is not None:
                 save_tokenizer(tokenizer, temporary)
         print(f"wrote {folder}")
+
+
+def summary(name: str) -> str:
+    """First line of what an initialisation's documentation says."""
+    return INITIALIZERS[name].function.__doc__.splitlines()[0]
 
 
 def choose_tokenizer(name: str | None, vocab_size: int) -> Tokenizer | None:

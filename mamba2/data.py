@@ -214,7 +214,7 @@ def _write_tokens(folder: Path, documents: Iterator, name: str, tokenizer: Token
             if len(document) == 0:
                 continue
             ids = np.asarray(document, dtype=np.int64)
-            if ids.min() < 0 or ids.max() >= 2**32 or (not wide and ids.max() >= 2**16):
+            if ids.min() < 0 or ids.max() >= 2 ** (32 if wide else 16):
                 raise ValueError(f"{name} holds ids from {ids.min()} to {ids.max()}, outside the vocabulary")
             if ids[-1] != eot_id:
                 ids = np.append(ids, eot_id)
@@ -242,7 +242,7 @@ def _fingerprint(source: str, split: str, tokenizer: Tokenizer | None) -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:24]
 
 
-# --------------------------------------------------------------------------------------------------------------- batches
+# -------------------------------------------------------------------------------------------------------------- batches
 
 
 class Windows:
