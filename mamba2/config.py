@@ -1,0 +1,275 @@
+"""The shape of a model: one frozen dataclass, `config.json` in and out, every rule checked in `Mamba2Config._check`.
+
+The file is Hugging Face's: the same keys and, where a key is absent, the same default as `transformers.Mamba2Config`,
+so that a folder written by either opens in the other. Keys that this code does not use stay in `extra` and are written
+back unchanged and in their place. Two keys are our own, and appear in a file only when they say something:
+`weight_init` and `dt_bias_init`.
+"""
+
+import dataclasses
+import json
+import math
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+NO_LIMIT = (0.0, math.inf)
+
+# A named choice sets these keys; it also decides how A is drawn (see Mamba2Config.weight_init).
+WEIGHT_INITS: dict[str, dict[str, Any]] = {
+    "transformers": {"initializer_range": 0.1, "rescale_prenorm_residual": False},
+    "mamba_ssm": {"initializer_range": 0.02, "rescale_prenorm_residual": True},
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mamba2Config:
+    """Hyper-parameters of a Mamba-2 language model; an inconsistent set cannot be constructed.
+
+    Raises ValueError: one sentence naming the key, its value and what would be accepted.
+    """
+
+    model_type: ClassVar[str] = "mamba2"
+
+    # No default for these three: a file that lacks them is some other format, not a 2.7-billion-parameter model.
+    vocab_size: int
+    hidden_size: int
+    num_hidden_layers: int
+
+    expand: int = 2
+    head_dim: int = 64
+    num_heads: int = 128
+    n_groups: int = 8
+    state_size: int = 128
+    conv_kernel: int = 4
+    chunk_size: int = 256
+    hidden_act: str = "silu"
+    use_bias: bool = False
+    use_conv_bias: bool = True
+    layer_norm_epsilon: float = 1e-5
+    residual_in_fp32: bool = True
+    tie_word_embeddings: bool = False
+
+    # dt, in units of the recurrence's time: the range that dt_bias is initialised to, and the clamp of dt at run time.
+    time_step_min: float = 1e-3
+    time_step_max: float = 0.1
+    time_step_floor: float = 1e-4
+    time_step_limit: tuple[float, float] = NO_LIMIT
+
+    # Weights: embeddings are N(0, initializer_range²), linear and convolution layers U(±1/√fan_in) (PyTorch's default),
+    # D and the norms 1; rescale_prenorm_residual divides out_proj by √num_hidden_layers.
+    initializer_range: float = 0.1
+    rescale_prenorm_residual: bool = False
+    # "transformers": A = 1..num_heads in every layer. "mamba_ssm": A ~ U(1, 16) per head.
+    weight_init: str = "transformers"
+    # What `initializers.make_dt_bias` recorded (name, parameters, seed, sha256); None: dt_bias has no recorded origin.
+    dt_bias_init: dict[str, Any] | None = None
+
+    bos_token_id: int | None = 0
+    eos_token_id: int | list[int] | None = 2
+    pad_token_id: int | None = 1
+
+    extra: dict[str, Any] = field(default_factory=dict)
+    # Keys in the order of the file that this came from, so that writing it back moves nothing.
+    key_order: tuple[str, ...] = field(default=(), repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "time_step_limit", _read_limit(self.time_step_limit))
+        self._check()
+
+    # ----------------------------------------------------------------------------------------------- derived quantities
+
+    @property
+    def d_inner(self) -> int:
+        """Width of the mixer, nheads * headdim."""
+        return self.expand * self.hidden_size
+
+    @property
+    def conv_dim(self) -> int:
+        """Channels of the causal convolution: x, B and C side by side."""
+        return self.d_inner + 2 * self.n_groups * self.state_size
+
+    @property
+    def d_in_proj(self) -> int:
+        """Rows of in_proj: z, x, B, C, dt."""
+        return self.d_inner + self.conv_dim + self.num_heads
+
+    def num_parameters(self) -> int:
+        """Exact number of parameters; tied embeddings count once."""
+        d = self.hidden_size
+        in_proj = (d + self.use_bias) * self.d_in_proj
+        conv = (self.conv_kernel + self.use_conv_bias) * self.conv_dim
+        per_head = 3 * self.num_heads  # dt_bias, A_log, D
+        out_proj = (self.d_inner + self.use_bias) * d
+        layer = d + in_proj + conv + per_head + self.d_inner + out_proj  # d and d_inner: the two norms
+        tables = 1 if self.tie_word_embeddings else 2
+        return self.num_hidden_layers * layer + d + tables * self.vocab_size * d
+
+    def flops_per_token(self) -> int:
+        """Floating-point operations per token of one training step, forward and backward (3 × forward), for MFU.
+
+        Counts the projections, the convolution and the chunked scan (Dao & Gu 2024, section 6: scores and their product
+        with x inside a chunk, building and reading the states), and the logits; recomputation does not count.
+        """
+        d, h, q = self.hidden_size, self.num_heads, self.chunk_size
+        gn = self.n_groups * self.state_size
+        projections = 2 * d * self.d_in_proj + 2 * self.d_inner * d
+        conv = 2 * self.conv_kernel * self.conv_dim
+        scan = q * gn + q * h * self.head_dim + 4 * h * self.head_dim * self.state_size
+        return 3 * (self.num_hidden_layers * (projections + conv + scan) + 2 * d * self.vocab_size)
+
+    def with_weight_init(self, name: str) -> Self:
+        """This config with the named scheme ("transformers" or "mamba_ssm") and the keys that belong to it."""
+        return dataclasses.replace(self, weight_init=name, **WEIGHT_INITS.get(name, {}))
+
+    # ----------------------------------------------------------------------------------------------------- JSON in, out
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """Build from the contents of a config.json; unknown keys go to `extra`."""
+        if not isinstance(values, dict):
+            raise ValueError(f"a config must be a JSON object of keys and values, got {type(values).__name__}")
+        known = {f.name for f in dataclasses.fields(cls)} - {"extra", "key_order"}
+        model_type = values.get("model_type", cls.model_type)
+        if model_type != cls.model_type:
+            raise ValueError(f"model_type is {model_type!r}, and only {cls.model_type!r} can be read")
+        missing = [key for key in ("vocab_size", "hidden_size", "num_hidden_layers") if key not in values]
+        if missing:
+            raise ValueError(
+                f"{', '.join(missing)} missing: a Mamba2 config in Hugging Face's keys gives a value to each"
+            )
+        return cls(
+            **{key: value for key, value in values.items() if key in known},
+            extra={key: value for key, value in values.items() if key not in known and key != "model_type"},
+            key_order=tuple(values),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The contents of config.json: keys of the file this came from first, in their order, then the others."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        del values["extra"], values["key_order"]
+        # (0, inf) is the default, and transformers' versions disagree about how infinity is spelt: 4.x writes a bare
+        # Infinity, which is not JSON; 5.x the object below. So the default is not written at all.
+        if self.time_step_limit == NO_LIMIT:
+            del values["time_step_limit"]
+        else:
+            values["time_step_limit"] = [
+                {"__float__": "Infinity"} if v == math.inf else v for v in self.time_step_limit
+            ]
+        if self.weight_init == "transformers":
+            del values["weight_init"]
+        if self.dt_bias_init is None:
+            del values["dt_bias_init"]
+        values = {"model_type": self.model_type, **values, **self.extra}
+        return {key: values[key] for key in (*self.key_order, *values) if key in values}
+
+    @classmethod
+    def from_json(cls, path: str | os.PathLike) -> Self:
+        """Read a folder that holds a config.json, or one .json file of any name.
+
+        Raises FileNotFoundError if there is none, ValueError naming the file if it is not a valid config.
+        """
+        path = Path(path)
+        if path.is_dir():
+            path = path / "config.json"
+        if not path.is_file():
+            raise FileNotFoundError(f"no config at {path}: give a folder that holds a config.json, or one .json file")
+        try:
+            return cls.from_dict(json.loads(path.read_text(encoding="utf-8")))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path} is not valid JSON: line {error.lineno}: {error.msg}") from error
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+
+    def save(self, path: str | os.PathLike) -> Path:
+        """Write to `path` if it ends in .json, else to `path`/config.json; atomic. Returns the file written."""
+        path = Path(path)
+        if path.suffix != ".json":
+            path = path / "config.json"
+        text = json.dumps(self.to_dict(), indent=2) + "\n"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            with open(temporary, "w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        return path
+
+    # ------------------------------------------------------------------------------------------------------------ rules
+
+    def _check(self) -> None:
+        for key in ("vocab_size", "hidden_size", "num_hidden_layers", "expand", "head_dim", "num_heads", "n_groups"):
+            _check_int(key, getattr(self, key))
+        for key in ("state_size", "chunk_size"):
+            _check_int(key, getattr(self, key))
+        _check_int("conv_kernel", self.conv_kernel, high=8)
+        for key in ("use_bias", "use_conv_bias", "residual_in_fp32", "tie_word_embeddings", "rescale_prenorm_residual"):
+            if not isinstance(getattr(self, key), bool):
+                raise ValueError(f"{key} is {getattr(self, key)!r}, and must be true or false")
+        for key in ("layer_norm_epsilon", "initializer_range", "time_step_min", "time_step_max", "time_step_floor"):
+            _check_positive(key, getattr(self, key))
+        for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            ids = getattr(self, key)
+            for i in ids if isinstance(ids, list) and key == "eos_token_id" else [ids]:
+                if i is not None:
+                    _check_int(key, i, low=0, high=self.vocab_size - 1)
+
+        if self.num_heads * self.head_dim != self.d_inner:
+            raise ValueError(
+                f"num_heads * head_dim is {self.num_heads} * {self.head_dim} = {self.num_heads * self.head_dim}, "
+                f"and must equal expand * hidden_size = {self.expand} * {self.hidden_size} = {self.d_inner}"
+            )
+        if self.num_heads % self.n_groups:
+            raise ValueError(f"n_groups is {self.n_groups}, and must divide num_heads = {self.num_heads}")
+        if self.time_step_min > self.time_step_max:
+            raise ValueError(
+                f"time_step_min is {self.time_step_min}, and must be at most time_step_max = {self.time_step_max}"
+            )
+        low, high = self.time_step_limit
+        if not 0 <= low < high:
+            raise ValueError(f"time_step_limit is [{low}, {high}], and must be [low, high] with 0 <= low < high")
+
+        if self.hidden_act not in ("silu", "swish"):
+            raise ValueError(
+                f"hidden_act is {self.hidden_act!r}, and only 'silu' (or its other name 'swish') is implemented"
+            )
+        # Files of transformers 4 also say norm_before_gate, which its models ignore: it stays in `extra`.
+        if self.extra.get("rms_norm", True) is not True:
+            raise ValueError(
+                f"rms_norm is {self.extra['rms_norm']!r}, and only true (the gated RMSNorm) is implemented"
+            )
+        if self.weight_init not in list(WEIGHT_INITS):
+            raise ValueError(f"weight_init is {self.weight_init!r}, and must be one of {', '.join(WEIGHT_INITS)}")
+        if not isinstance(self.dt_bias_init, dict | None):
+            raise ValueError(f"dt_bias_init is {self.dt_bias_init!r}, and must be an object or null")
+
+
+def _check_int(key: str, value: Any, low: int = 1, high: float = math.inf) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        wanted = f"an integer of at least {low}" if high == math.inf else f"an integer from {low} to {high}"
+        raise ValueError(f"{key} is {value!r}, and must be {wanted}")
+
+
+def _check_positive(key: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise ValueError(f"{key} is {value!r}, and must be a finite number above 0")
+
+
+def _read_limit(limit: Any) -> tuple[float, float]:
+    """time_step_limit in any of its spellings; null and Infinity (as number, text or object) mean no limit."""
+    if limit is None:
+        return NO_LIMIT
+    infinities = (None, "Infinity", "inf", {"__float__": "Infinity"})
+    try:
+        low, high = limit
+        high = math.inf if high in infinities else high
+        if isinstance(limit, str) or not all(type(v) in (int, float) for v in (low, high)):
+            raise TypeError
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"time_step_limit is {limit!r}, and must be two numbers [low, high] or null") from error
+    return float(low), float(high)
