@@ -76,7 +76,8 @@ def load_dt(dt, stride, rows, left, bias, head, SOFTPLUS: tl.constexpr):
 @triton.jit
 def clamp_dt(dt, rows, left, low, high):
     """The step used: within the limits, and 0 past the end, so that the state neither decays nor is written there."""
-    return tl.where(rows < left, tl.minimum(tl.maximum(dt, low), high), 0.0)
+    clamped = tl.where(dt < low, low, tl.where(dt > high, high, dt))  # a NaN stays one
+    return tl.where(rows < left, clamped, 0.0)
 
 
 @triton.jit
