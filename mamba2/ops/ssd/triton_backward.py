@@ -13,7 +13,7 @@ and for the decays a_k = dt_k A, with W_ij = (dout_i·x_j) dt_j E_ij CB_ij (j < 
 v_j = exp(cs_last - cs_j) dt_j x_j·(Rᵀ B_j):
 
     da_k   = Σ_{j<k<=i} W_ij + Σ_{i>=k} s_i + Σ_{j<k} v_j + exp(cs_last) <R, S>
-           = Σ_{i>=k} (Σ_j W_ij - Σ_j W_ji + s_i - v_i) + Σ_j v_j + exp(cs_last) <R, S>
+           = Σ_{i>=k} (Σ_j W_ij - Σ_j W_ji + s_i) + Σ_{j<k} v_j + exp(cs_last) <R, S>
     ddt_k += A da_k      dA = Σ_k dt_k da_k      then through the clamp and softplus; d(dt_bias) = Σ_k d(dt_raw)_k
 
 A program owns a step of one group and loops over the group's heads, so that dB, dC and dCB are summed in registers and
@@ -148,7 +148,7 @@ def _gradient_kernel(
         )
         dt_step = clamp_dt(activated, rows, left, low, high)
         cs = tl.cumsum(dt_step * rate, axis=0)
-        into, out, through = decays(cs, tl.sum(dt_step * rate, axis=0), document, seq_idx is not None)
+        into, out, through = decays(cs, document, rows, seq_idx is not None)
         E = tl.where(visible, tl.exp2(tl.minimum(cs[None, :] - cs[:, None], 0.0)), 0.0)  # (j, i)
         weights = (BC * E).to(narrow)
 
@@ -312,8 +312,8 @@ def _gradient_kernel(
         pairs *= E * dt_step[:, None]
         dBC += pairs
         W = tl.where(rows[:, None] == rows[None, :], 0.0, pairs * BC)
-        flow = tl.sum(W, axis=0) - tl.sum(W, axis=1) + s - v
-        da = tl.cumsum(flow, axis=0, reverse=True) + tl.sum(v, axis=0) + through * RS
+        later = tl.cumsum(tl.sum(W, axis=0) - tl.sum(W, axis=1) + s, axis=0, reverse=True)
+        da = later + tl.cumsum(v, axis=0) - v + through * RS
         ddt_step = tl.where(rows < left, ux + da * decay_rate, 0.0)
         ddt_step = tl.where((activated >= low) & (activated <= high), ddt_step, 0.0)
         if SOFTPLUS:

@@ -93,11 +93,13 @@ def documents(seq_idx, stride, rows, start, left):
 
 
 @triton.jit
-def decays(cs, last, document, HAS_DOCUMENTS: tl.constexpr):
+def decays(cs, document, rows, HAS_DOCUMENTS: tl.constexpr):
     """Factors of a step: state before it -> token i; token j -> state after it; state before -> state after.
 
     A document boundary is an infinite decay, made by `where` and never by a product: nothing is ever inf * 0.
     """
+    # The last entry itself: another way to sum would round otherwise, and the last token's factor would not be 1.
+    last = tl.sum(tl.where(rows == rows.shape[0] - 1, cs, 0.0), axis=0)
     into = tl.exp2(cs)
     out = tl.exp2(tl.minimum(last - cs, 0.0))
     through = tl.exp2(last)
@@ -196,7 +198,7 @@ def advance(
     step = clamp_dt(activated, rows, left, low, high)
     document = documents(seq_idx, seq_stride, rows, start, left)
     cs = tl.cumsum(step * rate, axis=0)
-    into, out, through = decays(cs, tl.sum(step * rate, axis=0), document, seq_idx is not None)
+    into, out, through = decays(cs, document, rows, seq_idx is not None)
     value = load_tile(v, rows, left, columns, p, v_strides[1], v_strides[3])
     weight = into if REVERSE else out * step
     if z is not None:

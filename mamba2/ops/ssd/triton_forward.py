@@ -141,14 +141,15 @@ def _scan_kernel(
             seq_idx + offset * seq_strides[1] if seq_idx is not None else None, seq_strides[1], rows, start, left
         )
         cs = tl.cumsum(dt_step * rate, axis=0)
-        into, out, through = decays(cs, tl.sum(dt_step * rate, axis=0), document, seq_idx is not None)
+        into, out, through = decays(cs, document, rows, seq_idx is not None)
 
         # What earlier steps left: exp(cs_i) Sᵀ C_i.
         state1_narrow = state1.to(narrow)
         state2_narrow = state2.to(narrow)
         if kept is not None and not FROM_KEPT:
             enters = tl.where(step % SPAN_STEPS == 0, n, 0)
-            kept_here = kept + (step // SPAN_STEPS).to(tl.int64) * nheads * (n * p)
+            span = step // SPAN_STEPS
+            kept_here = kept + span.to(tl.int64) * nheads * (n * p)
             keep_state(kept_here, state1_narrow, columns, p, enters, 0, N1)
             if N2 > 0:
                 keep_state(kept_here, state2_narrow, columns, p, enters, N1, N2)
