@@ -13,8 +13,9 @@ import torch
 from mamba2.ops.backend import choose_backend
 from mamba2.ops.ssd.chunked import ssd_chunked
 from mamba2.ops.ssd.reference import ssd_reference
+from mamba2.ops.ssd.triton_op import ssd_triton
 
-IMPLEMENTATIONS = {"reference": ssd_reference, "torch": ssd_chunked}
+IMPLEMENTATIONS = {"reference": ssd_reference, "torch": ssd_chunked, "triton": ssd_triton}
 
 
 def ssd(
@@ -61,7 +62,20 @@ def ssd(
     # Which dtype each product uses is decided in the implementations, not by an enclosing autocast.
     with torch.autocast(x.device.type, enabled=False):
         y, final_states = implementation(
-            x, dt, A, B, C, chunk_size, D, z, dt_bias, initial_states, seq_idx, dt_softplus, dt_limit
+            x,
+            dt,
+            A,
+            B,
+            C,
+            chunk_size,
+            D,
+            z,
+            dt_bias,
+            initial_states,
+            seq_idx,
+            dt_softplus,
+            dt_limit,
+            return_final_states,
         )
     return (y, final_states) if return_final_states else y
 

@@ -32,8 +32,9 @@ def ssd_chunked(
     seq_idx: torch.Tensor | None,  # (b, l)
     dt_softplus: bool,
     dt_limit: tuple[float, float],
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """See `mamba2.ops.ssd`. Returns y (b, l, h, p) and the last state (b, h, p, n)."""
+    return_final_states: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """See `mamba2.ops.ssd`. Returns y (b, l, h, p), and the last state (b, h, p, n) if asked for."""
     b, l, h, p = x.shape
     g, n = B.shape[2:]
     r = h // g  # heads per group
@@ -94,7 +95,7 @@ def ssd_chunked(
         y = y + x * (D if D.dim() == 2 else D[:, None]).to(wide)
     if z is not None:
         y = y * F.silu(z.to(wide))
-    return y.to(narrow), state
+    return y.to(narrow), state if return_final_states else None
 
 
 def _pad(tensor: torch.Tensor, tokens: int) -> torch.Tensor:

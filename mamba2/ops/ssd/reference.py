@@ -18,8 +18,9 @@ def ssd_reference(
     seq_idx: torch.Tensor | None,  # (b, l)
     dt_softplus: bool,
     dt_limit: tuple[float, float],
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """See `mamba2.ops.ssd`; `chunk_size` has no meaning here. Returns y (b, l, h, p), last state (b, h, p, n)."""
+    return_final_states: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """See `mamba2.ops.ssd`; `chunk_size` has no meaning here. Returns y (b, l, h, p), and the last state if asked for."""
     batch, seqlen, nheads, headdim = x.shape
     heads_per_group = nheads // B.shape[2]
     result_dtype = x.dtype
@@ -48,7 +49,7 @@ def ssd_reference(
         y = y + x * (D if D.dim() == 2 else D[:, None]).to(dtype)
     if z is not None:
         y = y * F.silu(z.to(dtype))
-    return y.to(result_dtype), state
+    return y.to(result_dtype), state if return_final_states else None
 
 
 def activate_dt(
