@@ -34,7 +34,7 @@ LOADERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parqu
 VALIDATION_SPLITS = ("validation", "val", "test")
 IGNORE_INDEX = -100
 
-# Of the standard library one file in 20 is held out, chosen by its path, so that no file is on both sides.
+# Of the standard library one file in 20 is held out, chosen by its content: copies of a file fall on the same side.
 STDLIB_HELD_OUT = 20
 
 
@@ -78,12 +78,11 @@ def _stdlib(split: str) -> Iterator[str]:
         relative = file.relative_to(root).as_posix()
         if "site-packages" in relative or "dist-packages" in relative:
             continue
-        digest = hashlib.sha256(relative.encode()).digest()
+        text = file.read_bytes().decode("utf-8", errors="ignore")
+        digest = hashlib.sha256(text.encode()).digest()
         held_out = int.from_bytes(digest[:8], "little") % STDLIB_HELD_OUT == 0
-        if held_out == (split != "train"):
-            text = file.read_bytes().decode("utf-8", errors="ignore")
-            if text:
-                yield text
+        if text and held_out == (split != "train"):
+            yield text
 
 
 def _saved(path: Path, split: str):

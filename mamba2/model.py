@@ -46,19 +46,26 @@ class Parameters(nn.Module):
         self.bias = nn.Parameter(torch.empty(shape[0])) if bias else None
 
 
+class Linear(nn.Linear):
+    """torch's, without its own draw from the global generator: Mamba2LM draws all weights."""
+
+    def reset_parameters(self) -> None:
+        pass
+
+
 class Mamba2Mixer(nn.Module):
     """Projection in, causal convolution, SSD, gated norm, projection out: (b, l, d) -> (b, l, d)."""
 
     def __init__(self, config: Mamba2Config):
         super().__init__()
         self.config = config
-        self.in_proj = nn.Linear(config.hidden_size, config.d_in_proj, bias=config.use_bias)
+        self.in_proj = Linear(config.hidden_size, config.d_in_proj, bias=config.use_bias)
         self.conv1d = Parameters(config.conv_dim, 1, config.conv_kernel, bias=config.use_conv_bias)
         self.dt_bias = nn.Parameter(torch.empty(config.num_heads))
         self.A_log = nn.Parameter(torch.empty(config.num_heads))
         self.D = nn.Parameter(torch.empty(config.num_heads))
         self.norm = Parameters(config.d_inner)
-        self.out_proj = nn.Linear(config.d_inner, config.hidden_size, bias=config.use_bias)
+        self.out_proj = Linear(config.d_inner, config.hidden_size, bias=config.use_bias)
 
     def forward(
         self, u: torch.Tensor, seq_idx: torch.Tensor | None = None, state: MixerState | None = None
