@@ -158,7 +158,7 @@ def _gradient_kernel(
         v = tl.zeros((Q,), dtype=tl.float32)
         RS = 0.0
         dD_sum = 0.0
-        for tile in tl.static_range((p + P_TILE - 1) // P_TILE):
+        for tile in range(0, (p + P_TILE - 1) // P_TILE):
             columns = tile * P_TILE + tl.arange(0, P_TILE)
             x_head = x + head * x_strides[2]
             dout_head = dout + head * dout_strides[2]
