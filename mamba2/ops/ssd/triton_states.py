@@ -71,9 +71,7 @@ def _states_kernel(
             here = kept + span.to(tl.int64) * nheads * (s.n * s.p)
             store_state(here, state1, state2, columns, s.p, 1, leaves, s)
         start = step.to(tl.int64) * s.q
-        state1, state2, through = advance(
-            state1, state2, v, gate, k, clock, head, start, seqlen, columns, s, REVERSE
-        )
+        state1, state2, through = advance(state1, state2, v, gate, k, clock, head, start, seqlen, columns, s, REVERSE)
         through_span *= through
 
     if LOCAL:
