@@ -1,8 +1,8 @@
 """Compile for real targets what a call would launch, with no GPU present, and read the result.
 
-`captured` runs a function with every kernel launch replaced by a note of its arguments; `compile_launch` compiles such a
-launch for a target exactly as Triton would on that device, specialisation on strides and alignment included. It needs real
-`JITFunction`s: a process that was started without TRITON_INTERPRET=1.
+`captured` runs a function with every kernel launch replaced by a note of its arguments; `compile_launch` compiles
+such a launch for a target exactly as Triton would on that device, specialisation on strides and alignment included.
+It needs real `JITFunction`s: a process that was started without TRITON_INTERPRET=1.
 """
 
 import re

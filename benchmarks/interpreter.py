@@ -1,11 +1,11 @@
 """Triton's interpreter made fit to judge kernels: bfloat16 as hardware has it, and every memory access counted.
 
-`use_exact_bfloat16` repairs two things in Triton 3.7.1's interpreter, which keeps bfloat16 as the bits of a uint16: casts
-truncate where hardware rounds to nearest even, and `tl.dot` multiplies the bits as integers.
+`use_exact_bfloat16` repairs two things in Triton 3.7.1's interpreter, which keeps bfloat16 as the bits of a uint16:
+casts truncate where hardware rounds to nearest even, and `tl.dot` multiplies the bits as integers.
 
-`record` counts what each launch moves. DRAM bytes are the unique 32-byte sectors that a launch reads, plus those that it
-writes: what a cache large enough for one launch leaves. The addresses are kept, so that the same record tells whether two
-programs of one launch wrote to one address.
+`record` counts what each launch moves. DRAM bytes are the unique 32-byte sectors that a launch reads, plus those that
+it writes: what a cache large enough for one launch leaves. The addresses are kept, so that the same record tells
+whether two programs of one launch wrote to one address.
 """
 
 import contextlib

@@ -20,7 +20,7 @@ def ssd_reference(
     dt_limit: tuple[float, float],
     return_final_states: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """See `mamba2.ops.ssd`; `chunk_size` has no meaning here. Returns y (b, l, h, p), and the last state if asked for."""
+    """See `mamba2.ops.ssd`; `chunk_size` has no meaning here. Returns y (b, l, h, p), last state if asked for."""
     batch, seqlen, nheads, headdim = x.shape
     heads_per_group = nheads // B.shape[2]
     result_dtype = x.dtype

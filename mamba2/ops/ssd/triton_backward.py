@@ -16,11 +16,11 @@ v_j = exp(cs_last - cs_j) dt_j x_j·(Rᵀ B_j):
            = Σ_{i>=k} (Σ_j W_ij - Σ_j W_ji + s_i) + Σ_{j<k} v_j + exp(cs_last) <R, S>
     ddt_k += A da_k      dA = Σ_k dt_k da_k      then through the clamp and softplus; d(dt_bias) = Σ_k d(dt_raw)_k
 
-Every step of a group has three programs, neighbours in the grid: one for all that belongs to tokens (dx, ddt, dz, and the
-sums for A, D and dt_bias), one for dB and one for dC. Each loops over the group's heads, so that sums over heads stay in
-registers and leave once; what more than one of the three reads comes from L2. They are three and not one because the
-accumulators of dB and dC, (q, n) each, leave no registers for the rest. S and R are read where a span was kept
-(`triton_states`), and brought to this step by at most span / q - 1 steps.
+Every step of a group has three programs, neighbours in the grid: one for all that belongs to tokens (dx, ddt, dz, and
+the sums for A, D and dt_bias), one for dB and one for dC. Each loops over the group's heads, so that sums over heads
+stay in registers and leave once; what more than one of the three reads comes from L2. They are three and not one
+because the accumulators of dB and dC, (q, n) each, leave no registers for the rest. S and R are read where a span was
+kept (`triton_states`), and brought to this step by at most span / q - 1 steps.
 
 Bytes per token, 16-bit input, span s: x, dout, dx 6 h p; B, C, dB, dC 8 g n; dt, ddt 4 h or 8 h; S and R 4 h p n / s.
 """

@@ -1,11 +1,12 @@
-"""What the SSD kernels share: arguments, loads, the activation of dt, decays, one step of the state. Each written once, here.
+"""What the SSD kernels share: arguments, loads, the activation of dt, decays, a step of the state. Each written once.
 
-Names: q tokens per step, p headdim, n d_state. The n dimension is held as two tiles of n1 and n2 columns, so that d_state
-142 costs 128 + 16 and not 256; n2 is 0 where one tile covers it, and second tiles are then never touched: an alias of the
-first stands in their place. Exponentials are base 2: decay rates carry a factor log2(e), and `cs` is in that unit.
+Names: q tokens per step, p headdim, n d_state. The n dimension is held as two tiles of n1 and n2 columns, so that
+d_state 142 costs 128 + 16 and not 256; n2 is 0 where one tile covers it, and second tiles are then never touched: an
+alias of the first stands in their place. Exponentials are base 2: decay rates carry a factor log2(e), and `cs` is in
+that unit.
 
-Offsets are int64 throughout. The strides inside a tile are compile-time constants: with them the addresses of a tile are
-one register and immediate offsets, where runtime strides cost a register or two for every row.
+Offsets are int64 throughout. The strides inside a tile are compile-time constants: with them the addresses of a tile
+are one register and immediate offsets, where runtime strides cost a register or two for every row.
 """
 
 from typing import NamedTuple
@@ -145,8 +146,8 @@ def sigmoid(z):
 def softplus(raw):
     """log(1 + exp(raw)) to within float32's rounding.
 
-    Near raw = -7, where steps of 1e-3 come from, 1 + exp(raw) has lost half of exp(raw)'s digits. Up to exp(raw) = 1/4 the
-    series 2 atanh(t), t = e / (2 + e), is used: its first omitted term is below 1e-9 of the result.
+    Near raw = -7, where steps of 1e-3 come from, 1 + exp(raw) has lost half of exp(raw)'s digits. Up to exp(raw) =
+    1/4 the series 2 atanh(t), t = e / (2 + e), is used: its first omitted term is below 1e-9 of the result.
     """
     e = tl.exp2(tl.minimum(raw, 20.0) * LOG2E)
     t = e / (2.0 + e)
@@ -188,8 +189,8 @@ def documents(seq_idx, start, seqlen, s):
 def tick(clock, head, start, seqlen, s):
     """A step's dt, cs and decays: state before it -> token i; token j -> state after it; state before -> state after.
 
-    Past the end dt is 0: the state neither decays nor is written there. A document boundary is an infinite decay, made by
-    `where` and never by a product: nothing is ever inf * 0. Also returns the document of each token.
+    Past the end dt is 0: the state neither decays nor is written there. A document boundary is an infinite decay,
+    made by `where` and never by a product: nothing is ever inf * 0. Also returns the document of each token.
     """
     _, dt = activate(clock, head, start, seqlen, s)
     dt = tl.where(dt < clock.low, clock.low, tl.where(dt > clock.high, clock.high, dt))  # a NaN stays one
@@ -228,7 +229,7 @@ def _load_state_tile(pointer, rows, columns, s):
 
 @triton.jit
 def store_state(pointer, first, second, columns, n_stride: tl.constexpr, p_stride: tl.constexpr, wanted, s):
-    """Store a state, in the pointer's dtype, if `wanted`: (n, p) with strides (p, 1) as kept, (1, n) as callers want it."""
+    """Store a state, in the pointer's dtype, if `wanted`: (n, p) with strides (p, 1) as kept, (1, n) as callers do."""
     _store_state_tile(pointer, first, tl.arange(0, s.n1), columns, n_stride, p_stride, wanted, s)
     if s.n2 > 0:
         _store_state_tile(pointer, second, s.n1 + tl.arange(0, s.n2), columns, n_stride, p_stride, wanted, s)

@@ -5,9 +5,10 @@ Inside a step of q tokens, with `cs` the inclusive cumulative sum of dt A and S 
     y_i = Σ_{j<=i} (C_i·B_j) exp(cs_i - cs_j) dt_j x_j + exp(cs_i) Sᵀ C_i + D x_i        then y_i · silu(z_i)
     S'  = exp(cs_last) S + Σ_j exp(cs_last - cs_j) dt_j B_j x_jᵀ
 
-The state never leaves registers, except for a copy in the input's dtype as it enters each span of s tokens, which is all
-that the backward pass needs. C_i·B_j is recomputed by every head of a group: it costs 2 q n operations per token and saves
-writing and reading a (l, q) matrix per group. The heads of a group are neighbours in the grid and share B and C through L2.
+The state never leaves registers, except for a copy in the input's dtype as it enters each span of s tokens, which is
+all that the backward pass needs. C_i·B_j is recomputed by every head of a group: it costs 2 q n operations per token
+and saves writing and reading a (l, q) matrix per group. The heads of a group are neighbours in the grid and share B
+and C through L2.
 
 Bytes per token, 16-bit input: x and y 4 h p, B and C 4 g n, dt 2 h or 4 h, kept states 2 h p n / s.
 """

@@ -5,9 +5,9 @@ Forward, one of two forms:
     sequential       one program per sequence, head and tile of channels walks the whole sequence     1 launch
     chunk-parallel   states of all spans from zero; combined in order; outputs of all spans           3 launches
 
-The rule: the sequential form moves fewer bytes and is taken whenever its programs number at least the multiprocessors of
-the device. The backward pass gets R, the gradient of the state at each span's end, in the same two ways (1 or 2 launches),
-then every gradient in one launch and the sums over tokens in another. Nothing else runs on the device.
+The rule: the sequential form moves fewer bytes and is taken whenever its programs number at least the multiprocessors
+of the device. The backward pass gets R, the gradient of the state at each span's end, in the same two ways (1 or 2
+launches), then every gradient in one launch and the sums over tokens in another. Nothing else runs on the device.
 """
 
 import math
@@ -144,7 +144,7 @@ def _backward_outputs(*inputs):
 
 
 def _setup_context(ctx, inputs, output):
-    *tensors, dt_softplus, dt_low, dt_high, want_final, keep = inputs
+    *tensors, dt_softplus, dt_low, dt_high, _want_final, _keep = inputs
     ctx.set_materialize_grads(False)
     ctx.activation = (dt_softplus, dt_low, dt_high)
     ctx.save_for_backward(output[2], *tensors)

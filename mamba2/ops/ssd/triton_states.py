@@ -4,12 +4,12 @@ With S the state and R the gradient of the state, `cs` the cumulative sum of dt 
 
     S' = exp(cs_last) S + Σ_j exp(cs_last - cs_j) dt_j B_j x_jᵀ        R' = exp(cs_last) R + Σ_i exp(cs_i) C_i dout_iᵀ
 
-A state is kept (in the input's dtype, as (n, p)) once per span of several steps: S as it enters the span, R as it leaves
-it. The sequential walk carries it in float32 registers. Where there are too few sequences and heads to fill the device,
-LOCAL starts one program per span from zero, and `_pass_kernel` then combines the spans.
+A state is kept (in the input's dtype, as (n, p)) once per span of several steps: S as it enters the span, R as it
+leaves it. The sequential walk carries it in float32 registers. Where there are too few sequences and heads to fill
+the device, LOCAL starts one program per span from zero, and `_pass_kernel` then combines the spans.
 
-Bytes per token (16-bit input, span of s tokens): sequential R  2 h p + 2 g n + dt + 2 h p n / s; LOCAL is the same, and the
-pass reads and writes the kept states once more.
+Bytes per token (16-bit input, span of s tokens): sequential R  2 h p + 2 g n + dt + 2 h p n / s; LOCAL is the same,
+and the pass reads and writes the kept states once more.
 """
 
 import triton
@@ -35,7 +35,7 @@ def _states_kernel(
     REVERSE: tl.constexpr,
     LOCAL: tl.constexpr,
 ):
-    """Grid (h * p tiles, b, LOCAL ? spans : 1). A program owns p_tile channels of one head, over a span or the sequence.
+    """Grid (h * p tiles, b, LOCAL ? spans : 1). A program owns p_tile channels of one head, over a span or all.
 
     Used in two forms: REVERSE over the whole sequence (the backward pass), and LOCAL in either direction.
     """
