@@ -16,11 +16,10 @@ v_j = exp(cs_last - cs_j) dt_j x_j·(Rᵀ B_j):
            = Σ_{i>=k} (Σ_j W_ij - Σ_j W_ji + s_i) + Σ_{j<k} v_j + exp(cs_last) <R, S>
     ddt_k += A da_k      dA = Σ_k dt_k da_k      then through the clamp and softplus; d(dt_bias) = Σ_k d(dt_raw)_k
 
-Every step of a group has three programs, neighbours in the grid: one for all that belongs to tokens (dx, ddt, dz, and
-the sums for A, D and dt_bias), one for dB and one for dC. Each loops over the group's heads, so that sums over heads
-stay in registers and leave once; what more than one of the three reads comes from L2. They are three and not one
-because the accumulators of dB and dC, (q, n) each, leave no registers for the rest. S and R are read where a span was
-kept (`triton_states`), and brought to this step by at most span / q - 1 steps.
+A program owns a step of one group and loops over the group's heads, so that dB, dC and dCB are summed in registers
+and leave once. Matrices over pairs are held with j in rows: every product of the loop over heads then takes them as
+they are. S and R are read where a span was kept (`triton_states`), and brought to this step by at most span / q - 1
+steps.
 
 Bytes per token, 16-bit input, span s: x, dout, dx 6 h p; B, C, dB, dC 8 g n; dt, ddt 4 h or 8 h; S and R 4 h p n / s.
 """
@@ -30,310 +29,312 @@ import triton.language as tl
 
 from mamba2.ops.ssd.triton_common import (
     LOG2E,
-    activate,
     advance,
-    at,
-    at_batch,
+    clamp_dt,
+    decays,
+    documents,
     dot,
-    dot_n,
     gated,
-    load_kept,
-    load_n,
+    load_dt,
+    load_state,
     load_tile,
-    sigmoid,
     store_tile,
-    tick,
+    tile_rows,
 )
 
 
 @triton.jit
 def _gradient_kernel(
-    x,  # Tokens (b, l, h, p)
-    B,  # Tokens (b, l, g, n)
-    C,  # Tokens (b, l, g, n)
-    z,  # Tokens (b, l, h, p), or None
-    dout,  # Tokens (b, l, h, p)
-    clock,
-    D,  # PerChannel, or None
+    x,  # (b, l, h, p)
+    dt,  # (b, l, h)
+    A,  # (h)
+    B,  # (b, l, g, n)
+    C,  # (b, l, g, n)
+    D,  # (h) or (h, p), or None
+    z,  # (b, l, h, p) or None
+    bias,  # (h) or None
+    seq_idx,  # (b, l) or None
+    dout,  # (b, l, h, p)
     kept_S,  # states entering each span: (b, spans, h, n, p)
     kept_R,  # gradients of the states leaving each span: (b, spans, h, n, p)
     dx,  # out: (b, l, h, p); this and all below contiguous
     ddt,  # out: (b, l, h)
     dB,  # out: (b, l, g, n)
     dC,  # out: (b, l, g, n)
-    dz,  # out: (b, l, h, p), or None
+    dz,  # out: (b, l, h, p) or None
     partial,  # out: per step (b, steps, 2 h + size of D), float32: dA, d(dt_bias), dD
+    x_strides,
+    dt_strides,
+    B_strides,
+    C_strides,
+    D_strides,
+    z_strides,
+    seq_strides,
+    dout_strides,
     seqlen,
     ngroups,
     spans,
-    s,  # Sizes
+    low,
+    high,
+    p: tl.constexpr,
+    n: tl.constexpr,
+    HEADS_PER_GROUP: tl.constexpr,
+    SPAN_STEPS: tl.constexpr,
+    Q: tl.constexpr,
+    P_TILE: tl.constexpr,
+    N1: tl.constexpr,
+    N2: tl.constexpr,
+    SOFTPLUS: tl.constexpr,
     D_PER_CHANNEL: tl.constexpr,
+    PRECISION: tl.constexpr,
+    WIDE: tl.constexpr,
 ):
-    """Grid (3 * steps, g, b)."""
-    role = tl.program_id(0) % 3
-    step = tl.program_id(0) // 3
+    """Grid (steps, g, b)."""
+    step = tl.program_id(0)
     group = tl.program_id(1).to(tl.int64)
     batch = tl.program_id(2).to(tl.int64)
-    start = step.to(tl.int64) * s.q
-    nheads = ngroups * s.heads_per_group
-    kept = (batch * spans + step // s.span) * nheads * (s.n * s.p)
-    kept_S += kept
-    kept_R += kept
-    x = at(x, batch, 0)
-    B = at(B, batch, group)
-    C = at(C, batch, group)
+    steps = tl.cdiv(seqlen, Q)
+    nheads = ngroups * HEADS_PER_GROUP
+    start = step * Q
+    offset = start.to(tl.int64)
+    left = seqlen - start
+    rows = tile_rows(Q, WIDE)
+    columns1 = tl.arange(0, N1)
+    columns2 = N1 + tl.arange(0, N2 if N2 > 0 else 16)
+    narrow = x.dtype.element_ty
+
+    x += batch * x_strides[0]
+    dt += batch * dt_strides[0]
+    B += batch * B_strides[0] + group * B_strides[2]
+    C += batch * C_strides[0] + group * C_strides[2]
+    dout += batch * dout_strides[0]
     if z is not None:
-        z = at(z, batch, 0)
-    dout = at(dout, batch, 0)
-    clock = at_batch(clock, batch)
-    token = batch * seqlen + start
-    group_offset = (token * ngroups + group) * s.n
-    if role == 0:
-        steps = tl.cdiv(seqlen, s.q)
-        width = 2 * nheads
-        if D is not None:
-            width += nheads * s.p if D_PER_CHANNEL else nheads
-        partial += (batch * steps + step) * width
-        dx += token * nheads * s.p
-        if z is not None:
-            dz += token * nheads * s.p
-        ddt += token * nheads
-        _token_gradients(
-            x,
-            B,
-            C,
-            z,
-            dout,
-            clock,
-            D,
-            kept_S,
-            kept_R,
-            dx,
-            ddt,
-            dz,
-            partial,
-            group,
-            step,
-            seqlen,
-            nheads,
-            s,
-            D_PER_CHANNEL,
-        )
-    elif role == 1:
-        _group_gradient(x, B, C, z, dout, clock, kept_R, dB + group_offset, group, step, seqlen, ngroups, s, True)
-    else:
-        _group_gradient(x, B, C, z, dout, clock, kept_S, dC + group_offset, group, step, seqlen, ngroups, s, False)
+        z += batch * z_strides[0]
+    if seq_idx is not None:
+        seq_idx += batch * seq_strides[0]
+    token = batch * seqlen + offset  # of the step's first, in the contiguous outputs
+    span = step // SPAN_STEPS
+    kept = (batch * spans + span) * nheads * (n * p)
+    width = 2 * nheads  # of a row of `partial`
+    if D is not None:
+        width += nheads * p if D_PER_CHANNEL else nheads
+    partial += (batch * steps + step) * width
 
+    B1 = load_tile(B + offset * B_strides[1], rows, left, columns1, n, B_strides[1], B_strides[3])
+    C1 = load_tile(C + offset * C_strides[1], rows, left, columns1, n, C_strides[1], C_strides[3])
+    BC = dot(B1, tl.trans(C1), None, PRECISION)  # (j, i)
+    dB1 = tl.zeros((Q, N1), dtype=tl.float32)
+    dC1 = tl.zeros((Q, N1), dtype=tl.float32)
+    if N2 > 0:
+        B2 = load_tile(B + offset * B_strides[1], rows, left, columns2, n, B_strides[1], B_strides[3])
+        C2 = load_tile(C + offset * C_strides[1], rows, left, columns2, n, C_strides[1], C_strides[3])
+        BC = dot(B2, tl.trans(C2), BC, PRECISION)
+        dB2 = tl.zeros((Q, N2), dtype=tl.float32)
+        dC2 = tl.zeros((Q, N2), dtype=tl.float32)
+    dBC = tl.zeros((Q, Q), dtype=tl.float32)
 
-@triton.jit
-def _state_entering(kept_S, x, B, clock, head, step, seqlen, columns, s):
-    """S before `step`: the one kept where its span begins, brought here; (n1, p_tile), (n2, p_tile), x's dtype."""
-    state1, state2 = load_kept(kept_S + head * (s.n * s.p), columns, s)
-    if s.span > 1:
-        x_head = at(x, 0, head)
-        state1 = state1.to(tl.float32)
-        state2 = state2.to(tl.float32)
-        for i in range(step // s.span * s.span, step):
-            start = tl.cast(i, tl.int64) * s.q
-            state1, state2, _ = advance(state1, state2, x_head, None, B, clock, head, start, seqlen, columns, s, False)
-    return state1.to(x.data.dtype.element_ty), state2.to(x.data.dtype.element_ty)
+    seq_here = seq_idx + offset * seq_strides[1] if seq_idx is not None else None
+    document = documents(seq_here, seq_strides[1], rows, start, left)
+    visible = rows[:, None] <= rows[None, :]
+    if seq_idx is not None:
+        visible = visible & (document[:, None] == document[None, :])
 
-
-@triton.jit
-def _gradient_leaving(kept_R, dout, z, C, clock, head, step, seqlen, columns, s):
-    """R after `step`: the one kept where its span ends, brought here; (n1, p_tile), (n2, p_tile), x's dtype."""
-    state1, state2 = load_kept(kept_R + head * (s.n * s.p), columns, s)
-    if s.span > 1:
-        dout_head = at(dout, 0, head)
-        z_head = at(z, 0, head) if z is not None else None
-        state1 = state1.to(tl.float32)
-        state2 = state2.to(tl.float32)
-        last = tl.minimum(step // s.span * s.span + s.span, tl.cdiv(seqlen, s.q)) - 1
-        for i in range(0, last - step):
-            start = (last - i).to(tl.int64) * s.q
-            state1, state2, _ = advance(
-                state1, state2, dout_head, z_head, C, clock, head, start, seqlen, columns, s, True
-            )
-    return state1.to(C.data.dtype.element_ty), state2.to(C.data.dtype.element_ty)
-
-
-@triton.jit
-def _token_gradients(
-    x,
-    B,
-    C,
-    z,
-    dout,
-    clock,
-    D,
-    kept_S,
-    kept_R,
-    dx,
-    ddt,
-    dz,
-    partial,
-    group,
-    step,
-    seqlen,
-    nheads,
-    s,
-    D_PER_CHANNEL: tl.constexpr,
-):
-    """dx, ddt, dz of a step and its part of dA, d(dt_bias), dD. Matrices over pairs have j in rows, i in columns."""
-    start = step.to(tl.int64) * s.q
-    rows = tl.arange(0, s.q)
-    narrow = x.data.dtype.element_ty
-    B1, B2 = load_n(B, start, seqlen, s)
-    C1, C2 = load_n(C, start, seqlen, s)
-    BC = dot_n(B1, B2, tl.trans(C1), tl.trans(C2), None, s)
-    for r in range(0, s.heads_per_group):
-        head = group * s.heads_per_group + r
-        x_head = at(x, 0, head)
-        dout_head = at(dout, 0, head)
-        dt, cs, into, out, through, document = tick(clock, head, start, seqlen, s)
-        visible = rows[:, None] <= rows[None, :]
-        if clock.seq_idx is not None:
-            visible = visible & (document[:, None] == document[None, :])
-        E = tl.where(visible, tl.exp2(tl.minimum(cs[None, :] - cs[:, None], 0.0)), 0.0)
+    for r in range(0, HEADS_PER_GROUP):
+        head = group * HEADS_PER_GROUP + r
+        decay_rate = tl.load(A + head).to(tl.float32)
+        rate = decay_rate * LOG2E
+        dt_head = dt + head * dt_strides[2]
+        raw, activated = load_dt(dt_head + offset * dt_strides[1], dt_strides[1], rows, left, bias, head, SOFTPLUS)
+        dt_step = clamp_dt(activated, rows, left, low, high)
+        cs = tl.cumsum(dt_step * rate, axis=0)
+        into, out, through = decays(cs, document, rows, seq_idx is not None)
+        E = tl.where(visible, tl.exp2(tl.minimum(cs[None, :] - cs[:, None], 0.0)), 0.0)  # (j, i)
         weights = (BC * E).to(narrow)
 
-        pairs = tl.zeros((s.q, s.q), dtype=tl.float32)  # x_j·dout_i
-        ux = tl.zeros((s.q,), dtype=tl.float32)
-        to_S = tl.zeros((s.q,), dtype=tl.float32)
-        to_R = tl.zeros((s.q,), dtype=tl.float32)
+        pairs = tl.zeros((Q, Q), dtype=tl.float32)  # dout_i·x_j, (j, i)
+        ux = tl.zeros((Q,), dtype=tl.float32)
+        s = tl.zeros((Q,), dtype=tl.float32)
+        v = tl.zeros((Q,), dtype=tl.float32)
         RS = 0.0
-        dD = 0.0
-        for tile in range(0, (s.p + s.p_tile - 1) // s.p_tile):
-            columns = tile * s.p_tile + tl.arange(0, s.p_tile)
-            x_tile = load_tile(x_head, start, seqlen, columns, s.p, s.q)
-            dy = load_tile(dout_head, start, seqlen, columns, s.p, s.q)
+        dD_sum = 0.0
+        for tile in tl.static_range((p + P_TILE - 1) // P_TILE):
+            columns = tile * P_TILE + tl.arange(0, P_TILE)
+            x_head = x + head * x_strides[2]
+            dout_head = dout + head * dout_strides[2]
+            z_head = z + head * z_strides[2] if z is not None else None
+            kept_here = kept + head * (n * p)
+            # S from the start of the span to this step, R from its end.
+            S1 = load_state(kept_S + kept_here, columns, p, n, 0, N1).to(tl.float32)
+            R1 = load_state(kept_R + kept_here, columns, p, n, 0, N1).to(tl.float32)
+            S2 = S1
+            R2 = R1
+            if N2 > 0:
+                S2 = load_state(kept_S + kept_here, columns, p, n, N1, N2).to(tl.float32)
+                R2 = load_state(kept_R + kept_here, columns, p, n, N1, N2).to(tl.float32)
+            if SPAN_STEPS > 1:
+                for other in range(span * SPAN_STEPS, step):
+                    begin = other * Q
+                    far = begin.to(tl.int64)
+                    S1, S2, _ = advance(
+                        S1,
+                        S2,
+                        x_head + far * x_strides[1],
+                        x_strides,
+                        None,
+                        z_strides,
+                        B + far * B_strides[1],
+                        B_strides,
+                        dt_head + far * dt_strides[1],
+                        dt_strides[1],
+                        seq_idx + far * seq_strides[1] if seq_idx is not None else None,
+                        seq_strides[1],
+                        bias,
+                        head,
+                        rate,
+                        begin,
+                        seqlen - begin,
+                        columns,
+                        low,
+                        high,
+                        p,
+                        n,
+                        Q,
+                        N1,
+                        N2,
+                        SOFTPLUS,
+                        False,
+                        PRECISION,
+                        WIDE,
+                    )
+                last = tl.minimum(span * SPAN_STEPS + SPAN_STEPS, steps) - 1
+                for other in range(0, last - step):
+                    begin = (last - other) * Q
+                    far = begin.to(tl.int64)
+                    R1, R2, _ = advance(
+                        R1,
+                        R2,
+                        dout_head + far * dout_strides[1],
+                        dout_strides,
+                        z_head + far * z_strides[1] if z is not None else None,
+                        z_strides,
+                        C + far * C_strides[1],
+                        C_strides,
+                        dt_head + far * dt_strides[1],
+                        dt_strides[1],
+                        seq_idx + far * seq_strides[1] if seq_idx is not None else None,
+                        seq_strides[1],
+                        bias,
+                        head,
+                        rate,
+                        begin,
+                        seqlen - begin,
+                        columns,
+                        low,
+                        high,
+                        p,
+                        n,
+                        Q,
+                        N1,
+                        N2,
+                        SOFTPLUS,
+                        True,
+                        PRECISION,
+                        WIDE,
+                    )
+            RS += tl.sum(R1 * S1)
+            S1 = S1.to(narrow)
+            R1 = R1.to(narrow)
+            if N2 > 0:
+                RS += tl.sum(R2 * S2)
+                S2 = S2.to(narrow)
+                R2 = R2.to(narrow)
+
+            x_tile = load_tile(x_head + offset * x_strides[1], rows, left, columns, p, x_strides[1], x_strides[3])
+            dout_tile = load_tile(
+                dout_head + offset * dout_strides[1], rows, left, columns, p, dout_strides[1], dout_strides[3]
+            )
+            dy = dout_tile
             if z is not None:
-                dout_wide = dy.to(tl.float32)
-                gate = load_tile(at(z, 0, head), start, seqlen, columns, s.p, s.q)
-                dy = gated(dy, gate)
+                gate = load_tile(z_head + offset * z_strides[1], rows, left, columns, p, z_strides[1], z_strides[3])
+                dy = gated(dout_tile, gate)
+            pairs = dot(x_tile, tl.trans(dy), pairs, PRECISION)
             x_wide = x_tile.to(tl.float32)
             dy_wide = dy.to(tl.float32)
-            pairs = dot(x_tile, tl.trans(dy), pairs, s)
 
-            # u: through the state that this step leaves, then through its own tokens.
-            R1, R2 = _gradient_leaving(kept_R, dout, z, C, clock, head, step, seqlen, columns, s)
-            u = dot_n(B1, B2, R1, R2, None, s) * out[:, None]
-            to_R += tl.sum(u * x_wide, axis=1)
-            u = dot(weights, dy, u, s)
+            # Through the state that this step leaves: R.
+            u = dot(B1, R1, None, PRECISION)
+            if N2 > 0:
+                u = dot(B2, R2, u, PRECISION)
+            u *= out[:, None]
+            v += tl.sum(u * x_wide, axis=1) * dt_step
+            written = (x_wide * (out * dt_step)[:, None]).to(narrow)
+            dB1 = dot(written, tl.trans(R1), dB1, PRECISION)
+            if N2 > 0:
+                dB2 = dot(written, tl.trans(R2), dB2, PRECISION)
+            # Through the tokens of this step.
+            u = dot(weights, dy, u, PRECISION)
             ux += tl.sum(u * x_wide, axis=1)
-            u *= dt[:, None]
+            u *= dt_step[:, None]
             if D is not None:
-                inside = columns < s.p
-                skip = tl.load(D.data + head * D.head + columns * D.column, mask=inside, other=0.0).to(tl.float32)
+                skip = tl.load(D + head * D_strides[0] + columns * D_strides[1], mask=columns < p, other=0.0)
+                skip = skip.to(tl.float32)
                 u += dy_wide * skip[None, :]
                 dD_tile = tl.sum(dy_wide * x_wide, axis=0)
                 if D_PER_CHANNEL:
-                    tl.store(partial + 2 * nheads + head * s.p + columns, dD_tile, mask=inside)
+                    tl.store(partial + 2 * nheads + head * p + columns, dD_tile, mask=columns < p)
                 else:
-                    dD += tl.sum(dD_tile, axis=0)
-            store_tile(dx + head * s.p, start, seqlen, columns, s.p, nheads * s.p, u, s.q)
-
-            # What the step reads of the state before it.
-            S1, S2 = _state_entering(kept_S, x, B, clock, head, step, seqlen, columns, s)
-            RS += tl.sum(R1.to(tl.float32) * S1.to(tl.float32))
-            if s.n2 > 0:
-                RS += tl.sum(R2.to(tl.float32) * S2.to(tl.float32))
-            read = dot_n(C1, C2, S1, S2, None, s) * into[:, None]
-            to_S += tl.sum(read * dy_wide, axis=1)
+                    dD_sum += tl.sum(dD_tile, axis=0)
+            out_here = (token * nheads + head) * p
+            store_tile(dx + out_here, rows, left, columns, p, nheads * p, u.to(narrow))
+            # Through the state that this step reads: S.
+            read = dot(C1, S1, None, PRECISION)
+            if N2 > 0:
+                read = dot(C2, S2, read, PRECISION)
+            read *= into[:, None]
+            s += tl.sum(read * dy_wide, axis=1)
+            dy_into = (dy_wide * into[:, None]).to(narrow)
+            dC1 = dot(dy_into, tl.trans(S1), dC1, PRECISION)
+            if N2 > 0:
+                dC2 = dot(dy_into, tl.trans(S2), dC2, PRECISION)
             if z is not None:
                 # y before the gate, once more: nothing was kept for it.
-                before = dot(tl.trans((BC * E * dt[:, None]).to(narrow)), x_tile, read, s)
+                scores = (BC * E * dt_step[:, None]).to(narrow)
+                before = dot(tl.trans(scores), x_tile, read, PRECISION)
                 if D is not None:
                     before += x_wide * skip[None, :]
                 gate_wide = gate.to(tl.float32)
-                slope = sigmoid(gate_wide)
-                slope *= 1.0 + gate_wide * (1.0 - slope)
-                dgate = dout_wide * before * slope
-                store_tile(dz + head * s.p, start, seqlen, columns, s.p, nheads * s.p, dgate, s.q)
+                sigmoid = 1.0 / (1.0 + tl.exp2(-gate_wide * LOG2E))
+                slope = sigmoid * (1.0 + gate_wide * (1.0 - sigmoid))
+                dgate = dout_tile.to(tl.float32) * before * slope
+                store_tile(dz + out_here, rows, left, columns, p, nheads * p, dgate.to(narrow))
 
-        W = tl.where(rows[:, None] == rows[None, :], 0.0, pairs * E * dt[:, None] * BC)
-        to_R *= dt
-        da = tl.cumsum(tl.sum(W, axis=0) - tl.sum(W, axis=1) + to_S, axis=0, reverse=True)
-        da += tl.cumsum(to_R, axis=0) - to_R + through * RS
-        raw, activated = activate(clock, head, start, seqlen, s)
-        used = (rows < seqlen - start) & (activated >= clock.low) & (activated <= clock.high)
-        draw = tl.where(used, ux + da * tl.load(clock.A + head).to(tl.float32), 0.0)
-        if s.softplus:
+        pairs *= E * dt_step[:, None]
+        dBC += pairs
+        W = tl.where(rows[:, None] == rows[None, :], 0.0, pairs * BC)
+        later = tl.cumsum(tl.sum(W, axis=0) - tl.sum(W, axis=1) + s, axis=0, reverse=True)
+        da = later + tl.cumsum(v, axis=0) - v + through * RS
+        ddt_step = tl.where(rows < left, ux + da * decay_rate, 0.0)
+        ddt_step = tl.where((activated >= low) & (activated <= high), ddt_step, 0.0)
+        if SOFTPLUS:
             e = tl.exp2(tl.minimum(raw, 20.0) * LOG2E)
-            draw *= tl.where(raw > 20.0, 1.0, e / (1.0 + e))
-        pointers = ddt + rows.to(tl.int64) * nheads + head
-        tl.store(pointers, draw.to(ddt.dtype.element_ty), mask=rows < seqlen - start)
-        tl.store(partial + head, tl.sum(dt * da, axis=0))
-        tl.store(partial + nheads + head, tl.sum(draw, axis=0))
+            ddt_step *= tl.where(raw > 20.0, 1.0, e / (1.0 + e))
+        tl.store(ddt + (token + rows) * nheads + head, ddt_step.to(ddt.dtype.element_ty), mask=rows < left)
+        tl.store(partial + head, tl.sum(dt_step * da, axis=0))
+        tl.store(partial + nheads + head, tl.sum(ddt_step, axis=0))
         if D is not None and not D_PER_CHANNEL:
-            tl.store(partial + 2 * nheads + head, dD)
+            tl.store(partial + 2 * nheads + head, dD_sum)
 
-
-@triton.jit
-def _group_gradient(
-    x,
-    B,
-    C,
-    z,
-    dout,
-    clock,
-    kept,
-    result,
-    group,
-    step,
-    seqlen,
-    ngroups,
-    s,
-    IS_B: tl.constexpr,
-):
-    """dB of a step (IS_B), or dC. Matrices over pairs have the tokens of the result in rows: j for dB, i for dC."""
-    start = step.to(tl.int64) * s.q
-    rows = tl.arange(0, s.q)
-    narrow = x.data.dtype.element_ty
-    acc1 = tl.zeros((s.q, s.n1), dtype=tl.float32)
-    acc2 = acc1
-    if s.n2 > 0:
-        acc2 = tl.zeros((s.q, s.n2), dtype=tl.float32)
-    dBC = tl.zeros((s.q, s.q), dtype=tl.float32)
-    for r in range(0, s.heads_per_group):
-        head = group * s.heads_per_group + r
-        x_head = at(x, 0, head)
-        dout_head = at(dout, 0, head)
-        dt, cs, into, out, _, document = tick(clock, head, start, seqlen, s)
-        pairs = tl.zeros((s.q, s.q), dtype=tl.float32)  # x_j·dout_i
-        for tile in range(0, (s.p + s.p_tile - 1) // s.p_tile):
-            columns = tile * s.p_tile + tl.arange(0, s.p_tile)
-            x_tile = load_tile(x_head, start, seqlen, columns, s.p, s.q)
-            dy = load_tile(dout_head, start, seqlen, columns, s.p, s.q)
-            if z is not None:
-                dy = gated(dy, load_tile(at(z, 0, head), start, seqlen, columns, s.p, s.q))
-            if IS_B:
-                pairs = dot(x_tile, tl.trans(dy), pairs, s)
-                state1, state2 = _gradient_leaving(kept, dout, z, C, clock, head, step, seqlen, columns, s)
-                weighted = (x_tile.to(tl.float32) * (out * dt)[:, None]).to(narrow)
-            else:
-                pairs = dot(dy, tl.trans(x_tile), pairs, s)
-                state1, state2 = _state_entering(kept, x, B, clock, head, step, seqlen, columns, s)
-                weighted = (dy.to(tl.float32) * into[:, None]).to(narrow)
-            acc1 = dot(weighted, tl.trans(state1), acc1, s)
-            if s.n2 > 0:
-                acc2 = dot(weighted, tl.trans(state2), acc2, s)
-        if IS_B:
-            visible = rows[:, None] <= rows[None, :]
-            pairs *= tl.exp2(tl.minimum(cs[None, :] - cs[:, None], 0.0)) * dt[:, None]
-        else:
-            visible = rows[:, None] >= rows[None, :]
-            pairs *= tl.exp2(tl.minimum(cs[:, None] - cs[None, :], 0.0)) * dt[None, :]
-        if clock.seq_idx is not None:
-            visible = visible & (document[:, None] == document[None, :])
-        dBC += tl.where(visible, pairs, 0.0)
-
-    partner1, partner2 = load_n(C if IS_B else B, start, seqlen, s)
-    acc1 = dot(dBC.to(narrow), partner1, acc1, s)
-    store_tile(result, start, seqlen, tl.arange(0, s.n1), s.n, ngroups * s.n, acc1, s.q)
-    if s.n2 > 0:
-        acc2 = dot(dBC.to(narrow), partner2, acc2, s)
-        store_tile(result, start, seqlen, s.n1 + tl.arange(0, s.n2), s.n, ngroups * s.n, acc2, s.q)
+    dBC_narrow = dBC.to(narrow)
+    group_here = (token * ngroups + group) * n
+    dB1 = dot(dBC_narrow, C1, dB1, PRECISION)
+    dC1 = dot(tl.trans(dBC_narrow), B1, dC1, PRECISION)
+    store_tile(dB + group_here, rows, left, columns1, n, ngroups * n, dB1.to(narrow))
+    store_tile(dC + group_here, rows, left, columns1, n, ngroups * n, dC1.to(narrow))
+    if N2 > 0:
+        dB2 = dot(dBC_narrow, C2, dB2, PRECISION)
+        dC2 = dot(tl.trans(dBC_narrow), B2, dC2, PRECISION)
+        store_tile(dB + group_here, rows, left, columns2, n, ngroups * n, dB2.to(narrow))
+        store_tile(dC + group_here, rows, left, columns2, n, ngroups * n, dC2.to(narrow))
 
 
 @triton.jit

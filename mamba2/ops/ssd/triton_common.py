@@ -1,15 +1,12 @@
-"""What the SSD kernels share: arguments, loads, the activation of dt, decays, a step of the state. Each written once.
+"""What the SSD kernels share: loads, the activation of dt, decays, one step of the state. Each is written once, here.
 
-Names: q tokens per step, p headdim, n d_state. The n dimension is held as two tiles of n1 and n2 columns, so that
-d_state 142 costs 128 + 16 and not 256; n2 is 0 where one tile covers it, and second tiles are then never touched: an
-alias of the first stands in their place. Exponentials are base 2: decay rates carry a factor log2(e), and `cs` is in
-that unit.
+Names: q tokens per step (constant Q), p headdim, n d_state. The n dimension is held as two tiles, of N1 and N2
+columns, so that d_state 142 costs 128 + 16 and not 256; N2 is 0 where one tile covers it, and second tiles are then
+never touched. Exponentials are base 2: decay rates arrive multiplied by log2(e), and `cs` below is in that unit.
 
-Offsets are int64 throughout. The strides inside a tile are compile-time constants: with them the addresses of a tile
-are one register and immediate offsets, where runtime strides cost a register or two for every row.
+Overflow: pointers move by int64 offsets from one step to the next; inside a tile offsets are int32, unless the launcher
+found that one could pass 2**31 and set WIDE.
 """
-
-from typing import NamedTuple
 
 import triton
 import triton.language as tl
@@ -17,129 +14,36 @@ import triton.language as tl
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
-class Tokens(NamedTuple):
-    """A tensor (b, l, heads or groups, columns) and its strides."""
-
-    data: object
-    batch: object
-    token: object  # constant
-    head: object
-    column: object  # constant
-    align: object  # constant: a power of two that divides the stride `head`, so that loads can be wide
-
-
-class Clock(NamedTuple):
-    """What decides the steps of a head and its decays."""
-
-    dt: Tokens
-    A: object  # (h)
-    bias: object  # (h) or None
-    seq_idx: object  # Tokens with one head, or None
-    low: object
-    high: object
-
-
-class PerChannel(NamedTuple):
-    """D and its strides over heads and channels; the latter is 0 where a head has one value."""
-
-    data: object
-    head: object
-    column: object
-
-
-class Given(NamedTuple):
-    """A caller's states (b, h, p, n) and their strides."""
-
-    data: object
-    batch: object
-    head: object
-    p: object
-    n: object
-
-
-class Sizes(NamedTuple):
-    """Compile-time constants of the three large kernels."""
-
-    p: tl.constexpr
-    n: tl.constexpr
-    heads_per_group: tl.constexpr
-    q: tl.constexpr  # tokens per step
-    span: tl.constexpr  # steps between kept states
-    p_tile: tl.constexpr  # channels of a head that a program holds
-    n1: tl.constexpr
-    n2: tl.constexpr
-    softplus: tl.constexpr
-    precision: tl.constexpr  # of products of float32 operands
+@triton.jit
+def tile_rows(Q: tl.constexpr, WIDE: tl.constexpr):
+    """Token numbers inside a step, (Q)."""
+    rows = tl.arange(0, Q)
+    return rows.to(tl.int64) if WIDE else rows
 
 
 @triton.jit
-def at(x, batch, head):
-    """`x` from one batch entry and head (or group) on."""
-    offset = batch * x.batch + tl.multiple_of(head * x.head, x.align)
-    return Tokens(x.data + offset, x.batch, x.token, x.head, x.column, x.align)
+def load_tile(pointer, rows, left, columns, width, row_stride, column_stride):
+    """(rows, columns) of a matrix with `left` rows and `width` columns; zero outside."""
+    mask = (rows[:, None] < left) & (columns[None, :] < width)
+    return tl.load(pointer + rows[:, None] * row_stride + columns[None, :] * column_stride, mask=mask, other=0.0)
 
 
 @triton.jit
-def at_batch(clock, batch):
-    seq_idx = at(clock.seq_idx, batch, 0) if clock.seq_idx is not None else None
-    return Clock(at(clock.dt, batch, 0), clock.A, clock.bias, seq_idx, clock.low, clock.high)
+def store_tile(pointer, rows, left, columns, width, row_stride, value):
+    """The counterpart of `load_tile`, for rows of contiguous columns."""
+    mask = (rows[:, None] < left) & (columns[None, :] < width)
+    tl.store(pointer + rows[:, None] * row_stride + columns[None, :], value, mask=mask)
 
 
 @triton.jit
-def load_tile(x, start, seqlen, columns, width: tl.constexpr, q: tl.constexpr):
-    """Tokens start to start + q of one head, (q, columns); zero past the end and past `width`."""
-    rows = tl.arange(0, q).to(tl.int64)
-    mask = (rows[:, None] < seqlen - start) & (columns[None, :] < width)
-    pointers = x.data + start * x.token + rows[:, None] * x.token + columns[None, :] * x.column
-    return tl.load(pointers, mask=mask, other=0.0)
+def silu(z):
+    return z / (1.0 + tl.exp2(-z * LOG2E))
 
 
 @triton.jit
-def load_n(x, start, seqlen, s):
-    """B or C for a step: (q, n1) and (q, n2)."""
-    first = load_tile(x, start, seqlen, tl.arange(0, s.n1), s.n, s.q)
-    second = first
-    if s.n2 > 0:
-        second = load_tile(x, start, seqlen, s.n1 + tl.arange(0, s.n2), s.n, s.q)
-    return first, second
-
-
-@triton.jit
-def store_tile(pointer, start, seqlen, columns, width: tl.constexpr, row_stride, value, q: tl.constexpr):
-    """Store (q, columns) from `pointer` on, for rows of contiguous columns, in the pointer's dtype."""
-    rows = tl.arange(0, q).to(tl.int64)
-    mask = (rows[:, None] < seqlen - start) & (columns[None, :] < width)
-    tl.store(pointer + rows[:, None] * row_stride + columns[None, :], value.to(pointer.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def dot(a, b, acc, s):
-    """a @ b + acc in float32."""
-    return tl.dot(a, b, acc=acc, input_precision=s.precision)
-
-
-@triton.jit
-def dot_n(a1, a2, b1, b2, acc, s):
-    """a @ b + acc for a (rows, n) and b (n, columns), each in two tiles of n."""
-    acc = dot(a1, b1, acc, s)
-    if s.n2 > 0:
-        acc = dot(a2, b2, acc, s)
-    return acc
-
-
-@triton.jit
-def zeros_n(rows: tl.constexpr, s):
-    """(n1, rows) and (n2, rows) of zeros."""
-    first = tl.zeros((s.n1, rows), dtype=tl.float32)
-    second = first
-    if s.n2 > 0:
-        second = tl.zeros((s.n2, rows), dtype=tl.float32)
-    return first, second
-
-
-@triton.jit
-def sigmoid(z):
-    return 1.0 / (1.0 + tl.exp2(-z * LOG2E))
+def gated(value, gate):
+    """value * silu(gate), in value's dtype."""
+    return (value.to(tl.float32) * silu(gate.to(tl.float32))).to(value.dtype)
 
 
 @triton.jit
@@ -147,148 +51,162 @@ def softplus(raw):
     """log(1 + exp(raw)) to within float32's rounding.
 
     Near raw = -7, where steps of 1e-3 come from, 1 + exp(raw) has lost half of exp(raw)'s digits. Up to exp(raw) =
-    1/4 the series 2 atanh(t), t = e / (2 + e), is used: its first omitted term is below 1e-9 of the result.
+    1/4 the series 2 atanh(s), s = e / (2 + e), is used: its first omitted term is below 1e-9 of the result.
     """
     e = tl.exp2(tl.minimum(raw, 20.0) * LOG2E)
-    t = e / (2.0 + e)
-    t2 = t * t
-    series = 2.0 * t * (1.0 + t2 * (1.0 / 3.0 + t2 * (1.0 / 5.0 + t2 * (1.0 / 7.0 + t2 * (1.0 / 9.0)))))
-    return tl.where(raw > 20.0, raw, tl.where(e < 0.25, series, tl.log(1.0 + e)))
+    s = e / (2.0 + e)
+    s2 = s * s
+    series = 2.0 * s * (1.0 + s2 * (1.0 / 3.0 + s2 * (1.0 / 5.0 + s2 * (1.0 / 7.0 + s2 * (1.0 / 9.0)))))
+    direct = tl.log(1.0 + e)
+    return tl.where(raw > 20.0, raw, tl.where(e < 0.25, series, direct))
 
 
 @triton.jit
-def activate(clock, head, start, seqlen, s):
-    """dt before and after softplus, (q), float32."""
-    rows = tl.arange(0, s.q).to(tl.int64)
-    pointers = clock.dt.data + head * clock.dt.head + start * clock.dt.token + rows * clock.dt.token
-    raw = tl.load(pointers, mask=rows < seqlen - start, other=0.0).to(tl.float32)
-    if clock.bias is not None:
-        raw += tl.load(clock.bias + head).to(tl.float32)
-    if s.softplus:
-        activated = softplus(raw)
+def load_dt(dt, stride, rows, left, bias, head, SOFTPLUS: tl.constexpr):
+    """dt before and after softplus, (Q), float32; `bias` is a pointer or None."""
+    raw = tl.load(dt + rows * stride, mask=rows < left, other=0.0).to(tl.float32)
+    if bias is not None:
+        raw += tl.load(bias + head).to(tl.float32)
+    if SOFTPLUS:
+        return raw, softplus(raw)
     else:
-        activated = raw
-    return raw, activated
+        return raw, raw
 
 
 @triton.jit
-def documents(seq_idx, start, seqlen, s):
-    """Number of changes of `seq_idx` from the token before the step up to each token, (q); 0 without `seq_idx`."""
-    rows = tl.arange(0, s.q)
+def clamp_dt(dt, rows, left, low, high):
+    """The step used: within the limits, and 0 past the end, so that the state neither decays nor is written there."""
+    clamped = tl.where(dt < low, low, tl.where(dt > high, high, dt))  # a NaN stays one
+    return tl.where(rows < left, clamped, 0.0)
+
+
+@triton.jit
+def documents(seq_idx, stride, rows, start, left):
+    """Number of changes of `seq_idx` from the token before the step up to each token, (Q); 0 without `seq_idx`."""
     if seq_idx is not None:
-        tokens = start + rows
-        here = tl.load(seq_idx.data + tokens * seq_idx.token, mask=tokens < seqlen, other=0)
-        follows = (tokens < seqlen) & (tokens > 0)
-        before = tl.load(seq_idx.data + (tokens - 1) * seq_idx.token, mask=follows, other=0)
-        return tl.cumsum((follows & (here != before)).to(tl.int32), axis=0)
+        here = tl.load(seq_idx + rows * stride, mask=rows < left, other=0)
+        before_mask = (rows < left) & (rows + start > 0)
+        before = tl.load(seq_idx + (rows - 1) * stride, mask=before_mask, other=0)
+        return tl.cumsum((before_mask & (here != before)).to(tl.int32), axis=0)
     else:
-        return tl.zeros_like(rows)
+        return tl.zeros_like(rows).to(tl.int32)
 
 
 @triton.jit
-def tick(clock, head, start, seqlen, s):
-    """A step's dt, cs and decays: state before it -> token i; token j -> state after it; state before -> state after.
+def decays(cs, document, rows, HAS_DOCUMENTS: tl.constexpr):
+    """Factors of a step: state before it -> token i; token j -> state after it; state before -> state after.
 
-    Past the end dt is 0: the state neither decays nor is written there. A document boundary is an infinite decay,
-    made by `where` and never by a product: nothing is ever inf * 0. Also returns the document of each token.
+    A document boundary is an infinite decay, made by `where` and never by a product: nothing is ever inf * 0.
     """
-    _, dt = activate(clock, head, start, seqlen, s)
-    dt = tl.where(dt < clock.low, clock.low, tl.where(dt > clock.high, clock.high, dt))  # a NaN stays one
-    rows = tl.arange(0, s.q)
-    dt = tl.where(rows < seqlen - start, dt, 0.0)
-    cs = tl.cumsum(dt * (tl.load(clock.A + head).to(tl.float32) * LOG2E), axis=0)
     # The last entry itself: another way to sum would round otherwise, and the last token's factor would not be 1.
-    last = tl.sum(tl.where(rows == s.q - 1, cs, 0.0), axis=0)
-    document = documents(clock.seq_idx, start, seqlen, s)
+    last = tl.sum(tl.where(rows == rows.shape[0] - 1, cs, 0.0), axis=0)
     into = tl.exp2(cs)
     out = tl.exp2(tl.minimum(last - cs, 0.0))
     through = tl.exp2(last)
-    if clock.seq_idx is not None:
+    if HAS_DOCUMENTS:
         final = tl.max(document, axis=0)
         into = tl.where(document == 0, into, 0.0)
         out = tl.where(document == final, out, 0.0)
         through = tl.where(final == 0, through, 0.0)
-    return dt, cs, into, out, through, document
+    return into, out, through
 
 
 @triton.jit
-def load_kept(pointer, columns, s):
-    """A kept state (n, p), contiguous: (n1, p_tile) and (n2, p_tile)."""
-    first = _load_state_tile(pointer, tl.arange(0, s.n1), columns, s)
-    second = first
-    if s.n2 > 0:
-        second = _load_state_tile(pointer, s.n1 + tl.arange(0, s.n2), columns, s)
-    return first, second
+def dot(a, b, acc, PRECISION: tl.constexpr):
+    """a @ b + acc in float32. PRECISION says how float32 operands are multiplied; 16-bit ones are exact."""
+    return tl.dot(a, b, acc=acc, input_precision=PRECISION)
 
 
 @triton.jit
-def _load_state_tile(pointer, rows, columns, s):
-    mask = (rows[:, None] < s.n) & (columns[None, :] < s.p)
-    return tl.load(pointer + rows[:, None] * s.p + columns[None, :], mask=mask, other=0.0)
+def load_state(pointer, columns, p: tl.constexpr, n: tl.constexpr, FIRST: tl.constexpr, N: tl.constexpr):
+    """Rows FIRST to FIRST + N of a state kept as (n, p), contiguous; (N, P_TILE)."""
+    rows = FIRST + tl.arange(0, N)
+    return load_tile(pointer, rows, n, columns, p, p, 1)
 
 
 @triton.jit
-def store_state(pointer, first, second, columns, n_stride: tl.constexpr, p_stride: tl.constexpr, wanted, s):
-    """Store a state, in the pointer's dtype, if `wanted`: (n, p) with strides (p, 1) as kept, (1, n) as callers do."""
-    _store_state_tile(pointer, first, tl.arange(0, s.n1), columns, n_stride, p_stride, wanted, s)
-    if s.n2 > 0:
-        _store_state_tile(pointer, second, s.n1 + tl.arange(0, s.n2), columns, n_stride, p_stride, wanted, s)
+def keep_state(pointer, state, columns, p: tl.constexpr, n, FIRST: tl.constexpr, N: tl.constexpr):
+    """Keep rows FIRST to FIRST + N of a state as (n, p); nothing at all with n = 0."""
+    store_tile(pointer, FIRST + tl.arange(0, N), n, columns, p, p, state.to(pointer.dtype.element_ty))
 
 
 @triton.jit
-def _store_state_tile(pointer, tile, rows, columns, n_stride: tl.constexpr, p_stride: tl.constexpr, wanted, s):
-    mask = (rows[:, None] < s.n) & (columns[None, :] < s.p) & wanted
-    pointers = pointer + rows[:, None] * n_stride + columns[None, :] * p_stride
-    tl.store(pointers, tile.to(pointer.dtype.element_ty), mask=mask)
+def load_given_state(pointer, strides, columns, p: tl.constexpr, n: tl.constexpr, FIRST: tl.constexpr, N: tl.constexpr):
+    """Rows FIRST to FIRST + N of a caller's (b, h, p, n) state as (N, P_TILE), float32."""
+    rows = FIRST + tl.arange(0, N)
+    mask = (rows[:, None] < n) & (columns[None, :] < p)
+    offsets = rows.to(tl.int64)[:, None] * strides[3] + columns.to(tl.int64)[None, :] * strides[2]
+    return tl.load(pointer + offsets, mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def load_given(given, batch, head, columns, s):
-    """A caller's state as (n1, p_tile) and (n2, p_tile), float32."""
-    pointer = given.data + batch * given.batch + head * given.head
-    first = _load_given_tile(pointer, given, tl.arange(0, s.n1), columns, s)
-    second = first
-    if s.n2 > 0:
-        second = _load_given_tile(pointer, given, s.n1 + tl.arange(0, s.n2), columns, s)
-    return first, second
+def store_given_state(pointer, state, columns, p: tl.constexpr, n: tl.constexpr, FIRST: tl.constexpr, N: tl.constexpr):
+    """Write rows FIRST to FIRST + N of a state into a contiguous (p, n) matrix."""
+    rows = FIRST + tl.arange(0, N)
+    mask = (rows[:, None] < n) & (columns[None, :] < p)
+    tl.store(pointer + columns[None, :] * n + rows[:, None], state.to(pointer.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def _load_given_tile(pointer, given, rows, columns, s):
-    mask = (rows[:, None] < s.n) & (columns[None, :] < s.p)
-    pointers = pointer + rows.to(tl.int64)[:, None] * given.n + columns.to(tl.int64)[None, :] * given.p
-    return tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def gated(value, gate):
-    """value * silu(gate), in value's dtype."""
-    wide = gate.to(tl.float32)
-    return (value.to(tl.float32) * wide * sigmoid(wide)).to(value.dtype)
-
-
-@triton.jit
-def advance_with(state1, state2, value, weight, through, k1, k2, s):
-    """through * state + sum over j of weight_j k_j value_jᵀ."""
+def advance_with(state1, state2, value, weight, through, k1, k2, N2: tl.constexpr, PRECISION: tl.constexpr):
+    """through * state + Σ_j weight_j k_j value_jᵀ, for both tiles of the state."""
     weighted = (value.to(tl.float32) * weight[:, None]).to(value.dtype)
-    state1 = dot(tl.trans(k1), weighted, state1 * through, s)
-    if s.n2 > 0:
-        state2 = dot(tl.trans(k2), weighted, state2 * through, s)
+    state1 = dot(tl.trans(k1), weighted, state1 * through, PRECISION)
+    if N2 > 0:
+        state2 = dot(tl.trans(k2), weighted, state2 * through, PRECISION)
     return state1, state2
 
 
 @triton.jit
-def advance(state1, state2, v, gate, k, clock, head, start, seqlen, columns, s, REVERSE: tl.constexpr):
+def advance(
+    state1,  # (N1, P_TILE), float32
+    state2,  # (N2, P_TILE), float32; anything where N2 is 0
+    v,  # pointers to the step's first token, for the head: x, or dout when REVERSE
+    v_strides,
+    z,  # gate of dout, or None
+    z_strides,
+    k,  # B, or C when REVERSE
+    k_strides,
+    dt,
+    dt_stride,
+    seq_idx,  # pointer or None
+    seq_stride,
+    bias,
+    head,
+    rate,  # A log2(e)
+    start,
+    left,  # tokens from the step's first to the end of the sequence
+    columns,  # (P_TILE)
+    low,
+    high,
+    p: tl.constexpr,
+    n: tl.constexpr,
+    Q: tl.constexpr,
+    N1: tl.constexpr,
+    N2: tl.constexpr,
+    SOFTPLUS: tl.constexpr,
+    REVERSE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    WIDE: tl.constexpr,
+):
     """One step of the state, or in REVERSE of its gradient; also returns the decay through the step.
 
-    forward   S' = through S + sum_j out_j dt_j B_j x_jᵀ                    v = x, k = B
-    reverse   R' = through R + sum_i into_i C_i (dout_i silu(gate_i))ᵀ      v = dout, k = C
+    forward   S' = through S + sum_j out_j dt_j B_j x_jᵀ          reverse   R' = through R + sum_i into_i C_i dout_iᵀ
     """
-    dt, _, into, out, through, _ = tick(clock, head, start, seqlen, s)
-    value = load_tile(v, start, seqlen, columns, s.p, s.q)
-    if gate is not None:
-        value = gated(value, load_tile(gate, start, seqlen, columns, s.p, s.q))
-    k1, k2 = load_n(k, start, seqlen, s)
-    weight = into if REVERSE else out * dt
-    state1, state2 = advance_with(state1, state2, value, weight, through, k1, k2, s)
+    rows = tile_rows(Q, WIDE)
+    _, activated = load_dt(dt, dt_stride, rows, left, bias, head, SOFTPLUS)
+    step = clamp_dt(activated, rows, left, low, high)
+    document = documents(seq_idx, seq_stride, rows, start, left)
+    cs = tl.cumsum(step * rate, axis=0)
+    into, out, through = decays(cs, document, rows, seq_idx is not None)
+    value = load_tile(v, rows, left, columns, p, v_strides[1], v_strides[3])
+    weight = into if REVERSE else out * step
+    if z is not None:
+        gate = load_tile(z, rows, left, columns, p, z_strides[1], z_strides[3])
+        value = gated(value, gate)
+    k1 = load_tile(k, rows, left, tl.arange(0, N1), n, k_strides[1], k_strides[3])
+    k2 = k1
+    if N2 > 0:
+        k2 = load_tile(k, rows, left, N1 + tl.arange(0, N2), n, k_strides[1], k_strides[3])
+    state1, state2 = advance_with(state1, state2, value, weight, through, k1, k2, N2, PRECISION)
     return state1, state2, through

@@ -17,110 +17,170 @@ import triton
 import triton.language as tl
 
 from mamba2.ops.ssd.triton_common import (
+    LOG2E,
     advance_with,
-    at,
-    at_batch,
+    clamp_dt,
+    decays,
+    documents,
     dot,
-    dot_n,
-    load_given,
-    load_kept,
-    load_n,
+    keep_state,
+    load_dt,
+    load_given_state,
+    load_state,
     load_tile,
-    sigmoid,
-    store_state,
+    silu,
+    store_given_state,
     store_tile,
-    tick,
-    zeros_n,
+    tile_rows,
 )
 
 
 @triton.jit
 def _scan_kernel(
-    x,  # Tokens (b, l, h, p)
-    B,  # Tokens (b, l, g, n)
-    C,  # Tokens (b, l, g, n)
-    z,  # Tokens (b, l, h, p), or None
-    clock,
-    D,  # PerChannel, or None
-    initial,  # Given, or None; none when FROM_KEPT
+    x,  # (b, l, h, p)
+    dt,  # (b, l, h)
+    A,  # (h)
+    B,  # (b, l, g, n)
+    C,  # (b, l, g, n)
+    D,  # (h) or (h, p), or None
+    z,  # (b, l, h, p) or None
+    bias,  # (h) or None
+    seq_idx,  # (b, l) or None
+    initial,  # (b, h, p, n) or None; unused when FROM_KEPT
     y,  # out: (b, l, h, p), contiguous
     kept,  # (b, spans, h, n, p): out, or None; in when FROM_KEPT
-    final,  # out: (b, h, p, n), float32, or None; none when FROM_KEPT
+    final,  # out: (b, h, p, n), float32, or None; unused when FROM_KEPT
+    x_strides,
+    dt_strides,
+    B_strides,
+    C_strides,
+    D_strides,
+    z_strides,
+    seq_strides,
+    initial_strides,
     seqlen,
     nheads,
     spans,
-    s,  # Sizes
+    low,
+    high,
+    p: tl.constexpr,
+    n: tl.constexpr,
+    HEADS_PER_GROUP: tl.constexpr,
+    SPAN_STEPS: tl.constexpr,
+    Q: tl.constexpr,
+    P_TILE: tl.constexpr,
+    N1: tl.constexpr,
+    N2: tl.constexpr,
+    SOFTPLUS: tl.constexpr,
     FROM_KEPT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    WIDE: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Grid (h * p tiles, b, FROM_KEPT ? spans : 1). A program owns p_tile channels of one head, over the sequence.
+    """Grid (h * p tiles, b, FROM_KEPT ? spans : 1). A program owns P_TILE channels of one head, over the sequence.
 
     FROM_KEPT: over one span only, from the state that earlier launches left in `kept`.
     """
-    p_tiles: tl.constexpr = (s.p + s.p_tile - 1) // s.p_tile
+    p_tiles: tl.constexpr = (p + P_TILE - 1) // P_TILE
     head = (tl.program_id(0) // p_tiles).to(tl.int64)
     batch = tl.program_id(1).to(tl.int64)
-    columns = tl.program_id(0) % p_tiles * s.p_tile + tl.arange(0, s.p_tile)
-    rows = tl.arange(0, s.q)
-    narrow = x.data.dtype.element_ty
-    x = at(x, batch, head)
-    B = at(B, batch, head // s.heads_per_group)
-    C = at(C, batch, head // s.heads_per_group)
+    columns = tl.program_id(0) % p_tiles * P_TILE + tl.arange(0, P_TILE)
+    columns1 = tl.arange(0, N1)
+    group = head // HEADS_PER_GROUP
+    rows = tile_rows(Q, WIDE)
+    narrow = x.dtype.element_ty
+
+    x += batch * x_strides[0] + head * x_strides[2]
+    dt += batch * dt_strides[0] + head * dt_strides[2]
+    B += batch * B_strides[0] + group * B_strides[2]
+    C += batch * C_strides[0] + group * C_strides[2]
+    y += (batch * seqlen * nheads + head) * p
     if z is not None:
-        z = at(z, batch, head)
-    clock = at_batch(clock, batch)
-    y += (batch * seqlen * nheads + head) * s.p
+        z += batch * z_strides[0] + head * z_strides[2]
+    if seq_idx is not None:
+        seq_idx += batch * seq_strides[0]
     if kept is not None:
-        kept += (batch * spans * nheads + head) * (s.n * s.p)
+        kept += (batch * spans * nheads + head) * (n * p)
     if D is not None:
-        skip = tl.load(D.data + head * D.head + columns * D.column, mask=columns < s.p, other=0.0).to(tl.float32)
+        skip = tl.load(D + head * D_strides[0] + columns * D_strides[1], mask=columns < p, other=0.0).to(tl.float32)
+    rate = tl.load(A + head).to(tl.float32) * LOG2E
 
-    first = tl.program_id(2) * s.span
-    end = tl.cdiv(seqlen, s.q)
+    state1 = tl.zeros((N1, P_TILE), dtype=tl.float32)
+    state2 = state1
+    if N2 > 0:
+        state2 = tl.zeros((N2, P_TILE), dtype=tl.float32)
+    first = tl.program_id(2) * SPAN_STEPS
+    end = tl.cdiv(seqlen, Q)
     if FROM_KEPT:
-        end = tl.minimum(end, first + s.span)
-        state1, state2 = load_kept(kept + tl.program_id(2).to(tl.int64) * nheads * (s.n * s.p), columns, s)
-        state1 = state1.to(tl.float32)
-        state2 = state2.to(tl.float32)
+        end = tl.minimum(end, first + SPAN_STEPS)
+        source = kept + tl.program_id(2).to(tl.int64) * nheads * (n * p)
+        state1 = load_state(source, columns, p, n, 0, N1).to(tl.float32)
+        if N2 > 0:
+            state2 = load_state(source, columns, p, n, N1, N2).to(tl.float32)
     elif initial is not None:
-        state1, state2 = load_given(initial, batch, head, columns, s)
-    else:
-        state1, state2 = zeros_n(s.p_tile, s)
+        initial += batch * initial_strides[0] + head * initial_strides[1]
+        state1 = load_given_state(initial, initial_strides, columns, p, n, 0, N1)
+        if N2 > 0:
+            state2 = load_given_state(initial, initial_strides, columns, p, n, N1, N2)
 
-    for i in tl.range(first, end, num_stages=STAGES):
-        step = tl.cast(i, tl.int32)
-        start = step.to(tl.int64) * s.q
-        x_tile = load_tile(x, start, seqlen, columns, s.p, s.q)
-        B1, B2 = load_n(B, start, seqlen, s)
-        C1, C2 = load_n(C, start, seqlen, s)
-        dt, cs, into, out, through, document = tick(clock, head, start, seqlen, s)
+    for step in tl.range(first, end, num_stages=STAGES):
+        start = step * Q
+        offset = start.to(tl.int64)
+        left = seqlen - start
+        x_tile = load_tile(x + offset * x_strides[1], rows, left, columns, p, x_strides[1], x_strides[3])
+        B1 = load_tile(B + offset * B_strides[1], rows, left, columns1, n, B_strides[1], B_strides[3])
+        C1 = load_tile(C + offset * C_strides[1], rows, left, columns1, n, C_strides[1], C_strides[3])
+        B2 = B1
+        C2 = C1
+        if N2 > 0:
+            columns2 = N1 + tl.arange(0, N2)
+            B2 = load_tile(B + offset * B_strides[1], rows, left, columns2, n, B_strides[1], B_strides[3])
+            C2 = load_tile(C + offset * C_strides[1], rows, left, columns2, n, C_strides[1], C_strides[3])
+        _, activated = load_dt(dt + offset * dt_strides[1], dt_strides[1], rows, left, bias, head, SOFTPLUS)
+        dt_step = clamp_dt(activated, rows, left, low, high)
+        document = documents(
+            seq_idx + offset * seq_strides[1] if seq_idx is not None else None, seq_strides[1], rows, start, left
+        )
+        cs = tl.cumsum(dt_step * rate, axis=0)
+        into, out, through = decays(cs, document, rows, seq_idx is not None)
 
         # What earlier steps left: exp(cs_i) Sᵀ C_i.
         state1_narrow = state1.to(narrow)
         state2_narrow = state2.to(narrow)
         if kept is not None and not FROM_KEPT:
-            span = step // s.span
-            here = kept + span.to(tl.int64) * nheads * (s.n * s.p)
-            store_state(here, state1_narrow, state2_narrow, columns, s.p, 1, step % s.span == 0, s)
-        acc = dot_n(C1, C2, state1_narrow, state2_narrow, None, s) * into[:, None]
+            enters = tl.where(step % SPAN_STEPS == 0, n, 0)
+            span = step // SPAN_STEPS
+            kept_here = kept + span.to(tl.int64) * nheads * (n * p)
+            keep_state(kept_here, state1_narrow, columns, p, enters, 0, N1)
+            if N2 > 0:
+                keep_state(kept_here, state2_narrow, columns, p, enters, N1, N2)
+        acc = dot(C1, state1_narrow, None, PRECISION)
+        if N2 > 0:
+            acc = dot(C2, state2_narrow, acc, PRECISION)
+        acc *= into[:, None]
 
         # What the tokens of this step write and read.
-        scores = dot_n(C1, C2, tl.trans(B1), tl.trans(B2), None, s)
-        scores *= tl.exp2(tl.minimum(cs[:, None] - cs[None, :], 0.0)) * dt[None, :]
+        scores = dot(C1, tl.trans(B1), None, PRECISION)
+        if N2 > 0:
+            scores = dot(C2, tl.trans(B2), scores, PRECISION)
+        scores *= tl.exp2(tl.minimum(cs[:, None] - cs[None, :], 0.0)) * dt_step[None, :]
         visible = rows[:, None] >= rows[None, :]
-        if clock.seq_idx is not None:
+        if seq_idx is not None:
             visible = visible & (document[:, None] == document[None, :])
-        acc = dot(tl.where(visible, scores, 0.0).to(narrow), x_tile, acc, s)
+        scores = tl.where(visible, scores, 0.0)
+        acc = dot(scores.to(narrow), x_tile, acc, PRECISION)
 
-        state1, state2 = advance_with(state1, state2, x_tile, out * dt, through, B1, B2, s)
+        state1, state2 = advance_with(state1, state2, x_tile, out * dt_step, through, B1, B2, N2, PRECISION)
 
         if D is not None:
             acc += x_tile.to(tl.float32) * skip[None, :]
         if z is not None:
-            gate = load_tile(z, start, seqlen, columns, s.p, s.q).to(tl.float32)
-            acc *= gate * sigmoid(gate)
-        store_tile(y + start * nheads * s.p, start, seqlen, columns, s.p, nheads * s.p, acc, s.q)
+            gate = load_tile(z + offset * z_strides[1], rows, left, columns, p, z_strides[1], z_strides[3])
+            acc *= silu(gate.to(tl.float32))
+        store_tile(y + offset * nheads * p, rows, left, columns, p, nheads * p, acc.to(narrow))
 
-    if final is not None:
-        final += (batch * nheads + head) * (s.n * s.p)
-        store_state(final, state1, state2, columns, 1, s.n, True, s)
+    if final is not None and not FROM_KEPT:
+        final += (batch * nheads + head) * (n * p)
+        store_given_state(final, state1, columns, p, n, 0, N1)
+        if N2 > 0:
+            store_given_state(final, state2, columns, p, n, N1, N2)

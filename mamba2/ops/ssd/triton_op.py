@@ -10,16 +10,12 @@ of the device. The backward pass gets R, the gradient of the state at each span'
 launches), then every gradient in one launch and the sums over tokens in another. Nothing else runs on the device.
 """
 
-import math
-
 import torch
 import triton
-import triton.language as tl
 
 from mamba2.ops.ssd.triton_backward import _gradient_kernel, _reduce_kernel
-from mamba2.ops.ssd.triton_common import Clock, Given, PerChannel, Sizes, Tokens
 from mamba2.ops.ssd.triton_forward import _scan_kernel
-from mamba2.ops.ssd.triton_launch import SPAN, Launch, launch_for, multiprocessors, n_tiles, target_of
+from mamba2.ops.ssd.triton_launch import SPAN, launch_for, multiprocessors, n_tiles, target_of
 from mamba2.ops.ssd.triton_states import _pass_kernel, _states_kernel
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -78,8 +74,8 @@ def _forward_op(
     end = final if want_final else None
     with torch.cuda.device_of(x):
         if parallel:
-            run.states(run.x, None, run.B, states, None, None, reverse=False, local=True)
-            run.pass_states(states, run.initial, end, reverse=False)
+            run.local_states(x, None, B, states, reverse=False)
+            run.pass_states(states, initial_states, end, reverse=False)
         run.scan(y, states, end, from_kept=parallel)
     return y, final, kept
 
@@ -122,15 +118,13 @@ def _backward_op(
     run = _Run(x, dt, A, B, C, D, z, dt_bias, initial_states, seq_idx, dt_softplus, dt_low, dt_high)
     dinitial = None if initial_states is None else grads[8]
     gradients = run.empty_states()
-    parallel = run.parallel("states")
-    dy, carry = _tokens(dout), _given(dfinal)
     with torch.cuda.device_of(x):
-        if parallel:
-            run.states(dy, run.z, run.C, gradients, None, None, reverse=True, local=True)
-            run.pass_states(gradients, carry, dinitial, reverse=True)
+        if run.parallel("states"):
+            run.local_states(dout, z, C, gradients, reverse=True)
+            run.pass_states(gradients, dfinal, dinitial, reverse=True)
         else:
-            run.states(dy, run.z, run.C, gradients, carry, dinitial, reverse=True, local=False)
-        run.gradient(dy, kept, gradients, grads)
+            run.walk_gradients(dout, dfinal, gradients, dinitial)
+        run.gradient(dout, kept, gradients, grads)
     return grads
 
 
@@ -163,84 +157,126 @@ _forward_op.register_autograd(_backward, setup_context=_setup_context)
 
 
 class _Run:
-    """One call's arguments and sizes as the kernels take them, and the launches."""
+    """One call's tensors and sizes, and the launches that take them."""
 
     def __init__(self, x, dt, A, B, C, D, z, dt_bias, initial_states, seq_idx, dt_softplus, dt_low, dt_high):
+        self.x, self.dt, self.B, self.C, self.D, self.z = x, dt, B, C, D, z
+        self.A = A.contiguous()
+        self.dt_bias = None if dt_bias is None else dt_bias.contiguous()
+        self.initial_states, self.seq_idx = initial_states, seq_idx
         self.b, self.l, self.h, self.p = x.shape
         self.g, self.n = B.shape[2:]
         self.spans = -(-self.l // SPAN)
-        self.like = x
-        self.x, self.B, self.C, self.z = _tokens(x), _tokens(B), _tokens(C), _tokens(z)
-        dt_bias = None if dt_bias is None else dt_bias.contiguous()
-        self.clock = Clock(_tokens(dt), A.contiguous(), dt_bias, _tokens(seq_idx), dt_low, dt_high)
-        self.D, self.D_size = None, 0
-        self.D_per_channel = D is not None and D.dim() == 2
-        if D is not None:
-            self.D, self.D_size = PerChannel(D, D.stride(0), D.stride(1) if self.D_per_channel else 0), D.numel()
-        self.initial = _given(initial_states)
+        self.device = x.device
+        self.limits = {"low": dt_low, "high": dt_high}
         self.softplus = dt_softplus
         exact = torch.get_float32_matmul_precision() == "highest"
         self.precision = "ieee" if exact or x.dtype != torch.float32 else "tf32"
 
     def empty_states(self) -> torch.Tensor:
-        return self.like.new_empty(self.b, self.spans, self.h, self.n, self.p)
+        return self.x.new_empty(self.b, self.spans, self.h, self.n, self.p)
 
-    def launch(self, kernel: str) -> Launch:
-        return launch_for(kernel, target_of(self.like.device), self.like.element_size(), self.p, self.n)
+    def launch(self, kernel: str):
+        return launch_for(kernel, target_of(self.device), self.x.element_size(), self.p, self.n)
 
     def parallel(self, kernel: str) -> bool:
         """Whether the sequential form would leave multiprocessors idle, and there are spans to share out."""
-        programs = self.b * self.h * triton.cdiv(self.p, self.launch(kernel).p_tile)
-        return self.spans > 1 and programs < multiprocessors(self.like.device)
+        programs = self.b * self.h * -(-self.p // self.launch(kernel).p_tile)
+        return self.spans > 1 and programs < multiprocessors(self.device)
 
-    def sizes(self, launch: Launch) -> Sizes:
-        values = (self.p, self.n, self.h // self.g, launch.q, SPAN // launch.q, launch.p_tile, *n_tiles(self.n))
-        return Sizes(*(tl.constexpr(value) for value in (*values, self.softplus, self.precision)))
+    def constants(self, launch, *tensors: torch.Tensor) -> dict:
+        """Compile-time values that the three large kernels share; `tensors` are all that they index by token."""
+        n1, n2 = n_tiles(self.n)
+        reach = max(t.stride(1) * launch.q + t.stride(-1) * max(self.p, n1 + n2) for t in tensors)
+        return {
+            "p": self.p,
+            "n": self.n,
+            "HEADS_PER_GROUP": self.h // self.g,
+            "SPAN_STEPS": SPAN // launch.q,
+            "Q": launch.q,
+            "P_TILE": launch.p_tile,
+            "N1": n1,
+            "N2": n2,
+            "SOFTPLUS": self.softplus,
+            "PRECISION": self.precision,
+            "WIDE": reach >= 2**31,
+            "num_warps": launch.num_warps,
+        }
+
+    def indexed(self, *more: torch.Tensor | None) -> list[torch.Tensor]:
+        tensors = (self.x, self.dt, self.B, self.C, self.z, self.seq_idx, *more)
+        return [t for t in tensors if t is not None]
 
     def scan(self, y, kept, final, from_kept: bool) -> None:
         launch = self.launch("scan")
         tiles = triton.cdiv(self.p, launch.p_tile)
         _scan_kernel[(self.h * tiles, self.b, self.spans if from_kept else 1)](
             self.x,
+            self.dt,
+            self.A,
             self.B,
             self.C,
-            self.z,
-            self.clock,
             self.D,
-            None if from_kept else self.initial,
+            self.z,
+            self.dt_bias,
+            self.seq_idx,
+            None if from_kept else self.initial_states,
             y,
             kept,
             None if from_kept else final,
+            self.x.stride(),
+            self.dt.stride(),
+            self.B.stride(),
+            self.C.stride(),
+            _channel_strides(self.D),
+            _strides(self.z, 4),
+            _strides(self.seq_idx, 2),
+            _strides(self.initial_states, 4),
             self.l,
             self.h,
             self.spans,
-            self.sizes(launch),
+            **self.limits,
+            **self.constants(launch, *self.indexed()),
             FROM_KEPT=from_kept,
             STAGES=launch.num_stages,
-            num_warps=launch.num_warps,
         )
 
-    def states(self, v, gate, k, kept, carry, end, reverse: bool, local: bool) -> None:
-        """The walk that carries a state or its gradient; `local`: each span from zero, and the decay through it."""
+    def local_states(self, v, z, k, kept, reverse: bool) -> None:
+        """What each span adds to the state (or, in reverse, to its gradient), from zero, and the decay through it."""
+        self.through = self.x.new_empty(self.b, self.spans, self.h, dtype=torch.float32)
+        self._states(v, z, k, None, kept, None, self.through, reverse, local=True)
+
+    def walk_gradients(self, dout, dfinal, kept, dinitial) -> None:
+        self._states(dout, self.z, self.C, dfinal, kept, dinitial, None, reverse=True, local=False)
+
+    def _states(self, v, z, k, carry, kept, end, through, reverse: bool, local: bool) -> None:
         launch = self.launch("states")
         tiles = triton.cdiv(self.p, launch.p_tile)
-        self.through = self.like.new_empty(self.b, self.spans, self.h, dtype=torch.float32) if local else None
         _states_kernel[(self.h * tiles, self.b, self.spans if local else 1)](
             v,
-            gate,
+            z,
             k,
-            self.clock,
+            self.dt,
+            self.A,
+            self.dt_bias,
+            self.seq_idx,
             carry,
             kept,
             end,
-            self.through,
+            through,
+            v.stride(),
+            _strides(z, 4),
+            k.stride(),
+            self.dt.stride(),
+            _strides(self.seq_idx, 2),
+            _strides(carry, 4),
             self.l,
             self.h,
             self.spans,
-            self.sizes(launch),
+            **self.limits,
+            **self.constants(launch, *self.indexed(v)),
             REVERSE=reverse,
             LOCAL=local,
-            num_warps=launch.num_warps,
             num_stages=launch.num_stages,
         )
 
@@ -251,6 +287,7 @@ class _Run:
             self.through,
             carry,
             end,
+            _strides(carry, 4),
             self.h,
             self.spans,
             p=self.p,
@@ -264,15 +301,19 @@ class _Run:
         dx, ddt, dA, dB, dC, dD, dz, dbias, _ = grads
         launch = self.launch("gradient")
         steps = triton.cdiv(self.l, launch.q)
-        partial = self.like.new_empty(self.b, steps, 2 * self.h + self.D_size, dtype=torch.float32)
-        _gradient_kernel[(3 * steps, self.g, self.b)](
+        d = 0 if self.D is None else self.D.numel()
+        partial = self.x.new_empty(self.b, steps, 2 * self.h + d, dtype=torch.float32)
+        _gradient_kernel[(steps, self.g, self.b)](
             self.x,
+            self.dt,
+            self.A,
             self.B,
             self.C,
-            self.z,
-            dout,
-            self.clock,
             self.D,
+            self.z,
+            self.dt_bias,
+            self.seq_idx,
+            dout,
             kept_S,
             kept_R,
             dx,
@@ -281,37 +322,43 @@ class _Run:
             dC,
             None if self.z is None else dz,
             partial,
+            self.x.stride(),
+            self.dt.stride(),
+            self.B.stride(),
+            self.C.stride(),
+            _channel_strides(self.D),
+            _strides(self.z, 4),
+            _strides(self.seq_idx, 2),
+            dout.stride(),
             self.l,
             self.g,
             self.spans,
-            self.sizes(launch),
-            D_PER_CHANNEL=self.D_per_channel,
-            num_warps=launch.num_warps,
+            **self.limits,
+            **self.constants(launch, *self.indexed(dout)),
+            D_PER_CHANNEL=self.D is not None and self.D.dim() == 2,
             num_stages=launch.num_stages,
         )
         columns = 32
-        _reduce_kernel[(triton.cdiv(2 * self.h + self.D_size, columns),)](
+        _reduce_kernel[(triton.cdiv(2 * self.h + d, columns),)](
             partial,
             dA,
-            None if self.clock.bias is None else dbias,
+            None if self.dt_bias is None else dbias,
             None if self.D is None else dD,
             self.b * steps,
             self.h,
-            self.D_size,
+            d,
             ROWS=64,
             COLUMNS=columns,
             num_warps=4,
         )
 
 
-def _tokens(tensor: torch.Tensor | None) -> Tokens | None:
-    """(b, l), (b, l, h) or (b, l, h, columns) with its strides; those inside a tile become constants."""
-    if tensor is None:
-        return None
-    batch, token, head, column = (*tensor.stride(), 0, 0)[:4]
-    align = math.gcd(head, 16)
-    return Tokens(tensor, batch, tl.constexpr(token), head, tl.constexpr(column), tl.constexpr(align))
+def _strides(tensor: torch.Tensor | None, dims: int) -> tuple[int, ...]:
+    return (0,) * dims if tensor is None else tensor.stride()
 
 
-def _given(tensor: torch.Tensor | None) -> Given | None:
-    return None if tensor is None else Given(tensor, *tensor.stride())
+def _channel_strides(D: torch.Tensor | None) -> tuple[int, int]:
+    """Strides over heads and channels; one value per head is the same for every channel."""
+    if D is None:
+        return 0, 0
+    return D.stride() if D.dim() == 2 else (D.stride(0), 0)
