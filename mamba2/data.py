@@ -27,12 +27,12 @@ import torch
 from tqdm import tqdm
 
 from mamba2.checkpoint import atomic_folder
+from mamba2.ops import IGNORE_INDEX
 from mamba2.tokenizer import Tokenizer
 
 STDLIB = "stdlib"
 LOADERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 VALIDATION_SPLITS = ("validation", "val", "test")
-IGNORE_INDEX = -100
 
 # Of the standard library one file in 20 is held out, chosen by its content: copies of a file fall on the same side.
 STDLIB_HELD_OUT = 20

@@ -6,8 +6,9 @@ from collections.abc import Iterator
 
 import torch
 
-from mamba2.data import IGNORE_INDEX, Windows
+from mamba2.data import Windows
 from mamba2.model import Mamba2LM
+from mamba2.ops import IGNORE_INDEX
 
 
 def choose_device() -> torch.device:

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 import torch
 
 from mamba2.model import Mamba2LM
+from mamba2.ops import IGNORE_INDEX
 from mamba2.tokenizer import Tokenizer
 
 PROTOCOLS = ("stateful", "windows", "hf_evaluate")
-IGNORE_INDEX = -100
 
 
 @dataclass(frozen=True)
