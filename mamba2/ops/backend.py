@@ -1,8 +1,8 @@
 """Which implementation an op runs: decided here and nowhere else.
 
-A tensor on a GPU (CUDA or ROCm) goes to Triton, a tensor on the CPU to plain torch. MAMBA2_BACKEND=reference, torch or
-triton overrides that for one run. Triton takes a CPU tensor only in its interpreter (TRITON_INTERPRET=1), as the tests
-do.
+Plain torch, on every device, unless MAMBA2_BACKEND=reference, torch or triton says otherwise for one run. The Triton
+kernels are opt-in: not all of them compile for every GPU yet (`python -m benchmarks.kernel_report` says which). They
+take a CPU tensor only in Triton's interpreter (TRITON_INTERPRET=1), as the tests do.
 """
 
 import os
@@ -19,7 +19,7 @@ def choose_backend(tensor: torch.Tensor, available: tuple[str, ...]) -> str:
     """
     asked = os.environ.get("MAMBA2_BACKEND", "")
     if not asked:
-        return "triton" if tensor.is_cuda and "triton" in available else "torch"
+        return "torch"
     if asked not in BACKENDS:
         raise ValueError(f"MAMBA2_BACKEND={asked!r} is unknown; choose one of {', '.join(BACKENDS)}")
     if asked not in available:
