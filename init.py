@@ -1,0 +1,105 @@
+"""Create models that differ in nothing but the initialisation of dt_bias.
+
+    python init.py                                              the tiny study, into runs/tiny/models
+    python init.py --config-path configs --seeds 1 2 3          the study's 40M model, 3 seeds x 3 initialisations
+    python init.py --list                                       the initialisations and what they mean
+
+Writes {output-path}/seed-{seed}-{initialization}/ with config.json, model.safetensors and the tokenizer. For one seed
+all tensors but dt_bias are bit-identical across initialisations.
+"""
+
+import argparse
+import dataclasses
+from pathlib import Path
+
+from mamba2.checkpoint import atomic_folder
+from mamba2.cli import parse_arguments, run
+from mamba2.config import WEIGHT_INITS, Mamba2Config
+from mamba2.initializers import INITIALIZERS, DtParams, dt_table
+from mamba2.model import Mamba2LM
+from mamba2.tokenizer import Tokenizer, get_tokenizer, save_tokenizer
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config-path", default="configs", help="folder with a config.json, or one .json [configs]")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[42])
+    parser.add_argument(
+        "--initializations", nargs="+", default=["uniform", "linear_decay", "linear_decay_reverse"], metavar="NAME"
+    )
+    parser.add_argument("--output-path", default="./mamba2-40m")
+    parser.add_argument("--t-max", type=float, default=0.1, help="largest dt [0.1]")
+    parser.add_argument("--t-min", type=float, default=0.001, help="smallest dt [0.001]")
+    parser.add_argument("--weight-init", choices=list(WEIGHT_INITS), help="all other weights [what the config says]")
+    parser.add_argument("--tokenizer", help="bytes, gpt2, gpt-neox-20b, a tokenizer.json [by the vocabulary's size]")
+    parser.add_argument("--list", action="store_true", help="list the initialisations and stop")
+    args = parse_arguments(parser, "init")
+    if args.list:
+        for name in INITIALIZERS:
+            print(f"{name:24} {summary(name)}")
+        return
+
+    # Everything that can be wrong is found before the first folder is made.
+    config = Mamba2Config.from_json(args.config_path)
+    if args.weight_init:
+        config = config.with_weight_init(args.weight_init)
+    parameters = DtParams(t_min=args.t_min, t_max=args.t_max, dt_floor=config.time_step_floor)
+    if unknown := [name for name in args.initializations if name not in INITIALIZERS]:
+        raise ValueError(f"unknown initialization {unknown[0]!r}: choose from {', '.join(INITIALIZERS)}")
+    tokenizer = choose_tokenizer(args.tokenizer, config.vocab_size)
+    if tokenizer is not None:
+        pad = config.pad_token_id if config.pad_token_id == tokenizer.eot_id else None
+        config = dataclasses.replace(
+            config, bos_token_id=tokenizer.eot_id, eos_token_id=tokenizer.eot_id, pad_token_id=pad
+        )
+    folders = {
+        (seed, name): Path(args.output_path) / f"seed-{seed}-{name}"
+        for seed in args.seeds
+        for name in args.initializations
+    }
+    finished = {key for key, folder in folders.items() if folder.exists()}
+
+    print(f"config       {args.config_path}: {config.num_parameters():,} parameters")
+    print(f"layers       {config.num_hidden_layers} x {config.num_heads} heads of {config.head_dim}")
+    print(
+        f"tokenizer    {tokenizer.name if tokenizer else 'none: no built-in fits this vocabulary; train on input_ids'}"
+    )
+    print(f"dt           {args.t_min} to {args.t_max}")
+    for (seed, name), folder in folders.items():
+        if (seed, name) in finished:
+            print(f"\n{folder} is there already and stays as it is")
+            continue
+        model = Mamba2LM(config, seed, name, parameters)
+        print(f"\nseed {seed}, {name}: {summary(name)}")
+        print(dt_table(model.dt_bias(), model.A()))
+        with atomic_folder(folder) as temporary:
+            model.save_pretrained(temporary)
+            if tokenizer is not None:
+                save_tokenizer(tokenizer, temporary)
+        print(f"wrote {folder}")
+
+
+def summary(name: str) -> str:
+    """First line of what an initialisation's documentation says."""
+    return INITIALIZERS[name].function.__doc__.splitlines()[0]
+
+
+def choose_tokenizer(name: str | None, vocab_size: int) -> Tokenizer | None:
+    """The named tokenizer, or the largest of gpt-neox-20b and bytes that fits the vocabulary.
+
+    Raises ValueError when a named one has more ids than the model has rows.
+    """
+    if name is not None:
+        tokenizer = get_tokenizer(name)
+        if tokenizer.vocab_size > vocab_size:
+            raise ValueError(
+                f"tokenizer {name} has {tokenizer.vocab_size} ids and the config's vocab_size is {vocab_size}; "
+                "the model needs a row for each"
+            )
+        return tokenizer
+    fitting = (get_tokenizer(candidate) for candidate in ("gpt-neox-20b", "bytes"))
+    return next((tokenizer for tokenizer in fitting if tokenizer.vocab_size <= vocab_size), None)
+
+
+if __name__ == "__main__":
+    run(main)

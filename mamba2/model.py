@@ -1,0 +1,317 @@
+"""Mamba-2 (Dao & Gu 2024, arXiv:2405.21060): mixer, block, language model.
+
+    ids -> embeddings -> L × [ residual += x; x = mixer(norm(residual)) ] -> norm_f -> lm_head
+
+Parameter names and shapes are those of `transformers.Mamba2ForCausalLM`, so checkpoints pass both ways.
+d_inner = h p; b batch, l seqlen, d hidden_size, h nheads, p headdim, g ngroups, n d_state, K conv_kernel, v vocab.
+"""
+
+import dataclasses
+import math
+import os
+from pathlib import Path
+from typing import NamedTuple, Self
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from mamba2.checkpoint import read_model, write_model
+from mamba2.config import Mamba2Config
+from mamba2.initializers import DtParams, make_dt_bias, seed_stream
+from mamba2.ops import (
+    add_rms_norm,
+    causal_conv1d,
+    gated_rms_norm,
+    linear_cross_entropy,
+    linear_token_losses,
+    ssd,
+)
+
+
+class MixerState(NamedTuple):
+    """All that one mixer remembers of the tokens so far."""
+
+    conv: torch.Tensor  # (b, K - 1, d_inner + 2 g n), the last inputs of the convolution
+    ssm: torch.Tensor  # (b, h, p, n), float32
+
+
+class Parameters(nn.Module):
+    """A weight, and perhaps a bias, under the names that checkpoints use; the arithmetic is in `mamba2.ops`."""
+
+    def __init__(self, *shape: int, bias: bool = False):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(shape))
+        self.bias = nn.Parameter(torch.empty(shape[0])) if bias else None
+
+
+class Linear(nn.Linear):
+    """torch's, without its own draw from the global generator: Mamba2LM draws all weights."""
+
+    def reset_parameters(self) -> None:
+        pass
+
+
+class Mamba2Mixer(nn.Module):
+    """Projection in, causal convolution, SSD, gated norm, projection out: (b, l, d) -> (b, l, d)."""
+
+    def __init__(self, config: Mamba2Config):
+        super().__init__()
+        self.config = config
+        self.in_proj = Linear(config.hidden_size, config.d_in_proj, bias=config.use_bias)
+        self.conv1d = Parameters(config.conv_dim, 1, config.conv_kernel, bias=config.use_conv_bias)
+        self.dt_bias = nn.Parameter(torch.empty(config.num_heads))
+        self.A_log = nn.Parameter(torch.empty(config.num_heads))
+        self.D = nn.Parameter(torch.empty(config.num_heads))
+        self.norm = Parameters(config.d_inner)
+        self.out_proj = Linear(config.d_inner, config.hidden_size, bias=config.use_bias)
+
+    def forward(
+        self, u: torch.Tensor, seq_idx: torch.Tensor | None = None, state: MixerState | None = None
+    ) -> tuple[torch.Tensor, MixerState]:
+        """Mix u (b, l, d) along the sequence, starting from `state` (zeros if None). Returns (b, l, d), new state."""
+        cfg = self.config
+        bc = cfg.n_groups * cfg.state_size
+        z, xBC, dt = self.in_proj(u).split([cfg.d_inner, cfg.conv_dim, cfg.num_heads], dim=-1)
+        xBC, conv_state = causal_conv1d(
+            xBC,
+            self.conv1d.weight.squeeze(1),
+            self.conv1d.bias,
+            seq_idx=seq_idx,
+            initial_state=None if state is None else state.conv,
+            return_final_state=True,
+        )  # (b, l, d_inner + 2 g n)
+        x, B, C = xBC.split([cfg.d_inner, bc, bc], dim=-1)
+        y, ssm_state = ssd(
+            x.unflatten(-1, (cfg.num_heads, cfg.head_dim)),  # (b, l, h, p)
+            dt,  # (b, l, h)
+            -self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32)).exp(),  # (h,)
+            B.unflatten(-1, (cfg.n_groups, cfg.state_size)),  # (b, l, g, n)
+            C.unflatten(-1, (cfg.n_groups, cfg.state_size)),
+            cfg.chunk_size,
+            D=self.D,
+            dt_bias=self.dt_bias,
+            initial_states=None if state is None else state.ssm,
+            seq_idx=seq_idx,
+            dt_softplus=True,
+            dt_limit=cfg.time_step_limit,
+            return_final_states=True,
+        )
+        # Each group is normalised by itself, in training and evaluation alike.
+        y = gated_rms_norm(y.flatten(-2), z, self.norm.weight, cfg.layer_norm_epsilon, ngroups=cfg.n_groups)
+        return self.out_proj(y), MixerState(conv_state, ssm_state)
+
+
+class Mamba2Block(nn.Module):
+    """Add the last block's output to the residual stream, normalise, mix. The stream itself is never normalised."""
+
+    def __init__(self, config: Mamba2Config):
+        super().__init__()
+        self.eps = config.layer_norm_epsilon
+        self.norm = Parameters(config.hidden_size)
+        self.mixer = Mamba2Mixer(config)
+
+    def forward(
+        self,
+        x: torch.Tensor,  # (b, l, d) output of the block before
+        residual: torch.Tensor | None,  # (b, l, d)
+        seq_idx: torch.Tensor | None,
+        state: MixerState | None,
+    ) -> tuple[torch.Tensor, torch.Tensor, MixerState]:
+        """Returns (output (b, l, d), residual (b, l, d), state)."""
+        dtype = _compute_dtype(self.norm.weight)
+        normed, residual = add_rms_norm(x, residual, self.norm.weight, self.eps, dtype)
+        x, state = self.mixer(normed, seq_idx, state)
+        return x, residual, state
+
+
+class Mamba2Backbone(nn.Module):
+    """Embeddings, blocks, last norm: ids (b, l) -> hidden (b, l, d)."""
+
+    def __init__(self, config: Mamba2Config):
+        super().__init__()
+        self.config = config
+        self.embeddings = Parameters(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Mamba2Block(config) for _ in range(config.num_hidden_layers))
+        self.norm_f = Parameters(config.hidden_size)
+        self.checkpoint_every = 0
+
+    def forward(
+        self, input_ids: torch.Tensor, seq_idx: torch.Tensor | None = None, state: list[MixerState] | None = None
+    ) -> tuple[torch.Tensor, list[MixerState]]:
+        """Returns hidden (b, l, d) after the last norm, and the state of each layer after the last token."""
+        x = F.embedding(input_ids, self.embeddings.weight)  # (b, l, d)
+        if self.config.residual_in_fp32:
+            x = x.to(torch.promote_types(x.dtype, torch.float32))
+        residual = None
+        new_state = []
+        for i, layer in enumerate(self.layers):
+            layer_state = None if state is None else state[i]
+            if self.training and self.checkpoint_every and i % self.checkpoint_every == 0:
+                x, residual, layer_state = checkpoint(layer, x, residual, seq_idx, layer_state, use_reentrant=False)
+            else:
+                x, residual, layer_state = layer(x, residual, seq_idx, layer_state)
+            new_state.append(layer_state)
+        eps = self.config.layer_norm_epsilon
+        hidden, _ = add_rms_norm(x, residual, self.norm_f.weight, eps, _compute_dtype(self.norm_f.weight))
+        return hidden, new_state
+
+
+class Mamba2LM(nn.Module):
+    """Mamba-2 language model.
+
+    Attributes:
+        config: the Mamba2Config, which also records how dt_bias was initialised.
+        backbone.checkpoint_every: activation checkpointing. 0 keeps all activations; k recomputes every k-th block in
+            the backward pass (1: every block), which trades time for memory.
+    """
+
+    def __init__(
+        self,
+        config: Mamba2Config,
+        seed: int = 0,
+        initialization: str = "log_uniform",
+        dt_parameters: DtParams | None = None,
+    ):
+        """Build and initialise. All weights but dt_bias depend on `seed` alone, never on the global generator.
+
+        Arguments: `initialization` is a name from `mamba2.initializers`; `dt_parameters` are its parameters, by default
+        the config's time_step_min, time_step_max and time_step_floor. On the meta device nothing is initialised.
+        """
+        super().__init__()
+        self.config = config
+        self.backbone = Mamba2Backbone(config)
+        self.lm_head = Parameters(config.vocab_size, config.hidden_size)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.backbone.embeddings.weight
+        if not self.lm_head.weight.is_meta:
+            self._init_weights(seed)
+            self.init_dt_bias(initialization, seed, dt_parameters)
+
+    # ------------------------------------------------------------------------------------------------------ computation
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        targets: torch.Tensor | None = None,
+        seq_idx: torch.Tensor | None = None,
+        state: list[MixerState] | None = None,
+        return_state: bool = False,
+    ) -> torch.Tensor | tuple[torch.Tensor, list[MixerState]]:
+        """Logits of the next token, or with `targets` the summed loss.
+
+        Arguments:
+            input_ids: (b, l) int64 in [0, v).
+            targets: (b, l) int64, the id after each input, -100 where it does not count. The loss is the sum over
+                tokens in nats, float32; the logits are never held whole.
+            seq_idx: (b, l) integers; convolution and state restart before each token whose value differs from the
+                last one's. `state` belongs to the document of the first token.
+            state: what an earlier call returned, to go on from there; None starts empty.
+            return_state: also return the state after the last token, a list with one MixerState per layer.
+
+        Returns logits (b, l, v), or the loss, and the state if asked for.
+        """
+        hidden, new_state = self.backbone(input_ids, seq_idx, state)
+        if targets is None:
+            result = F.linear(hidden, self.lm_head.weight)
+        else:
+            result = linear_cross_entropy(hidden, self.lm_head.weight, targets)
+        return (result, new_state) if return_state else result
+
+    @torch.no_grad()
+    def token_losses(
+        self,
+        input_ids: torch.Tensor,
+        targets: torch.Tensor,
+        seq_idx: torch.Tensor | None = None,
+        state: list[MixerState] | None = None,
+    ) -> tuple[torch.Tensor, list[MixerState]]:
+        """Loss of each token, (b, l) float32 in nats, 0 where the target is -100; and the state. No gradient."""
+        hidden, new_state = self.backbone(input_ids, seq_idx, state)
+        return linear_token_losses(hidden, self.lm_head.weight, targets), new_state
+
+    # --------------------------------------------------------------------------------------------------- initialisation
+
+    @torch.no_grad()
+    def _init_weights(self, seed: int) -> None:
+        """Draw everything but dt_bias from the stream (seed, "weights"), by the config's `weight_init`."""
+        cfg, generator = self.config, seed_stream(seed, "weights")
+
+        def uniform(tensor: torch.Tensor | None, bound: float) -> None:
+            if tensor is not None:
+                tensor.copy_(torch.empty_like(tensor, device="cpu").uniform_(-bound, bound, generator=generator))
+
+        embeddings = self.backbone.embeddings.weight
+        normal = torch.empty_like(embeddings, device="cpu").normal_(generator=generator)
+        embeddings.copy_(normal * cfg.initializer_range)
+        for layer in self.backbone.layers:
+            mixer = layer.mixer
+            for linear in (mixer.in_proj, mixer.out_proj):
+                uniform(linear.weight, 1.0 / math.sqrt(linear.in_features))
+                if linear.bias is not None:
+                    linear.bias.zero_()
+            if cfg.rescale_prenorm_residual:
+                mixer.out_proj.weight.div_(math.sqrt(cfg.num_hidden_layers))
+            uniform(mixer.conv1d.weight, 1.0 / math.sqrt(cfg.conv_kernel))
+            uniform(mixer.conv1d.bias, 1.0 / math.sqrt(cfg.conv_kernel))
+            if cfg.weight_init == "mamba_ssm":
+                A = torch.empty(cfg.num_heads).uniform_(1.0, 16.0, generator=generator)
+            else:
+                A = torch.arange(1.0, cfg.num_heads + 1)
+            mixer.A_log.copy_(A.log())
+            mixer.D.fill_(1.0)
+            mixer.norm.weight.fill_(1.0)
+            layer.norm.weight.fill_(1.0)
+        self.backbone.norm_f.weight.fill_(1.0)
+        if not cfg.tie_word_embeddings:
+            uniform(self.lm_head.weight, 1.0 / math.sqrt(cfg.hidden_size))
+
+    @torch.no_grad()
+    def init_dt_bias(self, initialization: str, seed: int, parameters: DtParams | None = None) -> None:
+        """Set every layer's dt_bias by the named initialiser and record in the config what was applied."""
+        if parameters is None:
+            cfg = self.config
+            parameters = DtParams(cfg.time_step_min, cfg.time_step_max, cfg.time_step_floor)
+        A = self.A()
+        dt_bias, record = make_dt_bias(initialization, tuple(A.shape), A.cpu(), seed, parameters)
+        for layer, values in zip(self.backbone.layers, dt_bias, strict=True):
+            layer.mixer.dt_bias.copy_(values)
+        self.config = dataclasses.replace(
+            self.config,
+            time_step_min=parameters.t_min,
+            time_step_max=parameters.t_max,
+            time_step_floor=parameters.dt_floor,
+            dt_bias_init=record,
+        )
+
+    def dt_bias(self) -> torch.Tensor:
+        """dt_bias of every layer and head, (L, h), detached."""
+        return torch.stack([layer.mixer.dt_bias.detach() for layer in self.backbone.layers])
+
+    def A(self) -> torch.Tensor:
+        """Decay rate |A| of every layer and head, (L, h) float64, detached: a token's decay is exp(-dt |A|)."""
+        return torch.stack([layer.mixer.A_log.detach().double().exp() for layer in self.backbone.layers])
+
+    # ---------------------------------------------------------------------------------------------------------- storage
+
+    @classmethod
+    def from_pretrained(cls, path: str | os.PathLike, device: str | torch.device = "cpu") -> Self:
+        """Load a model folder (see `mamba2.checkpoint.read_model` for the layouts and the errors), in float32."""
+        config, tensors = read_model(path)
+        with torch.device("meta"):
+            model = cls(config)
+        model.load_state_dict(tensors, strict=True, assign=True)
+        if config.tie_word_embeddings:
+            model.lm_head.weight = model.backbone.embeddings.weight
+        return model.to(device)
+
+    def save_pretrained(self, path: str | os.PathLike) -> Path:
+        """Write model.safetensors (float32) and config.json into the folder `path`; each file appears whole or not."""
+        return write_model(path, self.config, self.state_dict())
+
+
+def _compute_dtype(weight: torch.Tensor) -> torch.dtype:
+    """Dtype that activations are handed on in: autocast's where it is on, else the weights'."""
+    device = weight.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype

@@ -1,0 +1,48 @@
+"""Causal depthwise convolution over time with SiLU: what each token of x, B and C sees of its last few predecessors.
+
+y_t = silu(bias + Σ_{k<K} weight_k x_{t-(K-1)+k})        x_t = 0 before the sequence (or from `initial_state`)
+"""
+
+import torch
+
+from mamba2.ops.conv1d.reference import causal_conv1d_reference
+
+
+def causal_conv1d(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    seq_idx: torch.Tensor | None = None,
+    initial_state: torch.Tensor | None = None,
+    activation: bool = True,
+    return_final_state: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Causal depthwise convolution of width K and, with `activation`, SiLU; sums in float32.
+
+    Arguments (b batch, l seqlen, d channels; any strides):
+        x: (b, l, d), floating.
+        weight: (d, K), the last column multiplies the current token.
+        bias: (d,) or None.
+        seq_idx: (b, l) integers or None. A token sees nothing from before the last change of value.
+        initial_state: (b, K - 1, d), the inputs before the first token, or None for zeros.
+        return_final_state: also return the last K - 1 inputs (b, K - 1, d), those of earlier documents set to zero, so
+            that feeding them to the next segment equals one long sequence.
+
+    Returns y (b, l, d) in x's dtype. Follows `causal_conv1d_fn` of the causal-conv1d package, channels last.
+    Raises ValueError naming the argument whose shape does not fit.
+    """
+    if x.dim() != 3 or 0 in x.shape:
+        raise ValueError(f"x must have shape (batch, seqlen, channels) with no empty dimension, not {tuple(x.shape)}")
+    b, l, d = x.shape
+    if weight.dim() != 2 or weight.shape[0] != d or weight.shape[1] < 1:
+        raise ValueError(f"weight must have shape ({d}, width), not {tuple(weight.shape)}")
+    width = weight.shape[1]
+    for name, tensor, shape in (
+        ("bias", bias, (d,)),
+        ("seq_idx", seq_idx, (b, l)),
+        ("initial_state", initial_state, (b, width - 1, d)),
+    ):
+        if tensor is not None and tuple(tensor.shape) != shape:
+            raise ValueError(f"{name} must have shape {shape}, not {tuple(tensor.shape)}")
+    y, final_state = causal_conv1d_reference(x, weight, bias, seq_idx, initial_state, activation)
+    return (y, final_state) if return_final_state else y

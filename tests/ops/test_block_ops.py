@@ -1,0 +1,163 @@
+"""Convolution, norms and the chunked cross-entropy against torch's own forms and float64 differences."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from mamba2.ops import add_rms_norm, causal_conv1d, gated_rms_norm, linear_cross_entropy, linear_token_losses
+from mamba2.ops.cross_entropy import chunked
+
+
+def randn(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).requires_grad_()
+
+
+@pytest.mark.parametrize("width", [1, 2, 4, 8])
+@pytest.mark.parametrize("length", [1, 3, 17])
+def test_convolution_equals_torch(width, length):
+    x, weight, bias = randn(2, length, 5), randn(5, width, seed=1), randn(5, seed=2)
+    padded = F.pad(x.transpose(1, 2), (width - 1, 0))
+    expected = F.silu(F.conv1d(padded, weight[:, None], bias, groups=5)).transpose(1, 2)
+    actual, final = causal_conv1d(x, weight, bias, return_final_state=True)
+    torch.testing.assert_close(actual, expected)
+    torch.testing.assert_close(final, padded.transpose(1, 2)[:, length:])
+    for a, b in zip(
+        torch.autograd.grad(actual.sum(), (x, weight, bias)), torch.autograd.grad(expected.sum(), (x, weight, bias))
+    ):
+        torch.testing.assert_close(a, b)
+
+
+def test_convolution_gradcheck_with_documents_and_windows():
+    seq_idx = torch.tensor([[0, 0, 1, 1, 1, 2]])
+
+    def function(*tensors):
+        x, weight, bias, state = tensors
+        return causal_conv1d(x, weight, bias, seq_idx=seq_idx, initial_state=state, return_final_state=True)
+
+    assert torch.autograd.gradcheck(function, (randn(1, 6, 3), randn(3, 4), randn(3), randn(1, 3, 3)))
+
+
+@pytest.mark.parametrize("cut", [1, 2, 5, 9])
+def test_convolution_continues_from_its_window(cut):
+    x, weight = randn(2, 12, 3).detach(), randn(3, 4).detach()
+    seq_idx = torch.tensor([[0] * 4 + [1] * 8, [3] * 9 + [3] * 3])
+    whole = causal_conv1d(x, weight, seq_idx=seq_idx)
+    first, window = causal_conv1d(x[:, :cut], weight, seq_idx=seq_idx[:, :cut], return_final_state=True)
+    # the second half begins inside the document that the first one ended in, except where the cut is a boundary
+    if cut != 4:
+        second = causal_conv1d(x[:, cut:], weight, seq_idx=seq_idx[:, cut:], initial_state=window)
+        torch.testing.assert_close(torch.cat([first, second], dim=1), whole)
+
+
+def test_convolution_sees_nothing_of_earlier_documents():
+    x, weight = randn(1, 9, 3).detach(), randn(3, 4).detach()
+    seq_idx = torch.tensor([[0, 0, 0, 0, 1, 0, 0, 0, 0]])
+    parts = [causal_conv1d(part, weight) for part in x.split([4, 1, 4], dim=1)]
+    torch.testing.assert_close(causal_conv1d(x, weight, seq_idx=seq_idx), torch.cat(parts, dim=1))
+
+
+def test_add_rms_norm_equals_torch_and_adds_in_the_streams_dtype():
+    x, residual, weight = randn(2, 3, 8), randn(2, 3, 8, seed=1), randn(8, seed=2)
+    normed, stream = add_rms_norm(x, residual, weight, 1e-5)
+    torch.testing.assert_close(stream, x + residual)
+    torch.testing.assert_close(normed, F.rms_norm(x + residual, (8,), weight, 1e-5))
+    assert torch.autograd.gradcheck(lambda *t: add_rms_norm(*t, 1e-5), (x, residual, weight))
+    normed, stream = add_rms_norm(x.bfloat16(), residual.float(), weight.float(), 1e-5, dtype=torch.float16)
+    assert (normed.dtype, stream.dtype) == (torch.float16, torch.float32)
+
+
+@pytest.mark.parametrize("ngroups", [1, 2, 8])
+@pytest.mark.parametrize("norm_before_gate", [False, True])
+def test_gated_norm_normalises_each_group(ngroups, norm_before_gate):
+    x, z, weight = randn(2, 3, 16), randn(2, 3, 16, seed=1), randn(16, seed=2)
+    u = x if norm_before_gate else x * F.silu(z)
+    expected = torch.cat([F.rms_norm(part, part.shape[-1:], eps=1e-5) for part in u.chunk(ngroups, dim=-1)], dim=-1)
+    expected = expected * weight * (F.silu(z) if norm_before_gate else 1)
+    actual = gated_rms_norm(x, z, weight, 1e-5, ngroups, norm_before_gate)
+    torch.testing.assert_close(actual, expected)
+    assert torch.autograd.gradcheck(lambda *t: gated_rms_norm(*t, 1e-5, ngroups, norm_before_gate), (x, z, weight))
+
+
+@pytest.mark.parametrize("tokens_per_chunk", [3, 100])
+@pytest.mark.parametrize("z_loss", [0.0, 0.1])
+def test_cross_entropy_equals_torch(monkeypatch, tokens_per_chunk, z_loss):
+    def chunks(hidden, weight):
+        return [slice(i, i + tokens_per_chunk) for i in range(0, len(hidden), tokens_per_chunk)]
+
+    monkeypatch.setattr(chunked, "_chunks", chunks)
+    hidden, weight = randn(2, 7, 5), randn(11, 5, seed=1)
+    targets = torch.arange(14).view(2, 7) % 11
+    targets[1, 2:5] = -100
+    logits = (hidden @ weight.t()).flatten(0, 1)
+    kept = targets.flatten() != -100
+    expected = F.cross_entropy(logits, targets.flatten(), reduction="sum")
+    expected = expected + z_loss * torch.logsumexp(logits, dim=-1)[kept].square().sum()
+    actual = linear_cross_entropy(hidden, weight, targets, z_loss=z_loss)
+    torch.testing.assert_close(actual, expected)
+    for a, b in zip(
+        torch.autograd.grad(3 * actual, (hidden, weight)), torch.autograd.grad(3 * expected, (hidden, weight))
+    ):
+        torch.testing.assert_close(a, b)
+    losses = linear_token_losses(hidden, weight, targets)
+    torch.testing.assert_close(losses.flatten(), F.cross_entropy(logits, targets.flatten(), reduction="none"))
+
+
+def test_cross_entropy_never_holds_all_logits():
+    """The largest tensor that any operation makes is a chunk, in forward and backward."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    largest = [0]
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            for tensor in result if isinstance(result, tuple | list) else [result]:
+                if isinstance(tensor, torch.Tensor):
+                    largest[0] = max(largest[0], tensor.numel())
+            return result
+
+    hidden = torch.randn(4096, 4, requires_grad=True)
+    weight = torch.randn(20000, 4, requires_grad=True)
+    with Watch():
+        linear_cross_entropy(hidden, weight, torch.zeros(4096, dtype=torch.int64)).backward()
+    assert largest[0] <= chunked.CHUNK_BYTES // 4 < 4096 * 20000 // 4
+
+
+def test_cross_entropy_of_bfloat16_scales_both_gradients_alike():
+    """A small upstream factor, as 1/tokens is, must not be rounded to bfloat16 for one of them."""
+    hidden = torch.randn(64, 8, dtype=torch.bfloat16, requires_grad=True)
+    weight = torch.randn(33, 8, requires_grad=True)
+    targets = torch.arange(64) % 33
+    factor = 1 / 1023
+    (linear_cross_entropy(hidden, weight, targets)).backward()
+    whole = hidden.grad.clone(), weight.grad.clone()
+    hidden.grad = weight.grad = None
+    (linear_cross_entropy(hidden, weight, targets) * factor).backward()
+    assert abs((hidden.grad.double().norm() / whole[0].double().norm()).item() / factor - 1) < 1e-3
+    assert abs((weight.grad.double().norm() / whole[1].double().norm()).item() / factor - 1) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("message", "call"),
+    [
+        ("x must have shape", lambda: causal_conv1d(torch.zeros(3, 4), torch.zeros(4, 2))),
+        ("weight must have shape", lambda: causal_conv1d(torch.zeros(1, 3, 4), torch.zeros(3, 2))),
+        ("bias must have shape", lambda: causal_conv1d(torch.zeros(1, 3, 4), torch.zeros(4, 2), torch.zeros(3))),
+        ("weight must have shape", lambda: add_rms_norm(torch.zeros(2, 4), None, torch.zeros(3), 1e-5)),
+        ("residual must have", lambda: add_rms_norm(torch.zeros(2, 4), torch.zeros(1, 4), torch.zeros(4), 1e-5)),
+        ("z must have", lambda: gated_rms_norm(torch.zeros(2, 4), torch.zeros(2, 3), torch.zeros(4), 1e-5)),
+        ("ngroups must divide", lambda: gated_rms_norm(*[torch.zeros(2, 4)] * 2, torch.zeros(4), 1e-5, 3)),
+        ("weight must have", lambda: linear_cross_entropy(torch.zeros(2, 4), torch.zeros(5, 3), torch.zeros(2).long())),
+        (
+            "targets must have",
+            lambda: linear_cross_entropy(torch.zeros(2, 4), torch.zeros(5, 4), torch.zeros(3).long()),
+        ),
+        (
+            "ignore_index 1 is a valid target",
+            lambda: linear_cross_entropy(torch.zeros(2, 4), torch.zeros(5, 4), torch.zeros(2).long(), ignore_index=1),
+        ),
+    ],
+)
+def test_a_bad_argument_is_named(message, call):
+    with pytest.raises(ValueError, match=message):
+        call()

@@ -1,0 +1,202 @@
+"""SSD: the recurrence and the chunked form, against each other, float64 differences, and mamba-ssm's own kernels."""
+
+import math
+
+import pytest
+import torch
+
+from mamba2.ops import ssd
+from tests.oracles import mamba_ssm_environment, mamba_ssm_scan
+
+NAMES = ("x", "dt", "A", "B", "C", "D", "z", "dt_bias", "initial_states")
+
+
+def make_inputs(b, l, h, p, g, n, dtype=torch.float64, optional=NAMES[5:], D_per_channel=False, seed=0) -> dict:
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    inputs = {
+        "x": normal(b, l, h, p),
+        "dt": normal(b, l, h),
+        "A": -torch.rand(h, generator=generator, dtype=torch.float64).to(dtype) * 3 - 0.1,
+        "B": normal(b, l, g, n),
+        "C": normal(b, l, g, n),
+        "D": normal(h, p) if D_per_channel else normal(h),
+        "z": normal(b, l, h, p),
+        "dt_bias": normal(h) - 1,
+        "initial_states": normal(b, h, p, n),
+    }
+    return {name: inputs[name].requires_grad_() for name in NAMES if name in NAMES[:5] or name in optional}
+
+
+def run(function, inputs: dict, **options) -> dict[str, torch.Tensor]:
+    """Result, final states and all gradients, of a fixed weighted sum of both."""
+    y, states = function(**inputs, dt_softplus=True, return_final_states=True, **options)
+    weights = [torch.arange(t.numel(), dtype=torch.float64).view(t.shape).sin().to(t.dtype) for t in (y, states)]
+    loss = (y * weights[0]).sum() + (states * weights[1]).sum()
+    gradients = torch.autograd.grad(loss, list(inputs.values()))
+    return {"y": y, "states": states, **{f"d{name}": g for name, g in zip(inputs, gradients)}}
+
+
+def assert_close(actual: dict, expected: dict, tolerance: float) -> None:
+    for name, tensor in expected.items():
+        error = (actual[name].double() - tensor.double()).norm() / tensor.double().norm().clamp(min=1e-12)
+        assert error < tolerance, f"{name}: relative error {error:.1e}"
+
+
+def documents(b: int, l: int) -> torch.Tensor:
+    changes = torch.rand(b, l, generator=torch.Generator().manual_seed(l)) < 0.2
+    return changes.cumsum(dim=1)
+
+
+@pytest.mark.parametrize("with_documents", [False, True])
+@pytest.mark.parametrize("shape", [(2, 17, 6, 4, 3, 5), (1, 1, 2, 3, 1, 2), (2, 37, 4, 8, 2, 142), (1, 33, 3, 5, 3, 1)])
+@pytest.mark.parametrize("chunk_size", [1, 8, 64])
+def test_chunks_equal_the_recurrence_in_float64(monkeypatch, shape, chunk_size, with_documents):
+    options = {"chunk_size": chunk_size, "dt_limit": (0.05, 1.5)}
+    if with_documents:
+        options["seq_idx"] = documents(*shape[:2])
+    inputs = make_inputs(*shape, D_per_channel=True)
+    actual = run(ssd, inputs, **options)
+    monkeypatch.setenv("MAMBA2_BACKEND", "reference")
+    assert_close(actual, run(ssd, inputs, **options), 1e-12)
+
+
+@pytest.mark.parametrize("shape", [(2, 65, 4, 16, 2, 16), (1, 257, 3, 48, 1, 142)])
+def test_chunks_in_float32_stay_close_to_the_float64_recurrence(monkeypatch, shape):
+    inputs = make_inputs(*shape)
+    with torch.no_grad():
+        inputs["dt_bias"] -= 3.0  # steps of about 0.02, where models live
+    narrow = {name: tensor.detach().float().requires_grad_() for name, tensor in inputs.items()}
+    actual = run(ssd, narrow, chunk_size=64)
+    monkeypatch.setenv("MAMBA2_BACKEND", "reference")
+    assert_close(actual, run(ssd, inputs, chunk_size=64), 1e-5)
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+def test_gradcheck(monkeypatch, backend):
+    monkeypatch.setenv("MAMBA2_BACKEND", backend)
+    inputs = make_inputs(1, 5, 2, 2, 1, 3)
+    seq_idx = torch.tensor([[0, 0, 1, 1, 1]])
+
+    def function(*tensors):
+        named = dict(zip(NAMES, tensors))
+        return ssd(**named, chunk_size=2, seq_idx=seq_idx, dt_softplus=True, return_final_states=True)
+
+    assert torch.autograd.gradcheck(function, tuple(inputs.values()))
+
+
+MAMBA_SSM_CASES = {
+    "plain": {"optional": ("dt_bias",)},
+    "everything, 3 groups": {"g": 3, "optional": NAMES[5:], "limit": (0.01, 0.5)},
+    "D per channel": {"optional": ("D", "dt_bias"), "D_per_channel": True},
+    "documents": {"optional": ("D", "dt_bias", "initial_states"), "seq_idx": True},
+    "gate and documents": {"g": 3, "optional": ("D", "z", "dt_bias"), "seq_idx": True},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+@pytest.mark.parametrize("case", MAMBA_SSM_CASES)
+def test_equals_mamba_ssm(monkeypatch, case, backend):
+    """Values and all gradients against its Triton kernels in the interpreter, float32."""
+    settings = dict(MAMBA_SSM_CASES[case])
+    g, limit = settings.pop("g", 1), settings.pop("limit", (0.0, math.inf))
+    length = 40
+    seq_idx = documents(1, length).int() if settings.pop("seq_idx", False) else None
+    inputs = make_inputs(1, length, 3, 16, g, 16, dtype=torch.float32, **settings)
+    options = {"chunk_size": 16, "seq_idx": seq_idx, "dt_limit": limit}
+    if seq_idx is not None:
+        seq_idx -= seq_idx[:, :1].clone()  # there, an initial state belongs to document 0
+    with mamba_ssm_environment():
+        expected = run(mamba_ssm_scan(), inputs, **options)
+    monkeypatch.setenv("MAMBA2_BACKEND", backend)
+    assert_close(run(ssd, inputs, **options), expected, 1e-4)
+
+
+def test_documents_equal_sequences_run_one_by_one():
+    inputs = {k: v.detach() for k, v in make_inputs(1, 30, 2, 4, 1, 6, optional=("D", "dt_bias")).items()}
+    seq_idx = torch.tensor([[4] * 3 + [7] * 1 + [4] * 18 + [5] * 8])
+    together = ssd(**inputs, chunk_size=8, seq_idx=seq_idx)
+    parts = []
+    for start, stop in ((0, 3), (3, 4), (4, 22), (22, 30)):
+        cut = {k: v[:, start:stop] if k in ("x", "dt", "B", "C") else v for k, v in inputs.items()}
+        parts.append(ssd(**cut, chunk_size=8))
+    torch.testing.assert_close(together, torch.cat(parts, dim=1), rtol=1e-12, atol=1e-12)
+
+
+def test_the_final_state_of_one_half_starts_the_other():
+    inputs = {k: v.detach() for k, v in make_inputs(2, 41, 2, 4, 1, 6, optional=("D",)).items()}
+    whole, last = ssd(**inputs, chunk_size=8, return_final_states=True, dt_softplus=True)
+    first = {k: v[:, :19] if k in ("x", "dt", "B", "C") else v for k, v in inputs.items()}
+    second = {k: v[:, 19:] if k in ("x", "dt", "B", "C") else v for k, v in inputs.items()}
+    y1, state = ssd(**first, chunk_size=8, return_final_states=True, dt_softplus=True)
+    y2, end = ssd(**second, chunk_size=8, initial_states=state, return_final_states=True, dt_softplus=True)
+    torch.testing.assert_close(torch.cat([y1, y2], dim=1), whole, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(end, last, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("step", [1e-8, 50.0, 1e4])
+def test_extreme_steps_stay_finite(step):
+    """exp(cs_i - cs_j) above the diagonal overflows for large dt |A|; nothing of it may reach values or gradients."""
+    inputs = make_inputs(1, 70, 2, 4, 1, 4, dtype=torch.float32, optional=())
+    with torch.no_grad():
+        inputs["dt"].fill_(step)
+    seq_idx = documents(1, 70)
+    y = ssd(**inputs, chunk_size=32, seq_idx=seq_idx)
+    gradients = torch.autograd.grad(y.sum(), list(inputs.values()))
+    assert y.isfinite().all() and all(g.isfinite().all() for g in gradients)
+
+
+def test_any_strides_give_the_same():
+    inputs = {k: v.detach() for k, v in make_inputs(2, 19, 4, 6, 2, 5).items()}
+    expected = ssd(**inputs, chunk_size=8)
+    strange = {k: v.transpose(0, -1).contiguous().transpose(0, -1) for k, v in inputs.items()}
+    assert not strange["x"].is_contiguous()
+    torch.testing.assert_close(ssd(**strange, chunk_size=8), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_result_has_the_dtype_of_x_and_the_state_is_wide(dtype):
+    inputs = {k: v.detach().to(dtype) for k, v in make_inputs(1, 9, 2, 4, 1, 4).items()}
+    y, state = ssd(**inputs, chunk_size=4, return_final_states=True)
+    assert y.dtype == dtype
+    assert state.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+
+
+BAD = {
+    "x must have shape": {"x": torch.zeros(2, 3, 4)},
+    "B must have shape": {"B": torch.zeros(1, 4, 2, 5)},
+    "heads of x cannot be divided": {"B": torch.zeros(1, 5, 3, 5), "C": torch.zeros(1, 5, 3, 5)},
+    "dt must have shape": {"dt": torch.zeros(1, 5, 3)},
+    "A must have shape": {"A": torch.zeros(1)},
+    "C must have shape": {"C": torch.zeros(1, 5, 2, 4)},
+    "D must have shape": {"D": torch.zeros(3)},
+    "z must have shape": {"z": torch.zeros(1, 5, 4, 2)},
+    "dt_bias must have shape": {"dt_bias": torch.zeros(5)},
+    "initial_states must have shape": {"initial_states": torch.zeros(1, 4, 3, 4)},
+    "seq_idx must have shape": {"seq_idx": torch.zeros(1, 4, dtype=torch.int64)},
+    "seq_idx must be of an integer dtype": {"seq_idx": torch.zeros(1, 5)},
+    "dt must be of a floating-point dtype": {"dt": torch.zeros(1, 5, 4, dtype=torch.int64)},
+    "B must have the dtype of x": {"B": torch.zeros(1, 5, 2, 5).double()},
+    "D is on meta": {"D": torch.zeros(4, device="meta")},
+    "chunk_size must be a positive integer": {"chunk_size": 0},
+    "dt_limit must be": {"dt_limit": (1.0, 0.5)},
+}
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_a_bad_argument_is_named(message):
+    arguments = {"x": torch.zeros(1, 5, 4, 3), "dt": torch.zeros(1, 5, 4), "A": torch.zeros(4), "chunk_size": 4}
+    arguments |= {"B": torch.zeros(1, 5, 2, 5), "C": torch.zeros(1, 5, 2, 5)}
+    ssd(**arguments)
+    with pytest.raises(ValueError, match=message):
+        ssd(**(arguments | BAD[message]))
+
+
+def test_an_unknown_backend_is_named(monkeypatch):
+    monkeypatch.setenv("MAMBA2_BACKEND", "cuda")
+    with pytest.raises(ValueError, match="MAMBA2_BACKEND='cuda' is unknown; choose one of reference, torch, triton"):
+        ssd(**make_inputs(1, 3, 2, 2, 1, 2), chunk_size=2)

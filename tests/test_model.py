@@ -1,0 +1,259 @@
+"""The model against transformers' Mamba2ForCausalLM, and the promises that training and evaluation rest on."""
+
+import dataclasses
+
+import pytest
+import torch
+from transformers import Mamba2ForCausalLM
+
+from mamba2.config import Mamba2Config
+from mamba2.initializers import INITIALIZERS, DtParams, dt_bias_sha256
+from mamba2.model import Mamba2LM
+
+STUDY = "configs/config.json"
+
+
+def small_config(**changes) -> Mamba2Config:
+    values = {
+        "vocab_size": 61,
+        "hidden_size": 32,
+        "num_hidden_layers": 3,
+        "expand": 2,
+        "head_dim": 8,
+        "num_heads": 8,
+        "n_groups": 2,
+        "state_size": 14,
+        "chunk_size": 16,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        "pad_token_id": 0,
+    }
+    return Mamba2Config(**{**values, **changes})
+
+
+def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((actual - expected).norm() / expected.norm()).item()
+
+
+@pytest.fixture(scope="module")
+def study_pair(tmp_path_factory):
+    """Our model of the study, and the same in transformers, read from the folder that ours wrote."""
+    folder = tmp_path_factory.mktemp("study")
+    ours = Mamba2LM(Mamba2Config.from_json(STUDY), seed=1)
+    ours.save_pretrained(folder)
+    return ours, Mamba2ForCausalLM.from_pretrained(folder)
+
+
+def compare_with_transformers(ours, theirs, length: int) -> None:
+    ids = torch.randint(0, ours.config.vocab_size, (2, length), generator=torch.Generator().manual_seed(length))
+    with torch.no_grad():
+        assert relative_error(ours(ids), theirs(ids).logits) < 1e-4
+    if length == 1:
+        return
+    ours.zero_grad()
+    theirs.zero_grad()
+    loss = ours(ids[:, :-1], ids[:, 1:]) / ids[:, 1:].numel()
+    expected = theirs(ids, labels=ids).loss
+    assert abs(loss.item() - expected.item()) < 1e-4 * expected.item()
+    loss.backward()
+    expected.backward()
+    gradients = dict(theirs.named_parameters())
+    for name, parameter in ours.named_parameters():
+        assert relative_error(parameter.grad, gradients[name].grad) < 1e-4, name
+
+
+@pytest.mark.parametrize("length", [1, 17])
+def test_the_study_model_equals_transformers(study_pair, length):
+    compare_with_transformers(*study_pair, length)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("length", [257, 1024])
+def test_the_study_model_equals_transformers_at_length(study_pair, length):
+    compare_with_transformers(*study_pair, length)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_model_saved_by_transformers_opens_here(tmp_path, tied):
+    config = small_config(tie_word_embeddings=tied)
+    config.save(tmp_path)
+    theirs = Mamba2ForCausalLM.from_pretrained(None, config=_transformers_config(tmp_path), state_dict={}).float()
+    theirs.save_pretrained(tmp_path)
+    ours = Mamba2LM.from_pretrained(tmp_path)
+    ids = torch.arange(50).view(2, 25) % config.vocab_size
+    with torch.no_grad():
+        assert relative_error(ours(ids), theirs(ids).logits) < 1e-5
+
+
+def _transformers_config(folder):
+    from transformers import Mamba2Config as TheirConfig
+
+    return TheirConfig.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": True}, {"use_bias": True}, {"use_conv_bias": False}])
+def test_saving_and_loading_changes_no_bit(tmp_path, changes):
+    model = Mamba2LM(small_config(**changes), seed=3, initialization="halflife")
+    loaded = Mamba2LM.from_pretrained(model.save_pretrained(tmp_path))
+    assert loaded.config == model.config
+    for (name, expected), (_, actual) in zip(model.state_dict().items(), loaded.state_dict().items(), strict=True):
+        assert torch.equal(actual, expected), name
+    assert sum(p.numel() for p in loaded.parameters()) == model.config.num_parameters()
+
+
+def test_dt_bias_survives_a_round_trip_through_transformers(tmp_path):
+    model = Mamba2LM(small_config(), seed=3, initialization="linear_decay")
+    theirs = Mamba2ForCausalLM.from_pretrained(model.save_pretrained(tmp_path / "ours"))
+    theirs.save_pretrained(tmp_path / "theirs")
+    back = Mamba2LM.from_pretrained(tmp_path / "theirs")
+    assert torch.equal(back.dt_bias(), model.dt_bias())
+    assert back.config.dt_bias_init == model.config.dt_bias_init
+    assert dt_bias_sha256(back.dt_bias()) == back.config.dt_bias_init["sha256"]
+
+
+@pytest.mark.parametrize("scheme", ["transformers", "mamba_ssm"])
+def test_for_one_seed_only_dt_bias_differs_between_initialisations(scheme):
+    config = small_config().with_weight_init(scheme)
+    baseline = Mamba2LM(config, seed=5, initialization="log_uniform").state_dict()
+    for name in INITIALIZERS:
+        for key, tensor in Mamba2LM(config, seed=5, initialization=name).state_dict().items():
+            same = torch.equal(tensor, baseline[key])
+            assert same == (not key.endswith("dt_bias") or name == "log_uniform"), (name, key)
+    other = Mamba2LM(config, seed=6).state_dict()
+    assert not torch.equal(other["lm_head.weight"], baseline["lm_head.weight"])
+
+
+def test_models_do_not_touch_the_global_generator():
+    torch.manual_seed(0)
+    expected = torch.rand(1)
+    torch.manual_seed(0)
+    Mamba2LM(small_config())
+    assert torch.equal(torch.rand(1), expected)
+
+
+def test_weights_follow_the_named_scheme():
+    transformers_like = Mamba2LM(Mamba2Config.from_json("configs/tiny.json"), seed=0)
+    mixer = transformers_like.backbone.layers[1].mixer
+    assert transformers_like.backbone.embeddings.weight.std().item() == pytest.approx(0.1, rel=0.02)
+    assert mixer.in_proj.weight.abs().max().item() == pytest.approx(192**-0.5, rel=0.01)
+    assert mixer.conv1d.weight.abs().max().item() == pytest.approx(0.5, rel=0.01)
+    assert torch.allclose(mixer.A_log.exp(), torch.arange(1.0, 13.0))
+    mamba_like = Mamba2LM(transformers_like.config.with_weight_init("mamba_ssm"), seed=0)
+    mixer = mamba_like.backbone.layers[1].mixer
+    assert mamba_like.backbone.embeddings.weight.std().item() == pytest.approx(0.02, rel=0.02)
+    assert mixer.out_proj.weight.abs().max().item() == pytest.approx((384 * 4) ** -0.5, rel=0.01)
+    assert mixer.A_log.exp().min() >= 1 and mixer.A_log.exp().max() <= 16
+
+
+@pytest.mark.parametrize("n_groups", [1, 2, 8])
+def test_training_and_evaluation_run_the_same_network(n_groups):
+    model = Mamba2LM(small_config(n_groups=n_groups))
+    ids = torch.arange(80).view(2, 40) % 61
+    with torch.no_grad():
+        assert torch.equal(model.train()(ids), model.eval()(ids))
+
+
+def test_groups_are_normalised_by_themselves(tmp_path):
+    """transformers 5 normalises per group; a norm over all channels would differ from it visibly."""
+    model = Mamba2LM(small_config(n_groups=8))
+    theirs = Mamba2ForCausalLM.from_pretrained(model.save_pretrained(tmp_path))
+    ids = torch.arange(40).view(1, 40)
+    with torch.no_grad():
+        assert relative_error(model(ids), theirs(ids).logits) < 1e-5
+
+
+@pytest.mark.parametrize("cut", [1, 3, 16, 24])
+def test_a_carried_state_continues_the_sequence(cut):
+    model = Mamba2LM(small_config()).double()
+    ids = torch.arange(80).view(2, 40) % 61
+    with torch.no_grad():
+        whole = model(ids)
+        first, state = model(ids[:, :cut], return_state=True)
+        second = model(ids[:, cut:], state=state)
+    # the state and dt are carried in float64 here, so only the order of sums differs
+    assert relative_error(torch.cat([first, second], dim=1), whole) < 1e-6
+
+
+def test_document_resets_equal_documents_run_one_by_one():
+    model = Mamba2LM(small_config()).double()
+    ids = torch.arange(45).view(1, 45)
+    seq_idx = torch.tensor([[0] * 2 + [1] * 20 + [2] * 1 + [0] * 22])
+    with torch.no_grad():
+        together = model(ids, seq_idx=seq_idx)
+        apart = torch.cat([model(part) for part in ids.split([2, 20, 1, 22], dim=1)], dim=1)
+    assert relative_error(together, apart) < 1e-6
+
+
+def test_the_loss_is_the_cross_entropy_of_the_logits():
+    model = Mamba2LM(small_config()).double()
+    ids = torch.arange(80).view(2, 40) % 61
+    targets = ids.roll(-1, dims=1)
+    targets[:, ::7] = -100
+    logits = model(ids)
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
+    assert model(ids, targets).item() == pytest.approx(expected.item(), rel=1e-12)
+    losses, _ = model.token_losses(ids, targets)
+    assert losses.sum().item() == pytest.approx(expected.item(), rel=1e-12)
+    assert (losses[targets == -100] == 0).all()
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_activation_checkpointing_changes_no_gradient_and_recomputes(every):
+    ids = torch.arange(80).view(2, 40) % 61
+    gradients, calls = [], []
+    for checkpoint_every in (0, every):
+        model = Mamba2LM(small_config())
+        model.backbone.checkpoint_every = checkpoint_every
+        count = [0]
+        for layer in model.backbone.layers:
+            layer.mixer.in_proj.register_forward_hook(lambda *_, count=count: count.__setitem__(0, count[0] + 1))
+        model(ids, ids.roll(-1, dims=1)).backward()
+        gradients.append([p.grad for p in model.parameters()])
+        calls.append(count[0])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+    assert calls == [3, 3 + len(range(0, 3, every))]
+
+
+def test_autocast_keeps_the_stream_the_state_and_the_loss_in_float32():
+    model = Mamba2LM(small_config())
+    ids = torch.arange(80).view(2, 40) % 61
+    expected = model(ids, ids.roll(-1, dims=1))
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, state = model(ids, ids.roll(-1, dims=1), return_state=True)
+        hidden, _ = model.backbone(ids)
+    assert loss.dtype == torch.float32 and hidden.dtype == torch.bfloat16
+    assert all(layer.ssm.dtype == torch.float32 for layer in state)
+    assert loss.item() == pytest.approx(expected.item(), rel=0.01)
+    loss.backward()
+    assert all(p.grad.dtype == torch.float32 for p in model.parameters())
+
+
+def test_the_record_names_the_range_that_was_used():
+    model = Mamba2LM(small_config(), seed=9, initialization="linear_decay", dt_parameters=DtParams(0.01, 0.02))
+    assert (model.config.time_step_min, model.config.time_step_max) == (0.01, 0.02)
+    record = model.config.dt_bias_init
+    assert (record["name"], record["seed"], record["t_min"], record["t_max"]) == ("linear_decay", 9, 0.01, 0.02)
+    dt = torch.nn.functional.softplus(model.dt_bias().double())
+    assert torch.allclose(dt[0], torch.tensor(0.01).double()) and torch.allclose(dt[-1], torch.tensor(0.02).double())
+
+
+def test_a_repeated_step_gives_the_same_bits():
+    ids = torch.arange(256).view(4, 64) % 61
+    runs = []
+    for _ in range(2):
+        model = Mamba2LM(small_config(), seed=2)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        for _ in range(3):
+            optimizer.zero_grad()
+            model(ids, ids.roll(-1, dims=1)).backward()
+            optimizer.step()
+        runs.append(model.state_dict())
+    assert all(torch.equal(runs[0][key], runs[1][key]) for key in runs[0])
+
+
+def test_a_time_step_limit_reaches_the_computation(tmp_path):
+    model = Mamba2LM(dataclasses.replace(small_config(), time_step_limit=(0.02, 0.05)))
+    free = Mamba2LM(small_config())
+    ids = torch.arange(40).view(1, 40)
+    with torch.no_grad():
+        assert relative_error(model(ids), free(ids)) > 1e-3

@@ -1,0 +1,174 @@
+"""The three scripts as people run them: the replaced pipeline's command lines, and what happens with bad input."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+
+from mamba2.config import Mamba2Config
+from mamba2.model import Mamba2LM
+from tests.test_model import small_config
+
+ROOT = Path(__file__).parent.parent
+TEXTS = [f"This is line {i} of a small corpus, and {i * i} is its square.\n" for i in range(60)]
+
+
+def run_script(folder, *arguments, code=0):
+    environment = {**os.environ, "MAMBA2_CACHE": str(folder / "cache"), "HF_HOME": str(folder / "hf")}
+    environment |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline"}
+    command = [sys.executable, str(ROOT / arguments[0]), *map(str, arguments[1:])]
+    result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    assert result.returncode == code, result.stdout + result.stderr
+    if code:
+        assert "Traceback" not in result.stderr
+    return result
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    """A folder with a small config, a data set of ids, a data set laid out as the hub's, and the finished commands."""
+    folder = tmp_path_factory.mktemp("study")
+    (folder / "config").mkdir()
+    small_config(vocab_size=257).save(folder / "config")
+    rows = datasets.Dataset.from_dict({"input_ids": [list(text.encode()) for text in TEXTS]})
+    datasets.DatasetDict({"train": rows, "test": rows.select(range(5))}).save_to_disk(folder / "data")
+    hub = folder / "wikitext" / "wikitext-2-raw-v1"
+    hub.mkdir(parents=True)
+    lines = [" = Title = \n", "", *TEXTS[:6], " = Other = \n", *TEXTS[6:9]]
+    datasets.Dataset.from_dict({"text": lines}).to_parquet(hub / "test-00000-of-00001.parquet")
+
+    outputs = {"init": run_script(folder, "init.py", "--config-path", "config", "--seeds", 42, 43)}
+    for seed in (42, 43):
+        for name in ("uniform", "linear_decay", "linear_decay_reverse"):
+            model = f"seed-{seed}-{name}"
+            arguments = [
+                "--model-path",
+                f"mamba2-40m/{model}",
+                "--dataset-path",
+                "data",
+                "--output-dir",
+                f"out/{model}",
+            ]
+            outputs[model] = run_script(folder, "train.py", *arguments)
+    outputs["eval"] = run_script(folder, "eval.py", "--model-base-path", "out", "--seeds", 42, 43)
+    return folder, outputs
+
+
+@pytest.mark.slow
+def test_the_original_command_lines_run_as_written(study):
+    folder, outputs = study
+    results = json.loads((folder / "perplexity_results.json").read_text())
+    assert set(results) == {"uniform", "linear_decay", "linear_decay_reverse"}
+    for name, entry in results.items():
+        assert len(entry["mean"]) == len(entry["all_perplexities"]) == 2
+        assert entry["model_paths"] == [f"out/seed-{seed}-{name}-final" for seed in (42, 43)]
+        assert len(entry["all_perplexities"][0]) == 2  # articles
+        for path in entry["model_paths"]:
+            trained = Mamba2LM.from_pretrained(folder / path)
+            start = Mamba2LM.from_pretrained(folder / path.replace("out/", "mamba2-40m/").removesuffix("-final"))
+            assert trained.config.dt_bias_init == start.config.dt_bias_init
+            assert not torch.equal(trained.lm_head.weight, start.lm_head.weight)
+    assert "seed 42" in outputs["eval"].stdout and "linear_decay_reverse" in outputs["eval"].stdout
+    assert "half-life" in outputs["seed-42-uniform"].stdout
+
+
+@pytest.mark.slow
+def test_metrics_hold_every_step_and_a_finished_model_is_not_trained_again(study):
+    folder, _ = study
+    metrics = folder / "out/seed-42-uniform/metrics.jsonl"
+    before = metrics.read_text()
+    rows = [json.loads(line) for line in before.splitlines()]
+    assert [row["step"] for row in rows if "loss" in row] == [1]  # 986 windows a step, and an epoch has fewer
+    assert {row["step"] for row in rows if "validation_loss" in row} == {0, 1}
+    arguments = ["--model-path", "mamba2-40m/seed-42-uniform", "--dataset-path", "data"]
+    result = run_script(folder, "train.py", *arguments, "--output-dir", "out/seed-42-uniform")
+    assert "is not trained again" in result.stdout
+    assert metrics.read_text() == before
+
+
+@pytest.mark.slow
+def test_checkpoints_are_written_pruned_and_evaluated(study):
+    folder, _ = study
+    models = [f"mamba2-40m/seed-42-{name}" for name in ("uniform", "linear_decay")]
+    options = ["--batch-size", 2, "--gradient-accumulation-steps", 2, "--max-length", 32, "--max-steps", 12]
+    options += ["--save-steps", 2, "--no-save-final", "--dtype", "fp32", "--num-epochs", 3]
+    run_script(folder, "train.py", "--model-path", *models, "--dataset-path", "data", "--output-dir", "steps", *options)
+    kept = sorted(path.name for path in (folder / "steps/seed-42-uniform").glob("checkpoint-*"))
+    assert kept == ["checkpoint-10", "checkpoint-12", "checkpoint-4", "checkpoint-6", "checkpoint-8"]
+    assert not list(folder.glob("steps/*-final"))
+    choice = ["--model-base-path", "steps", "--initializations", "uniform", "linear_decay", "--output-file", "c.json"]
+    run_script(folder, "eval.py", *choice, "--checkpoint", 10, "--protocol", "windows", "--context", 16)
+    assert "checkpoint-10" in json.loads((folder / "c.json").read_text())["uniform"]["model_paths"][0]
+    run_script(folder, "eval.py", *choice, "--protocol", "hf_evaluate", "--sample-tokens", 5, "--batch-size", 4)
+    results = json.loads((folder / "c.json").read_text())
+    assert "checkpoint-12" in results["uniform"]["model_paths"][0]
+    assert len(results["uniform"]["all_perplexities"][0]) == 11  # lines of at least two tokens
+    again = ["--model-path", *models, "--dataset-path", "data", "--output-dir", "steps"]
+    assert "holds checkpoints of a run that did not end" in run_script(folder, "train.py", *again, code=1).stderr
+
+
+@pytest.mark.slow
+def test_a_repeated_run_gives_the_same_bits(study):
+    folder, _ = study
+    options = ["--dataset-path", "data", "--batch-size", 2, "--gradient-accumulation-steps", 1, "--max-steps", 4]
+    for name in ("a", "b"):
+        run_script(folder, "train.py", "--model-path", "mamba2-40m/seed-42-uniform", "--output-dir", name, *options)
+    a, b = (Mamba2LM.from_pretrained(folder / f"{name}-final").state_dict() for name in ("a", "b"))
+    assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+@pytest.mark.slow
+def test_models_with_different_tokenizers_are_not_compared(study):
+    folder, _ = study
+    config = Mamba2Config.from_dict({**small_config(vocab_size=50300).to_dict()})
+    config.save(folder / "wide.json")
+    base = ["--seeds", 42, "--output-path", "mixed"]
+    run_script(folder, "init.py", "--config-path", "config", "--initializations", "uniform", *base)
+    run_script(folder, "init.py", "--config-path", "wide.json", "--initializations", "linear_decay", *base)
+    arguments = ["--model-base-path", "mixed", "--initializations", "uniform", "linear_decay"]
+    result = run_script(folder, "eval.py", *arguments, code=1)
+    assert "their perplexities cannot be compared" in result.stderr
+
+
+BAD_INIT = [
+    (["--config-path", "absent"], "no config at absent"),
+    (["--config-path", "config", "--initializations", "unifrom"], "choose from uniform, linear_decay"),
+    (["--config-path", "config", "--t-min", "0.2"], "t_min is 0.2 and t_max is 0.1"),
+    (["--config-path", "config", "--tokenizer", "gpt2"], "has 50257 ids and the config's vocab_size is 257"),
+]
+BAD_TRAIN = [
+    (["--model-path", "absent", "--output-dir", "o"], "no model folder at absent"),
+    (["--model-path", "mamba2-40m/seed-42-uniform", "--output-dir", "o", "--dataset-path", "/absent"], "no data at"),
+    (["--model-path", "config", "--output-dir", "o"], "no model.safetensors in config"),
+]
+BAD_EVAL = [
+    (["--model-base-path", "absent"], "no folder at absent"),
+    (["--model-base-path", "out", "--seeds", "7"], "no model of seed 7, uniform: looked for out/seed-7-uniform-final"),
+    (["--model-base-path", "out", "--dataset-split", "other"], "has no split 'other'; it has test"),
+]
+
+
+@pytest.mark.slow
+def test_bad_input_is_one_sentence_and_writes_nothing(study):
+    folder, _ = study
+    before = sorted(path for path in folder.rglob("*") if "cache" not in path.parts)
+    for script, cases in (("init.py", BAD_INIT), ("train.py", BAD_TRAIN), ("eval.py", BAD_EVAL)):
+        for arguments, message in cases:
+            result = run_script(folder, script, *arguments, code=1)
+            assert result.stderr.startswith("error: ") and message in result.stderr, result.stderr
+            assert result.stderr.count("\n") == 1
+    assert sorted(path for path in folder.rglob("*") if "cache" not in path.parts) == before
+
+
+def test_a_missing_flag_and_an_unknown_preset_are_named(tmp_path):
+    assert "--model-path is required" in run_script(tmp_path, "train.py", "--output-dir", "o", code=2).stderr
+    assert "choose tiny" in run_script(tmp_path, "eval.py", "--preset", "huge", code=2).stderr
+
+
+def test_the_initialisations_can_be_listed(tmp_path):
+    assert "log_uniform" in run_script(tmp_path, "init.py", "--list").stdout
