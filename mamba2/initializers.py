@@ -284,9 +284,8 @@ def make_dt_bias(
         raise ValueError(f"A goes from {A.min():g} to {A.max():g}, and must be positive and finite: pass exp(A_log)")
     params = DtParams() if params is None else params
     initializer = INITIALIZERS[name]
-    dt = initializer(
-        shape, A.expand(shape), params, seed_stream(seed, initializer.stream)
-    )  # (n_layers, nheads) float64
+    generator = seed_stream(seed, initializer.stream)
+    dt = initializer(shape, A.expand(shape), params, generator)  # (n_layers, nheads) float64
     dt_bias = inverse_softplus(dt).float()
     parameters = {key: getattr(params, key) for key in initializer.parameters}
     return dt_bias, {"name": name, "seed": seed, **parameters, "sha256": dt_bias_sha256(dt_bias)}

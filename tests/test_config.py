@@ -169,6 +169,10 @@ def test_saving_replaces_the_file_whole_or_not_at_all(tmp_path, monkeypatch):
     file = small().save(tmp_path)
     before = file.read_text()
     assert before.endswith("}\n")
+    (tmp_path / "link").hardlink_to(file)  # sees whatever is written into the old file in place
+    small(vocab_size=51).save(tmp_path)
+    assert (tmp_path / "link").read_text() == before != file.read_text()
+    (tmp_path / "link").replace(file)
 
     def full_disk(_):
         raise OSError(28, "No space left on device")
