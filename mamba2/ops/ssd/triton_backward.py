@@ -28,7 +28,6 @@ import triton
 import triton.language as tl
 
 from mamba2.ops.ssd.triton_common import (
-    LOG2E,
     advance,
     clamp_dt,
     decays,
@@ -41,6 +40,7 @@ from mamba2.ops.ssd.triton_common import (
     store_tile,
     tile_rows,
 )
+from mamba2.ops.triton_math import LOG2E, sigmoid, silu_slope
 
 
 @triton.jit
@@ -303,9 +303,7 @@ def _gradient_kernel(
                 if D is not None:
                     before += x_wide * skip[None, :]
                 gate_wide = gate.to(tl.float32)
-                sigmoid = 1.0 / (1.0 + tl.exp2(-gate_wide * LOG2E))
-                slope = sigmoid * (1.0 + gate_wide * (1.0 - sigmoid))
-                dgate = dout_tile.to(tl.float32) * before * slope
+                dgate = dout_tile.to(tl.float32) * before * silu_slope(gate_wide)
                 store_tile(dz + out_here, rows, left, columns, p, nheads * p, dgate.to(narrow))
 
         pairs *= E * dt_step[:, None]
@@ -316,8 +314,7 @@ def _gradient_kernel(
         ddt_step = tl.where(rows < left, ux + da * decay_rate, 0.0)
         ddt_step = tl.where((activated >= low) & (activated <= high), ddt_step, 0.0)
         if SOFTPLUS:
-            e = tl.exp2(tl.minimum(raw, 20.0) * LOG2E)
-            ddt_step *= tl.where(raw > 20.0, 1.0, e / (1.0 + e))
+            ddt_step *= sigmoid(raw)
         tl.store(ddt + (token + rows) * nheads + head, ddt_step.to(ddt.dtype.element_ty), mask=rows < left)
         tl.store(partial + head, tl.sum(dt_step * da, axis=0))
         tl.store(partial + nheads + head, tl.sum(ddt_step, axis=0))

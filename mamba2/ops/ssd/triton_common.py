@@ -11,7 +11,7 @@ found that one could pass 2**31 and set WIDE.
 import triton
 import triton.language as tl
 
-LOG2E = tl.constexpr(1.4426950408889634)
+from mamba2.ops.triton_math import LOG2E, silu
 
 
 @triton.jit
@@ -33,11 +33,6 @@ def store_tile(pointer, rows, left, columns, width, row_stride, value):
     """The counterpart of `load_tile`, for rows of contiguous columns."""
     mask = (rows[:, None] < left) & (columns[None, :] < width)
     tl.store(pointer + rows[:, None] * row_stride + columns[None, :], value, mask=mask)
-
-
-@triton.jit
-def silu(z):
-    return z / (1.0 + tl.exp2(-z * LOG2E))
 
 
 @triton.jit

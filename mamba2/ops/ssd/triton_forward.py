@@ -17,7 +17,6 @@ import triton
 import triton.language as tl
 
 from mamba2.ops.ssd.triton_common import (
-    LOG2E,
     advance_with,
     clamp_dt,
     decays,
@@ -28,11 +27,11 @@ from mamba2.ops.ssd.triton_common import (
     load_given_state,
     load_state,
     load_tile,
-    silu,
     store_given_state,
     store_tile,
     tile_rows,
 )
+from mamba2.ops.triton_math import LOG2E, silu
 
 
 @triton.jit

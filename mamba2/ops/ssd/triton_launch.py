@@ -4,9 +4,6 @@ The reasons behind the numbers are registers and shared memory, read off compila
 """
 
 from dataclasses import dataclass
-from functools import cache
-
-import torch
 
 SPAN = 128  # tokens between kept states
 
@@ -39,20 +36,3 @@ def launch_for(kernel: str, target: str, itemsize: int, p: int, n: int) -> Launc
     if kernel == "gradient":
         return Launch(64, p_tile, 8, 1)
     return Launch(64, p_tile, 4, 1)
-
-
-@cache
-def target_of(device: torch.device) -> str:
-    """The target's name as the table spells it; the interpreter stands for sm_90."""
-    if device.type != "cuda":
-        return "sm_90"
-    if torch.version.hip:
-        return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
-    major, minor = torch.cuda.get_device_capability(device)
-    return f"sm_{major}{minor}"
-
-
-@cache
-def multiprocessors(device: torch.device) -> int:
-    """How many programs run at once at least; the interpreter stands for an H100."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132

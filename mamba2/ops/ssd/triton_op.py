@@ -13,9 +13,10 @@ launches), then every gradient in one launch and the sums over tokens in another
 import torch
 import triton
 
+from mamba2.ops.device import multiprocessors, target_of
 from mamba2.ops.ssd.triton_backward import _gradient_kernel, _reduce_kernel
 from mamba2.ops.ssd.triton_forward import _scan_kernel
-from mamba2.ops.ssd.triton_launch import SPAN, launch_for, multiprocessors, n_tiles, target_of
+from mamba2.ops.ssd.triton_launch import SPAN, launch_for, n_tiles
 from mamba2.ops.ssd.triton_states import _pass_kernel, _states_kernel
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -15,7 +15,8 @@ and the pass reads and writes the kept states once more.
 import triton
 import triton.language as tl
 
-from mamba2.ops.ssd.triton_common import LOG2E, advance, keep_state, load_given_state, store_given_state
+from mamba2.ops.ssd.triton_common import advance, keep_state, load_given_state, store_given_state
+from mamba2.ops.triton_math import LOG2E
 
 
 @triton.jit

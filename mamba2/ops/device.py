@@ -1,0 +1,22 @@
+"""What launchers ask of the device that a tensor is on. The interpreter, which has none, stands for an H100."""
+
+from functools import cache
+
+import torch
+
+
+@cache
+def target_of(device: torch.device) -> str:
+    """The name by which tables of launches know the device: sm_90, gfx942, …"""
+    if device.type != "cuda":
+        return "sm_90"
+    if torch.version.hip:
+        return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
+
+
+@cache
+def multiprocessors(device: torch.device) -> int:
+    """How many programs run at once at least."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
