@@ -96,5 +96,6 @@ def _cuda_usage(cubin: bytes) -> tuple[int, int]:
 def _amd_usage(assembly: str) -> tuple[int, int]:
     """Vector registers per thread, and spilled registers plus bytes of scratch memory."""
     usage = {name: int(value) for name, value in re.findall(r"\.(\w+):\s+(\d+)\n", assembly)}
-    spills = usage["vgpr_spill_count"] + usage["sgpr_spill_count"] + usage["private_segment_fixed_size"]
+    # Scalar registers that do not fit go to lanes of vector registers, which `vgpr_count` has, not to memory.
+    spills = usage["vgpr_spill_count"] + usage["private_segment_fixed_size"]
     return usage["vgpr_count"], spills

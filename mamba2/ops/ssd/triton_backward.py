@@ -1,10 +1,11 @@
-"""SSD backward: every gradient in one visit of x, dout, B and C per step of q tokens, then one small reduction.
+"""SSD backward: two launches that visit the inputs, two small ones that finish what is summed over tokens.
 
-For a step with incoming state S and R the gradient of its outgoing state, i and j tokens of it, `cs` the inclusive
-cumulative sum of dt A, CB_ij = C_i·B_j, E_ij = exp(cs_i - cs_j) for j <= i:
+For a run of tokens with incoming state S and R the gradient of its outgoing state, i and j tokens of it, `cs` the
+inclusive cumulative sum of dt A, CB_ij = C_i·B_j, E_ij = exp(cs_i - cs_j) for j <= i:
 
     u_j    = Σ_{i>=j} CB_ij E_ij dout_i + exp(cs_last - cs_j) Rᵀ B_j
     dx_j   = dt_j u_j + D dout_j       ddt_j += u_j·x_j       dD = Σ dout_j·x_j
+    R_prev = exp(cs_last) R + Σ_i exp(cs_i) C_i dout_iᵀ
     dCB_ij = Σ_heads (dout_i·x_j) dt_j E_ij
     dC_i   = Σ_j dCB_ij B_j + Σ_heads exp(cs_i) S dout_i
     dB_j   = Σ_i dCB_ij C_i + Σ_heads exp(cs_last - cs_j) dt_j R x_j
@@ -16,349 +17,696 @@ v_j = exp(cs_last - cs_j) dt_j x_j·(Rᵀ B_j):
            = Σ_{i>=k} (Σ_j W_ij - Σ_j W_ji + s_i) + Σ_{j<k} v_j + exp(cs_last) <R, S>
     ddt_k += A da_k      dA = Σ_k dt_k da_k      then through the clamp and softplus; d(dt_bias) = Σ_k d(dt_raw)_k
 
-A program owns a step of one group and loops over the group's heads, so that dB, dC and dCB are summed in registers
-and leave once. Matrices over pairs are held with j in rows: every product of the loop over heads then takes them as
-they are. S and R are read where a span was kept (`triton_states`), and brought to this step by at most span / q - 1
-steps.
+1. `_reverse_kernel` mirrors the forward scan: runs are chunks of Q tokens, from the last to the first, R is carried in
+   registers and kept once per span. It makes dx and u·x.
+2. `_gradient_kernel` takes spans as runs, in blocks of Q tokens, between the kept S and R. A program sums over the
+   heads of a group, so that dB and dC are written once, and leaves the sums of W by row and by column, s and v.
+3. `_finish_kernel` adds these up over a span: ddt, and the span's share of dA and d(dt_bias).
+4. `_reduce_kernel` sums the shares over spans and sequences, in a fixed order.
 
-Bytes per token, 16-bit input, span s: x, dout, dx 6 h p; B, C, dB, dC 8 g n; dt, ddt 4 h or 8 h; S and R 4 h p n / s.
+Bytes per token, 16-bit input, span s, blocks of Q tokens:
+1. x, dout, dx 6 h p; B, C 4 g n; steps, cs 8 h; u·x 4 h; R 2 h p n / s
+2. x, dout 4 h p; B, C, dB, dC 8 g n; steps, cs 8 h; S, R 4 h p n / s; sums of W, s, v 8 h s / Q + 8 h
+3. the float32 sums and steps once more, dt and ddt 4 h
 """
 
 import triton
 import triton.language as tl
 
 from mamba2.ops.ssd.triton_common import (
-    advance,
-    clamp_dt,
-    decays,
-    documents,
+    add_outer,
     dot,
-    gated,
-    load_dt,
-    load_state,
+    dot_rows,
+    dot_state,
+    give,
+    keep,
+    load_chunk_decays,
+    load_decays,
+    load_dy,
+    load_given,
+    load_head,
+    load_kept,
+    load_rows,
     load_tile,
+    scaled,
     store_tile,
-    tile_rows,
+    zero_state,
 )
-from mamba2.ops.triton_math import LOG2E, sigmoid, silu_slope
+from mamba2.ops.ssd.triton_decays import activate
+from mamba2.ops.triton_math import sigmoid, silu_slope
+
+
+@triton.jit
+def _reverse_kernel(
+    x,  # (b, l, h, p)
+    B,  # (b, l, g, n)
+    C,  # (b, l, g, n)
+    D,  # (h) or (h, p), or None
+    z,  # (b, l, h, p) or None
+    steps,  # (b, h, l)
+    cs,  # (b, h, l)
+    document,  # (b, l) or None
+    dout,  # (b, l, h, p)
+    ungated,  # y before the gate, (b, l, h, p), contiguous, or None
+    carry,  # gradient of the final state (b, h, p, n), or None; unused when FROM_KEPT
+    kept,  # (b, spans, h, n, p): out; in when FROM_KEPT
+    dx,  # out: (b, l, h, p); this and all below contiguous
+    dz,  # out: (b, l, h, p) or None
+    ux,  # out: (b, h, l), float32
+    dD,  # out: (rows, h, p) or (rows * p tiles, h), float32, or None; a row for each sequence, or span of it
+    initial,  # out: gradient of the initial state (b, h, p, n), or None; unused when FROM_KEPT
+    batch_strides,  # of x, B, C, z, dout, carry
+    seqlen,
+    spans,
+    x_strides: tl.constexpr,
+    B_strides: tl.constexpr,
+    C_strides: tl.constexpr,
+    D_strides: tl.constexpr,
+    z_strides: tl.constexpr,
+    dout_strides: tl.constexpr,
+    carry_strides: tl.constexpr,
+    h: tl.constexpr,
+    p: tl.constexpr,
+    n: tl.constexpr,
+    HEADS_PER_GROUP: tl.constexpr,
+    SPAN_CHUNKS: tl.constexpr,
+    Q: tl.constexpr,
+    P_TILE: tl.constexpr,
+    N1: tl.constexpr,
+    N2: tl.constexpr,
+    FROM_KEPT: tl.constexpr,
+    D_PER_CHANNEL: tl.constexpr,
+    PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Grid (h * p tiles, b, FROM_KEPT ? spans : 1). A program owns P_TILE channels of one head, over the sequence.
+
+    FROM_KEPT: over one span only, from the gradient that earlier launches left in `kept`.
+    """
+    p_tiles: tl.constexpr = (p + P_TILE - 1) // P_TILE
+    SPAN: tl.constexpr = SPAN_CHUNKS * Q
+    tile = tl.program_id(0) % p_tiles
+    head = (tl.program_id(0) // p_tiles).to(tl.int64)
+    batch = tl.program_id(1).to(tl.int64)
+    group = head // HEADS_PER_GROUP
+    columns = tile * P_TILE + tl.arange(0, P_TILE)
+    rows = tl.arange(0, Q)
+    narrow = x.dtype.element_ty
+
+    x += batch * batch_strides[0] + head * x_strides[1]
+    B += batch * batch_strides[1] + group * B_strides[1]
+    C += batch * batch_strides[2] + group * C_strides[1]
+    if z is not None:
+        z += batch * batch_strides[3] + head * z_strides[1]
+    dout += batch * batch_strides[4] + head * dout_strides[1]
+    steps += (batch * h + head) * seqlen
+    cs += (batch * h + head) * seqlen
+    ux += ((batch * h + head) * p_tiles + tile) * seqlen
+    if document is not None:
+        document += batch * seqlen
+    kept += (batch * spans * h + head) * (n * p)
+    if D is not None:
+        skip = tl.load(D + head * D_strides[0] + columns * D_strides[1], mask=columns < p, other=0.0).to(tl.float32)
+
+    first = tl.program_id(2) * SPAN_CHUNKS
+    count = tl.cdiv(seqlen, Q)
+    state1, state2 = zero_state(P_TILE, N1, N2)
+    if FROM_KEPT:
+        count = tl.minimum(SPAN_CHUNKS, count - first)
+        state1, state2 = load_kept(kept + tl.program_id(2).to(tl.int64) * h * (n * p), columns, p, n, N1, N2)
+        state1, state2 = state1.to(tl.float32), state2.to(tl.float32)
+    elif carry is not None:
+        carry += batch * batch_strides[5] + head * carry_strides[0]
+        state1, state2 = load_given(carry, columns, carry_strides, p, n, N1, N2)
+
+    dD_sum = tl.zeros((P_TILE,), dtype=tl.float32)
+    for back in tl.range(0, count, num_stages=STAGES, disable_licm=True):
+        chunk = first + count - 1 - back
+        start = chunk * Q
+        left = seqlen - start
+        step, decay, number, into, out, through = load_chunk_decays(steps, cs, document, start, seqlen, Q, SPAN)
+        narrow1, narrow2 = state1.to(narrow), state2.to(narrow)
+        if not FROM_KEPT:
+            leaves = ((chunk + 1) % SPAN_CHUNKS == 0) | (back == 0)
+            here = kept + tl.cast(chunk // SPAN_CHUNKS, tl.int64) * h * (n * p)
+            keep(here, narrow1, narrow2, columns, p, tl.where(leaves, n, 0), N1, N2)
+
+        # Through the state that the chunk leaves.
+        B1, B2 = load_rows(B, start, seqlen, B_strides, n, Q, N1, N2)
+        u = dot_state(B1, B2, narrow1, narrow2, N2, PRECISION) * out[:, None]
+        # Through the tokens of the chunk.
+        C1, C2 = load_rows(C, start, seqlen, C_strides, n, Q, N1, N2)
+        scores = dot_rows(B1, B2, C1, C2, N2, PRECISION)  # (j, i)
+        scores *= tl.exp2(tl.minimum(decay[None, :] - decay[:, None], 0.0))
+        visible = rows[:, None] <= rows[None, :]
+        if document is not None:
+            visible = visible & (number[:, None] == number[None, :])
+        dy = load_dy(dout, z, start, seqlen, columns, dout_strides, z_strides, p, Q)
+        u = dot(tl.where(visible, scores, 0.0).to(narrow), dy, u, PRECISION)
+        x_wide = load_head(x, start, seqlen, columns, x_strides, p, Q).to(tl.float32)
+        tl.store(ux + start + rows, tl.sum(u * x_wide, axis=1), mask=rows < left)
+        u *= step[:, None]
+        if D is not None:
+            dy_wide = dy.to(tl.float32)
+            u += dy_wide * skip[None, :]
+            dD_sum += tl.sum(dy_wide * x_wide, axis=0)
+        token = ((batch * seqlen + start) * h + head) * p
+        store_tile(dx + token, rows, left, columns, p, h * p, u)
+        if z is not None:
+            gate = load_head(z, start, seqlen, columns, z_strides, p, Q).to(tl.float32)
+            plain = load_head(dout, start, seqlen, columns, dout_strides, p, Q).to(tl.float32)
+            before = load_tile(ungated + token, rows, left, columns, p, h * p, 1).to(tl.float32)
+            store_tile(dz + token, rows, left, columns, p, h * p, plain * before * silu_slope(gate))
+
+        state1, state2 = add_outer(state1, state2, C1, C2, scaled(dy, into), through, N2, PRECISION)
+
+    if D is not None:
+        row = batch * tl.num_programs(2) + tl.program_id(2)
+        if D_PER_CHANNEL:
+            tl.store(dD + (row * h + head) * p + columns, dD_sum, mask=columns < p)
+        else:
+            tl.store(dD + (row * p_tiles + tile) * h + head, tl.sum(dD_sum, axis=0))
+    if initial is not None and not FROM_KEPT:
+        give(initial + (batch * h + head) * (n * p), state1, state2, columns, p, n, N1, N2)
 
 
 @triton.jit
 def _gradient_kernel(
     x,  # (b, l, h, p)
-    dt,  # (b, l, h)
-    A,  # (h)
     B,  # (b, l, g, n)
     C,  # (b, l, g, n)
-    D,  # (h) or (h, p), or None
     z,  # (b, l, h, p) or None
-    bias,  # (h) or None
-    seq_idx,  # (b, l) or None
+    steps,  # (b, h, l)
+    cs,  # (b, h, l)
+    document,  # (b, l) or None
     dout,  # (b, l, h, p)
     kept_S,  # states entering each span: (b, spans, h, n, p)
     kept_R,  # gradients of the states leaving each span: (b, spans, h, n, p)
-    dx,  # out: (b, l, h, p); this and all below contiguous
-    ddt,  # out: (b, l, h)
-    dB,  # out: (b, l, g, n)
-    dC,  # out: (b, l, g, n)
-    dz,  # out: (b, l, h, p) or None
-    partial,  # out: per step (b, steps, 2 h + size of D), float32: dA, d(dt_bias), dD
-    x_strides,
-    dt_strides,
-    B_strides,
-    C_strides,
-    D_strides,
-    z_strides,
-    seq_strides,
-    dout_strides,
+    dB,  # out: (b, l, g, n), contiguous
+    dC,  # out: (b, l, g, n), contiguous
+    sums,  # out: (2 d + 2, b, h, l), float32; d planes of sums of W by row, d by column, s, v
+    RS,  # out: exp(cs_last) <R, S> of each span: (b, spans, h), float32
+    batch_strides,  # of x, B, C, z, dout
     seqlen,
-    ngroups,
     spans,
-    low,
-    high,
+    plane,  # elements of one of `sums`
+    x_strides: tl.constexpr,
+    B_strides: tl.constexpr,
+    C_strides: tl.constexpr,
+    z_strides: tl.constexpr,
+    dout_strides: tl.constexpr,
+    h: tl.constexpr,
     p: tl.constexpr,
     n: tl.constexpr,
     HEADS_PER_GROUP: tl.constexpr,
-    SPAN_STEPS: tl.constexpr,
+    SPAN_CHUNKS: tl.constexpr,
     Q: tl.constexpr,
     P_TILE: tl.constexpr,
     N1: tl.constexpr,
     N2: tl.constexpr,
-    SOFTPLUS: tl.constexpr,
-    D_PER_CHANNEL: tl.constexpr,
     PRECISION: tl.constexpr,
-    WIDE: tl.constexpr,
 ):
-    """Grid (steps, g, b)."""
-    step = tl.program_id(0)
+    """Grid (2 * blocks, g, b). Two programs share a block of Q tokens of one group, each with all heads of the group.
+
+    The even one takes its tokens as j, the writers, and makes dB; the odd one as i, the readers, and makes dC. W is
+    summed by the writers' program. The one for blocks j and i = j + d fills plane d of the sums by row at i and of
+    those by column at j, so that no two programs write to one place.
+    """
+    ngroups: tl.constexpr = h // HEADS_PER_GROUP
     group = tl.program_id(1).to(tl.int64)
     batch = tl.program_id(2).to(tl.int64)
-    steps = tl.cdiv(seqlen, Q)
-    nheads = ngroups * HEADS_PER_GROUP
-    start = step * Q
-    offset = start.to(tl.int64)
-    left = seqlen - start
-    rows = tile_rows(Q, WIDE)
-    columns1 = tl.arange(0, N1)
-    columns2 = N1 + tl.arange(0, N2 if N2 > 0 else 16)
-    narrow = x.dtype.element_ty
+    head = group * HEADS_PER_GROUP  # the group's first
+    block = tl.program_id(0) // 3
+    start = block * Q
+    span = block // SPAN_CHUNKS
+    first = span * SPAN_CHUNKS * Q
+    end = tl.minimum(first + SPAN_CHUNKS * Q, seqlen)
 
-    x += batch * x_strides[0]
-    dt += batch * dt_strides[0]
-    B += batch * B_strides[0] + group * B_strides[2]
-    C += batch * C_strides[0] + group * C_strides[2]
-    dout += batch * dout_strides[0]
+    x += batch * batch_strides[0] + head * x_strides[1]
+    B += batch * batch_strides[1] + group * B_strides[1]
+    C += batch * batch_strides[2] + group * C_strides[1]
     if z is not None:
-        z += batch * z_strides[0]
-    if seq_idx is not None:
-        seq_idx += batch * seq_strides[0]
-    token = batch * seqlen + offset  # of the step's first, in the contiguous outputs
-    span = step // SPAN_STEPS
-    kept = (batch * spans + span) * nheads * (n * p)
-    width = 2 * nheads  # of a row of `partial`
-    if D is not None:
-        width += nheads * p if D_PER_CHANNEL else nheads
-    partial += (batch * steps + step) * width
+        z += batch * batch_strides[3] + head * z_strides[1]
+    dout += batch * batch_strides[4] + head * dout_strides[1]
+    steps += (batch * h + head) * seqlen
+    cs += (batch * h + head) * seqlen
+    sums += (batch * h + head) * seqlen
+    if document is not None:
+        document += batch * seqlen
+    plane = tl.cast(plane, tl.int64)
+    kept = (batch * spans + span) * h + head
+    here = ((batch * seqlen + start) * ngroups + group) * n
+    if tl.program_id(0) % 3 == 0:
+        _write_block(
+            x,
+            B,
+            C,
+            z,
+            steps,
+            cs,
+            document,
+            dout,
+            kept_R + kept * (n * p),
+            dB + here,
+            sums,
+            seqlen,
+            plane,
+            start,
+            first,
+            end,
+            x_strides,
+            B_strides,
+            C_strides,
+            z_strides,
+            dout_strides,
+            ngroups,
+            p,
+            n,
+            HEADS_PER_GROUP,
+            SPAN_CHUNKS,
+            Q,
+            P_TILE,
+            N1,
+            N2,
+            PRECISION,
+        )
+    elif tl.program_id(0) % 3 == 1:
+        _read_block(
+            x,
+            B,
+            C,
+            z,
+            steps,
+            cs,
+            document,
+            dout,
+            kept_S + kept * (n * p),
+            dC + here,
+            sums + 2 * SPAN_CHUNKS * plane,
+            seqlen,
+            start,
+            first,
+            x_strides,
+            B_strides,
+            C_strides,
+            z_strides,
+            dout_strides,
+            ngroups,
+            p,
+            n,
+            HEADS_PER_GROUP,
+            Q,
+            P_TILE,
+            N1,
+            N2,
+            PRECISION,
+        )
+    elif start == first:
+        _state_products(
+            kept_S + kept * (n * p),
+            kept_R + kept * (n * p),
+            RS + kept,
+            cs,
+            document,
+            seqlen,
+            start,
+            end,
+            p,
+            n,
+            HEADS_PER_GROUP,
+            Q,
+            P_TILE,
+            N1,
+            N2,
+        )
 
-    B1 = load_tile(B + offset * B_strides[1], rows, left, columns1, n, B_strides[1], B_strides[3])
-    C1 = load_tile(C + offset * C_strides[1], rows, left, columns1, n, C_strides[1], C_strides[3])
-    BC = dot(B1, tl.trans(C1), None, PRECISION)  # (j, i)
-    dB1 = tl.zeros((Q, N1), dtype=tl.float32)
-    dC1 = tl.zeros((Q, N1), dtype=tl.float32)
-    if N2 > 0:
-        B2 = load_tile(B + offset * B_strides[1], rows, left, columns2, n, B_strides[1], B_strides[3])
-        C2 = load_tile(C + offset * C_strides[1], rows, left, columns2, n, C_strides[1], C_strides[3])
-        BC = dot(B2, tl.trans(C2), BC, PRECISION)
-        dB2 = tl.zeros((Q, N2), dtype=tl.float32)
-        dC2 = tl.zeros((Q, N2), dtype=tl.float32)
-    dBC = tl.zeros((Q, Q), dtype=tl.float32)
 
-    seq_here = seq_idx + offset * seq_strides[1] if seq_idx is not None else None
-    document = documents(seq_here, seq_strides[1], rows, start, left)
-    visible = rows[:, None] <= rows[None, :]
-    if seq_idx is not None:
-        visible = visible & (document[:, None] == document[None, :])
+@triton.jit
+def _write_block(
+    x,  # pointers to the sequence's first token, and the group's first head
+    B,
+    C,
+    z,
+    steps,
+    cs,
+    document,
+    dout,
+    kept_R,
+    dB,  # to the block's first token
+    sums,
+    seqlen,
+    plane,
+    start,  # of the block
+    first,  # of the span
+    end,  # of the span
+    x_strides: tl.constexpr,
+    B_strides: tl.constexpr,
+    C_strides: tl.constexpr,
+    z_strides: tl.constexpr,
+    dout_strides: tl.constexpr,
+    ngroups: tl.constexpr,
+    p: tl.constexpr,
+    n: tl.constexpr,
+    HEADS_PER_GROUP: tl.constexpr,
+    SPAN_CHUNKS: tl.constexpr,
+    Q: tl.constexpr,
+    P_TILE: tl.constexpr,
+    N1: tl.constexpr,
+    N2: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """dB, v and the sums of W, of a block of writers j: through R, then through the readers i of its span."""
+    p_tiles: tl.constexpr = (p + P_TILE - 1) // P_TILE
+    rows = tl.arange(0, Q)
+    narrow = x.dtype.element_ty
+    dB1, dB2 = zero_state(Q, N1, N2)  # transposed: (N1, Q), (N2, Q)
 
-    for r in range(0, HEADS_PER_GROUP):
-        head = group * HEADS_PER_GROUP + r
-        decay_rate = tl.load(A + head).to(tl.float32)
-        rate = decay_rate * LOG2E
-        dt_head = dt + head * dt_strides[2]
-        raw, activated = load_dt(dt_head + offset * dt_strides[1], dt_strides[1], rows, left, bias, head, SOFTPLUS)
-        dt_step = clamp_dt(activated, rows, left, low, high)
-        cs = tl.cumsum(dt_step * rate, axis=0)
-        into, out, through = decays(cs, document, rows, seq_idx is not None)
-        E = tl.where(visible, tl.exp2(tl.minimum(cs[None, :] - cs[:, None], 0.0)), 0.0)  # (j, i)
-        weights = (BC * E).to(narrow)
-
-        pairs = tl.zeros((Q, Q), dtype=tl.float32)  # dout_i·x_j, (j, i)
-        ux = tl.zeros((Q,), dtype=tl.float32)
-        s = tl.zeros((Q,), dtype=tl.float32)
+    for r in tl.range(0, HEADS_PER_GROUP, disable_licm=True):
+        to_head = tl.cast(r, tl.int64)
+        at = to_head * seqlen
+        step, _, _, _, out, _ = load_decays(steps + at, cs + at, document, start, -1, end, rows)
+        weight = out * step
         v = tl.zeros((Q,), dtype=tl.float32)
-        RS = 0.0
-        dD_sum = 0.0
+        for tile in tl.static_range(p_tiles):
+            columns = tile * P_TILE + tl.arange(0, P_TILE)
+            R1, R2 = load_kept(kept_R + to_head * (n * p), columns, p, n, N1, N2)
+            x_tile = load_head(x + to_head * x_strides[1], start, seqlen, columns, x_strides, p, Q)
+            B1, B2 = load_rows(B, start, seqlen, B_strides, n, Q, N1, N2)
+            part1 = dot(R1, tl.trans(x_tile), None, PRECISION) * weight[None, :]
+            v += tl.sum(part1 * tl.trans(B1).to(tl.float32), axis=0)
+            dB1 += part1
+            if N2 > 0:
+                part2 = dot(R2, tl.trans(x_tile), None, PRECISION) * weight[None, :]
+                v += tl.sum(part2 * tl.trans(B2).to(tl.float32), axis=0)
+                dB2 += part2
+        tl.store(sums + (2 * SPAN_CHUNKS + 1) * plane + at + start + rows, v, mask=start + rows < seqlen)
+
+    for d in tl.range(0, tl.cdiv(end - start, Q), disable_licm=True):
+        readers = start + d * Q
+        B1, B2 = load_rows(B, start, seqlen, B_strides, n, Q, N1, N2)
+        C1, C2 = load_rows(C, readers, seqlen, C_strides, n, Q, N1, N2)
+        BC = dot_rows(B1, B2, C1, C2, N2, PRECISION)  # (j, i)
+        dBC = tl.zeros((Q, Q), dtype=tl.float32)
+        for r in tl.range(0, HEADS_PER_GROUP, disable_licm=True):
+            to_head = tl.cast(r, tl.int64)
+            at = to_head * seqlen
+            pairs = _pairs(
+                x + to_head * x_strides[1],
+                dout + to_head * dout_strides[1],
+                z + to_head * z_strides[1] if z is not None else None,
+                steps + at,
+                cs + at,
+                document,
+                start,
+                readers,
+                seqlen,
+                x_strides,
+                z_strides,
+                dout_strides,
+                p,
+                Q,
+                P_TILE,
+                PRECISION,
+            )
+            dBC += pairs
+            W = tl.where(start + rows[:, None] == readers + rows[None, :], 0.0, pairs * BC)
+            row_sums = sums + d * plane + at + readers + rows
+            column_sums = sums + (SPAN_CHUNKS + d) * plane + at + start + rows
+            tl.store(row_sums, tl.sum(W, axis=0), mask=readers + rows < seqlen)
+            tl.store(column_sums, tl.sum(W, axis=1), mask=start + rows < seqlen)
+        C1, C2 = load_rows(C, readers, seqlen, C_strides, n, Q, N1, N2)
+        dB1, dB2 = add_outer(dB1, dB2, C1, C2, tl.trans(dBC.to(narrow)), 1.0, N2, PRECISION)
+    _store_rows(dB, dB1, dB2, seqlen - start, ngroups, n, Q, N1, N2)
+
+
+@triton.jit
+def _read_block(
+    x,  # pointers to the sequence's first token, and the group's first head
+    B,
+    C,
+    z,
+    steps,
+    cs,
+    document,
+    dout,
+    kept_S,
+    dC,  # to the block's first token
+    s_out,
+    seqlen,
+    start,  # of the block
+    first,  # of the span
+    x_strides: tl.constexpr,
+    B_strides: tl.constexpr,
+    C_strides: tl.constexpr,
+    z_strides: tl.constexpr,
+    dout_strides: tl.constexpr,
+    ngroups: tl.constexpr,
+    p: tl.constexpr,
+    n: tl.constexpr,
+    HEADS_PER_GROUP: tl.constexpr,
+    Q: tl.constexpr,
+    P_TILE: tl.constexpr,
+    N1: tl.constexpr,
+    N2: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """dC and s of a block of readers i: through S, then through the writers j of its span."""
+    p_tiles: tl.constexpr = (p + P_TILE - 1) // P_TILE
+    rows = tl.arange(0, Q)
+    narrow = x.dtype.element_ty
+    dC1, dC2 = zero_state(Q, N1, N2)  # transposed: (N1, Q), (N2, Q)
+
+    for r in tl.range(0, HEADS_PER_GROUP, disable_licm=True):
+        to_head = tl.cast(r, tl.int64)
+        at = to_head * seqlen
+        end = tl.minimum(start + Q, seqlen)
+        _, _, _, into, _, _ = load_decays(steps + at, cs + at, document, start, -1, end, rows)
+        z_head = z + to_head * z_strides[1] if z is not None else None
+        s = tl.zeros((Q,), dtype=tl.float32)
+        for tile in tl.static_range(p_tiles):
+            columns = tile * P_TILE + tl.arange(0, P_TILE)
+            S1, S2 = load_kept(kept_S + to_head * (n * p), columns, p, n, N1, N2)
+            dout_head = dout + to_head * dout_strides[1]
+            dy = load_dy(dout_head, z_head, start, seqlen, columns, dout_strides, z_strides, p, Q)
+            C1, C2 = load_rows(C, start, seqlen, C_strides, n, Q, N1, N2)
+            part1 = dot(S1, tl.trans(dy), None, PRECISION) * into[None, :]
+            s += tl.sum(part1 * tl.trans(C1).to(tl.float32), axis=0)
+            dC1 += part1
+            if N2 > 0:
+                part2 = dot(S2, tl.trans(dy), None, PRECISION) * into[None, :]
+                s += tl.sum(part2 * tl.trans(C2).to(tl.float32), axis=0)
+                dC2 += part2
+        tl.store(s_out + at + start + rows, s, mask=start + rows < seqlen)
+
+    for writers in tl.range(first, start + Q, Q, disable_licm=True):
+        dBC = tl.zeros((Q, Q), dtype=tl.float32)  # (j, i)
+        for r in tl.range(0, HEADS_PER_GROUP, disable_licm=True):
+            to_head = tl.cast(r, tl.int64)
+            at = to_head * seqlen
+            dBC += _pairs(
+                x + to_head * x_strides[1],
+                dout + to_head * dout_strides[1],
+                z + to_head * z_strides[1] if z is not None else None,
+                steps + at,
+                cs + at,
+                document,
+                writers,
+                start,
+                seqlen,
+                x_strides,
+                z_strides,
+                dout_strides,
+                p,
+                Q,
+                P_TILE,
+                PRECISION,
+            )
+        B1, B2 = load_rows(B, writers, seqlen, B_strides, n, Q, N1, N2)
+        dC1, dC2 = add_outer(dC1, dC2, B1, B2, dBC.to(narrow), 1.0, N2, PRECISION)
+    _store_rows(dC, dC1, dC2, seqlen - start, ngroups, n, Q, N1, N2)
+
+
+@triton.jit
+def _state_products(
+    kept_S,
+    kept_R,
+    RS,
+    cs,
+    document,
+    seqlen,
+    start,
+    end,
+    p: tl.constexpr,
+    n: tl.constexpr,
+    HEADS_PER_GROUP: tl.constexpr,
+    Q: tl.constexpr,
+    P_TILE: tl.constexpr,
+    N1: tl.constexpr,
+    N2: tl.constexpr,
+):
+    """exp(cs_last) <R, S> of a span, for each head."""
+    for r in tl.range(0, HEADS_PER_GROUP, disable_licm=True):
+        to_head = tl.cast(r, tl.int64)
+        _, _, _, _, _, through = load_decays(
+            cs + to_head * seqlen, cs + to_head * seqlen, document, start, -1, end, tl.arange(0, Q)
+        )
+        product = 0.0
         for tile in tl.static_range((p + P_TILE - 1) // P_TILE):
             columns = tile * P_TILE + tl.arange(0, P_TILE)
-            x_head = x + head * x_strides[2]
-            dout_head = dout + head * dout_strides[2]
-            z_head = z + head * z_strides[2] if z is not None else None
-            kept_here = kept + head * (n * p)
-            # S from the start of the span to this step, R from its end.
-            S1 = load_state(kept_S + kept_here, columns, p, n, 0, N1).to(tl.float32)
-            R1 = load_state(kept_R + kept_here, columns, p, n, 0, N1).to(tl.float32)
-            S2 = S1
-            R2 = R1
+            S1, S2 = load_kept(kept_S + to_head * (n * p), columns, p, n, N1, N2)
+            R1, R2 = load_kept(kept_R + to_head * (n * p), columns, p, n, N1, N2)
+            product += tl.sum(tl.sum(R1.to(tl.float32) * S1.to(tl.float32), axis=1), axis=0)
             if N2 > 0:
-                S2 = load_state(kept_S + kept_here, columns, p, n, N1, N2).to(tl.float32)
-                R2 = load_state(kept_R + kept_here, columns, p, n, N1, N2).to(tl.float32)
-            if SPAN_STEPS > 1:
-                for other in range(span * SPAN_STEPS, step):
-                    begin = other * Q
-                    far = begin.to(tl.int64)
-                    S1, S2, _ = advance(
-                        S1,
-                        S2,
-                        x_head + far * x_strides[1],
-                        x_strides,
-                        None,
-                        z_strides,
-                        B + far * B_strides[1],
-                        B_strides,
-                        dt_head + far * dt_strides[1],
-                        dt_strides[1],
-                        seq_idx + far * seq_strides[1] if seq_idx is not None else None,
-                        seq_strides[1],
-                        bias,
-                        head,
-                        rate,
-                        begin,
-                        seqlen - begin,
-                        columns,
-                        low,
-                        high,
-                        p,
-                        n,
-                        Q,
-                        N1,
-                        N2,
-                        SOFTPLUS,
-                        False,
-                        PRECISION,
-                        WIDE,
-                    )
-                last = tl.minimum(span * SPAN_STEPS + SPAN_STEPS, steps) - 1
-                for other in range(0, last - step):
-                    begin = (last - other) * Q
-                    far = begin.to(tl.int64)
-                    R1, R2, _ = advance(
-                        R1,
-                        R2,
-                        dout_head + far * dout_strides[1],
-                        dout_strides,
-                        z_head + far * z_strides[1] if z is not None else None,
-                        z_strides,
-                        C + far * C_strides[1],
-                        C_strides,
-                        dt_head + far * dt_strides[1],
-                        dt_strides[1],
-                        seq_idx + far * seq_strides[1] if seq_idx is not None else None,
-                        seq_strides[1],
-                        bias,
-                        head,
-                        rate,
-                        begin,
-                        seqlen - begin,
-                        columns,
-                        low,
-                        high,
-                        p,
-                        n,
-                        Q,
-                        N1,
-                        N2,
-                        SOFTPLUS,
-                        True,
-                        PRECISION,
-                        WIDE,
-                    )
-            RS += tl.sum(R1 * S1)
-            S1 = S1.to(narrow)
-            R1 = R1.to(narrow)
-            if N2 > 0:
-                RS += tl.sum(R2 * S2)
-                S2 = S2.to(narrow)
-                R2 = R2.to(narrow)
+                product += tl.sum(tl.sum(R2.to(tl.float32) * S2.to(tl.float32), axis=1), axis=0)
+        tl.store(RS + r, product * through)
 
-            x_tile = load_tile(x_head + offset * x_strides[1], rows, left, columns, p, x_strides[1], x_strides[3])
-            dout_tile = load_tile(
-                dout_head + offset * dout_strides[1], rows, left, columns, p, dout_strides[1], dout_strides[3]
-            )
-            dy = dout_tile
-            if z is not None:
-                gate = load_tile(z_head + offset * z_strides[1], rows, left, columns, p, z_strides[1], z_strides[3])
-                dy = gated(dout_tile, gate)
-            pairs = dot(x_tile, tl.trans(dy), pairs, PRECISION)
-            x_wide = x_tile.to(tl.float32)
-            dy_wide = dy.to(tl.float32)
 
-            # Through the state that this step leaves: R.
-            u = dot(B1, R1, None, PRECISION)
-            if N2 > 0:
-                u = dot(B2, R2, u, PRECISION)
-            u *= out[:, None]
-            v += tl.sum(u * x_wide, axis=1) * dt_step
-            written = (x_wide * (out * dt_step)[:, None]).to(narrow)
-            dB1 = dot(written, tl.trans(R1), dB1, PRECISION)
-            if N2 > 0:
-                dB2 = dot(written, tl.trans(R2), dB2, PRECISION)
-            # Through the tokens of this step.
-            u = dot(weights, dy, u, PRECISION)
-            ux += tl.sum(u * x_wide, axis=1)
-            u *= dt_step[:, None]
-            if D is not None:
-                skip = tl.load(D + head * D_strides[0] + columns * D_strides[1], mask=columns < p, other=0.0)
-                skip = skip.to(tl.float32)
-                u += dy_wide * skip[None, :]
-                dD_tile = tl.sum(dy_wide * x_wide, axis=0)
-                if D_PER_CHANNEL:
-                    tl.store(partial + 2 * nheads + head * p + columns, dD_tile, mask=columns < p)
-                else:
-                    dD_sum += tl.sum(dD_tile, axis=0)
-            out_here = (token * nheads + head) * p
-            store_tile(dx + out_here, rows, left, columns, p, nheads * p, u.to(narrow))
-            # Through the state that this step reads: S.
-            read = dot(C1, S1, None, PRECISION)
-            if N2 > 0:
-                read = dot(C2, S2, read, PRECISION)
-            read *= into[:, None]
-            s += tl.sum(read * dy_wide, axis=1)
-            dy_into = (dy_wide * into[:, None]).to(narrow)
-            dC1 = dot(dy_into, tl.trans(S1), dC1, PRECISION)
-            if N2 > 0:
-                dC2 = dot(dy_into, tl.trans(S2), dC2, PRECISION)
-            if z is not None:
-                # y before the gate, once more: nothing was kept for it.
-                scores = (BC * E * dt_step[:, None]).to(narrow)
-                before = dot(tl.trans(scores), x_tile, read, PRECISION)
-                if D is not None:
-                    before += x_wide * skip[None, :]
-                gate_wide = gate.to(tl.float32)
-                dgate = dout_tile.to(tl.float32) * before * silu_slope(gate_wide)
-                store_tile(dz + out_here, rows, left, columns, p, nheads * p, dgate.to(narrow))
+@triton.jit
+def _pairs(
+    x,  # pointers to the sequence's first token, for the head
+    dout,
+    z,
+    steps,
+    cs,
+    document,
+    writers,  # first token of the block of j
+    readers,  # first token of the block of i, of the same span
+    seqlen,
+    x_strides: tl.constexpr,
+    z_strides: tl.constexpr,
+    dout_strides: tl.constexpr,
+    p: tl.constexpr,
+    Q: tl.constexpr,
+    P_TILE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """(x_j·dout_i) dt_j E_ij, one head's part of dBC: (j, i)."""
+    rows = tl.arange(0, Q)
+    pairs = tl.zeros((Q, Q), dtype=tl.float32)
+    for tile in tl.static_range((p + P_TILE - 1) // P_TILE):
+        columns = tile * P_TILE + tl.arange(0, P_TILE)
+        x_tile = load_head(x, writers, seqlen, columns, x_strides, p, Q)
+        dy = load_dy(dout, z, readers, seqlen, columns, dout_strides, z_strides, p, Q)
+        pairs = dot(x_tile, tl.trans(dy), pairs, PRECISION)
+    j, i = writers + rows, readers + rows
+    step = tl.load(steps + j, mask=j < seqlen, other=0.0)
+    cs_j = tl.load(cs + j, mask=j < seqlen, other=0.0)
+    cs_i = tl.load(cs + i, mask=i < seqlen, other=0.0)
+    pairs *= tl.exp2(tl.minimum(cs_i[None, :] - cs_j[:, None], 0.0)) * step[:, None]
+    visible = j[:, None] <= i[None, :]
+    if document is not None:
+        document_j = tl.load(document + j, mask=j < seqlen, other=0)
+        document_i = tl.load(document + i, mask=i < seqlen, other=0)
+        visible = visible & (document_j[:, None] == document_i[None, :])
+    return tl.where(visible, pairs, 0.0)
 
-        pairs *= E * dt_step[:, None]
-        dBC += pairs
-        W = tl.where(rows[:, None] == rows[None, :], 0.0, pairs * BC)
-        later = tl.cumsum(tl.sum(W, axis=0) - tl.sum(W, axis=1) + s, axis=0, reverse=True)
-        da = later + tl.cumsum(v, axis=0) - v + through * RS
-        ddt_step = tl.where(rows < left, ux + da * decay_rate, 0.0)
-        ddt_step = tl.where((activated >= low) & (activated <= high), ddt_step, 0.0)
-        if SOFTPLUS:
-            ddt_step *= sigmoid(raw)
-        tl.store(ddt + (token + rows) * nheads + head, ddt_step.to(ddt.dtype.element_ty), mask=rows < left)
-        tl.store(partial + head, tl.sum(dt_step * da, axis=0))
-        tl.store(partial + nheads + head, tl.sum(ddt_step, axis=0))
-        if D is not None and not D_PER_CHANNEL:
-            tl.store(partial + 2 * nheads + head, dD_sum)
 
-    dBC_narrow = dBC.to(narrow)
-    group_here = (token * ngroups + group) * n
-    dB1 = dot(dBC_narrow, C1, dB1, PRECISION)
-    dC1 = dot(tl.trans(dBC_narrow), B1, dC1, PRECISION)
-    store_tile(dB + group_here, rows, left, columns1, n, ngroups * n, dB1.to(narrow))
-    store_tile(dC + group_here, rows, left, columns1, n, ngroups * n, dC1.to(narrow))
+@triton.jit
+def _store_rows(k, k1, k2, left, ngroups: tl.constexpr, n: tl.constexpr, Q: tl.constexpr, N1: tl.constexpr, N2):
+    """Store rows of dB or dC, held transposed, contiguous; the pointer is to the first token's group."""
+    store_tile(k, tl.arange(0, Q), left, tl.arange(0, N1), n, ngroups * n, tl.trans(k1))
     if N2 > 0:
-        dB2 = dot(dBC_narrow, C2, dB2, PRECISION)
-        dC2 = dot(tl.trans(dBC_narrow), B2, dC2, PRECISION)
-        store_tile(dB + group_here, rows, left, columns2, n, ngroups * n, dB2.to(narrow))
-        store_tile(dC + group_here, rows, left, columns2, n, ngroups * n, dC2.to(narrow))
+        store_tile(k, tl.arange(0, Q), left, N1 + tl.arange(0, N2), n, ngroups * n, tl.trans(k2))
+
+
+@triton.jit
+def _finish_kernel(
+    dt,  # (b, l, h)
+    A,  # (h)
+    bias,  # (h) or None
+    steps,  # (b, h, l)
+    ux,  # (b, h, p tiles, l)
+    sums,  # (2 d + 2, b, h, l)
+    RS,  # (b, spans, h)
+    ddt,  # out: (b, l, h), contiguous
+    shares,  # out: (b, spans, 2 h), float32: dA, d(dt_bias)
+    dt_batch,
+    seqlen,
+    spans,
+    plane,
+    low,
+    high,
+    dt_strides: tl.constexpr,
+    h: tl.constexpr,
+    P_TILES: tl.constexpr,
+    SPAN_CHUNKS: tl.constexpr,
+    Q: tl.constexpr,
+    SOFTPLUS: tl.constexpr,
+):
+    """Grid (spans, h, b)."""
+    SPAN: tl.constexpr = SPAN_CHUNKS * Q
+    span = tl.program_id(0)
+    head = tl.program_id(1).to(tl.int64)
+    batch = tl.program_id(2).to(tl.int64)
+    start = span * SPAN
+    end = tl.minimum(start + SPAN, seqlen)
+    tokens = tl.arange(0, SPAN)
+    inside = start + tokens < seqlen
+    blocks = tl.cdiv(end - start, Q)
+    sequence = batch * h + head
+    plane = tl.cast(plane, tl.int64)
+    sums += sequence * seqlen + start + tokens
+    later = tl.load(sums + 2 * SPAN_CHUNKS * plane, mask=inside, other=0.0)  # s
+    for d in tl.static_range(SPAN_CHUNKS):
+        has_writers = inside & (tokens // Q >= d)
+        has_readers = inside & (tokens // Q + d < blocks)
+        later += tl.load(sums + d * plane, mask=has_writers, other=0.0)
+        later -= tl.load(sums + (SPAN_CHUNKS + d) * plane, mask=has_readers, other=0.0)
+    v = tl.load(sums + (2 * SPAN_CHUNKS + 1) * plane, mask=inside, other=0.0)
+    share = (batch * spans + span) * h + head
+    da = tl.cumsum(later, axis=0, reverse=True) + tl.cumsum(v, axis=0) - v + tl.load(RS + share)
+    gradient = da * tl.load(A + head).to(tl.float32)
+    for tile in tl.static_range(P_TILES):
+        gradient += tl.load(ux + (sequence * P_TILES + tile) * seqlen + start + tokens, mask=inside, other=0.0)
+
+    dt += batch * dt_batch + head * dt_strides[1] + tl.cast(start, tl.int64) * dt_strides[0]
+    raw, activated = activate(dt, dt_strides[0], tokens, seqlen - start, bias, head, SOFTPLUS)
+    gradient = tl.where(inside & (activated >= low) & (activated <= high), gradient, 0.0)
+    if SOFTPLUS:
+        gradient *= sigmoid(raw)
+    ddt += (batch * seqlen + start) * h + head
+    tl.store(ddt + tokens * h, gradient.to(ddt.dtype.element_ty), mask=inside)
+    step = tl.load(steps + sequence * seqlen + start + tokens, mask=inside, other=0.0)
+    shares += (batch * spans + span) * (2 * h) + head
+    tl.store(shares, tl.sum(step * da, axis=0))
+    tl.store(shares + h, tl.sum(gradient, axis=0))
 
 
 @triton.jit
 def _reduce_kernel(
-    partial,  # (count, 2 h + d), float32
+    shares,  # (count, 2 h), float32
+    D_shares,  # (D_count, d), float32, or None
     dA,  # out: (h)
     dbias,  # out: (h) or None
     dD,  # out: (d) or None
     count,
-    nheads,
-    d,
+    D_count,
+    h: tl.constexpr,
+    d: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Grid (columns / COLUMNS). Sums over the rows, always in the same order."""
-    columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    width = 2 * nheads + d
-    total = tl.zeros((COLUMNS,), dtype=tl.float32)
+    """Grid (tiles of COLUMNS of 2 h, then of d). Sums over the rows, always in the same order."""
+    tiles: tl.constexpr = (2 * h + COLUMNS - 1) // COLUMNS
+    tile = tl.program_id(0)
+    if tile < tiles:
+        columns = tile * COLUMNS + tl.arange(0, COLUMNS)
+        total = _sum_rows(shares, columns, count, 2 * h, ROWS)
+        tl.store(dA + columns, total.to(dA.dtype.element_ty), mask=columns < h)
+        if dbias is not None:
+            tl.store(dbias + columns - h, total.to(dbias.dtype.element_ty), mask=(columns >= h) & (columns < 2 * h))
+    elif dD is not None:
+        columns = (tile - tiles) * COLUMNS + tl.arange(0, COLUMNS)
+        total = _sum_rows(D_shares, columns, D_count, d, ROWS)
+        tl.store(dD + columns, total.to(dD.dtype.element_ty), mask=columns < d)
+
+
+@triton.jit
+def _sum_rows(shares, columns, count, width: tl.constexpr, ROWS: tl.constexpr):
+    total = tl.zeros_like(columns).to(tl.float32)
     for first in range(0, count, ROWS):
         rows = first + tl.arange(0, ROWS)
         mask = (rows[:, None] < count) & (columns[None, :] < width)
-        block = tl.load(partial + rows.to(tl.int64)[:, None] * width + columns[None, :], mask=mask, other=0.0)
-        total += tl.sum(block, axis=0)
-    tl.store(dA + columns, total.to(dA.dtype.element_ty), mask=columns < nheads)
-    if dbias is not None:
-        mine = (columns >= nheads) & (columns < 2 * nheads)
-        tl.store(dbias + columns - nheads, total.to(dbias.dtype.element_ty), mask=mine)
-    if dD is not None:
-        mine = (columns >= 2 * nheads) & (columns < width)
-        tl.store(dD + columns - 2 * nheads, total.to(dD.dtype.element_ty), mask=mine)
+        offsets = rows.to(tl.int64)[:, None] * width + columns[None, :]
+        total += tl.sum(tl.load(shares + offsets, mask=mask, other=0.0), axis=0)
+    return total

@@ -1,22 +1,27 @@
 """The Triton backend of `ssd`: allocation, launches, and registration with torch.library.
 
-Forward, one of two forms:
+Two forms of each direction. Forward:
 
-    sequential       one program per sequence, head and tile of channels walks the whole sequence     1 launch
-    chunk-parallel   states of all spans from zero; combined in order; outputs of all spans           3 launches
+    sequential       decays; one program per sequence, head and tile of channels walks the sequence     2 launches
+    chunk-parallel   decays; what each span adds to the state; spans in order; outputs of all spans     4 launches
+
+The backward pass gets R, the gradient of the state, in the same two ways (1 or 3 launches, which also make dx), then
+dB and dC, then the gradient of dt, then sums (3 launches). Nothing else runs on the device.
 
 The rule: the sequential form moves fewer bytes and is taken whenever its programs number at least the multiprocessors
-of the device. The backward pass gets R, the gradient of the state at each span's end, in the same two ways (1 or 2
-launches), then every gradient in one launch and the sums over tokens in another. Nothing else runs on the device.
+of the device.
 """
+
+from collections.abc import Callable
 
 import torch
 import triton
 
 from mamba2.ops.device import multiprocessors, target_of
-from mamba2.ops.ssd.triton_backward import _gradient_kernel, _reduce_kernel
+from mamba2.ops.ssd.triton_backward import _finish_kernel, _gradient_kernel, _reduce_kernel, _reverse_kernel
+from mamba2.ops.ssd.triton_decays import _decays_kernel
 from mamba2.ops.ssd.triton_forward import _scan_kernel
-from mamba2.ops.ssd.triton_launch import SPAN, launch_for, n_tiles
+from mamba2.ops.ssd.triton_launch import CHUNK, Launch, choose_launch, launch_for, n_tiles, span_for
 from mamba2.ops.ssd.triton_states import _pass_kernel, _states_kernel
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -43,7 +48,7 @@ def ssd_triton(
         raise ValueError(f"the Triton backend takes x in float32, bfloat16 or float16, not {x.dtype}")
     tensors = (x, dt, A, B, C, D, z, dt_bias, initial_states)
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    y, final, _ = _forward_op(
+    y, final, *_ = _forward_op(
         x, dt, A, B, C, D, z, dt_bias, initial_states, seq_idx, dt_softplus, *dt_limit, return_final_states, keep
     )
     return y, final if return_final_states else None
@@ -66,33 +71,41 @@ def _forward_op(
     dt_high: float,
     want_final: bool,
     keep: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """y, the final state and the states entering each span; the latter two are empty where not wanted."""
-    y, final, kept = _forward_outputs(x, B, want_final, keep)
-    run = _Run(x, dt, A, B, C, D, z, dt_bias, initial_states, seq_idx, dt_softplus, dt_low, dt_high)
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """y, the final state, then what the backward pass keeps: see `_forward_outputs`."""
+    outputs = _forward_outputs(x, B, z, seq_idx, want_final, keep)
+    y, final, kept, ungated, *decays = outputs
+    run = _Run(*decays, x, dt, A, B, C, D, z, dt_bias, initial_states, seq_idx, dt_softplus, dt_low, dt_high)
     parallel = run.parallel("scan")
     states = kept if keep else run.empty_states() if parallel else None
     end = final if want_final else None
     with torch.cuda.device_of(x):
+        run.compute_decays()
         if parallel:
-            run.local_states(x, None, B, states, reverse=False)
-            run.pass_states(states, initial_states, end, reverse=False)
-        run.scan(y, states, end, from_kept=parallel)
-    return y, final, kept
+            run.states(x, None, B, initial_states, end, states, reverse=False)
+        run.scan(y, ungated if keep and z is not None else None, states, end, from_kept=parallel)
+    return outputs
 
 
 @_forward_op.register_fake
 def _(x, dt, A, B, C, D, z, dt_bias, initial_states, seq_idx, dt_softplus, dt_low, dt_high, want_final, keep):
-    return _forward_outputs(x, B, want_final, keep)
+    return _forward_outputs(x, B, z, seq_idx, want_final, keep)
 
 
-def _forward_outputs(x, B, want_final, keep):
+def _forward_outputs(x, B, z, seq_idx, want_final, keep):
+    """y; the final state; the states entering each span; y before the gate; steps and cs; documents' numbers.
+
+    Empty where not wanted; steps and cs always hold values.
+    """
     b, l, h, p = x.shape
-    n = B.shape[3]
+    g, n = B.shape[2:]
     y = x.new_empty(b, l, h, p)
+    steps, cs = (x.new_empty((b, h, l), dtype=torch.float32) for _ in range(2))
+    document = x.new_empty((0,) if seq_idx is None else (b, l), dtype=torch.int32)
     final = x.new_empty((b, h, p, n) if want_final else (0,), dtype=torch.float32)
-    kept = x.new_empty((b, -(-l // SPAN), h, n, p) if keep else (0,))
-    return y, final, kept
+    kept = x.new_empty((b, -(-l // span_for(h, g)), h, n, p) if keep else (0,))
+    ungated = x.new_empty((b, l, h, p) if keep and z is not None else (0,))
+    return y, final, kept, ungated, steps, cs, document
 
 
 @torch.library.custom_op("mamba2::ssd_backward", mutates_args=())
@@ -100,6 +113,10 @@ def _backward_op(
     dout: torch.Tensor,
     dfinal: torch.Tensor | None,
     kept: torch.Tensor,
+    ungated: torch.Tensor,
+    steps: torch.Tensor,
+    cs: torch.Tensor,
+    document: torch.Tensor,
     x: torch.Tensor,
     dt: torch.Tensor,
     A: torch.Tensor,
@@ -116,21 +133,23 @@ def _backward_op(
 ) -> list[torch.Tensor]:
     """Gradients of x, dt, A, B, C, D, z, dt_bias, initial_states; empty for those not given."""
     grads = _backward_outputs(x, dt, A, B, C, D, z, dt_bias, initial_states)
-    run = _Run(x, dt, A, B, C, D, z, dt_bias, initial_states, seq_idx, dt_softplus, dt_low, dt_high)
-    dinitial = None if initial_states is None else grads[8]
+    run = _Run(
+        steps, cs, document, x, dt, A, B, C, D, z, dt_bias, initial_states, seq_idx, dt_softplus, dt_low, dt_high
+    )
+    parallel = run.parallel("reverse")
     gradients = run.empty_states()
     with torch.cuda.device_of(x):
-        if run.parallel("states"):
-            run.local_states(dout, z, C, gradients, reverse=True)
-            run.pass_states(gradients, dfinal, dinitial, reverse=True)
-        else:
-            run.walk_gradients(dout, dfinal, gradients, dinitial)
-        run.gradient(dout, kept, gradients, grads)
+        if parallel:
+            dinitial = None if initial_states is None else grads[8]
+            run.states(dout, z, C, dfinal, dinitial, gradients, reverse=True)
+        ux, dD = run.reverse(dout, None if z is None else ungated, dfinal, gradients, grads, from_kept=parallel)
+        sums, RS = run.gradient(dout, kept, gradients, grads)
+        run.finish(ux, dD, sums, RS, grads)
     return grads
 
 
 @_backward_op.register_fake
-def _(dout, dfinal, kept, x, dt, A, B, C, D, z, dt_bias, initial_states, seq_idx, dt_softplus, dt_low, dt_high):
+def _(dout, dfinal, kept, ungated, steps, cs, document, x, dt, A, B, C, D, z, dt_bias, initial_states, *_):
     return _backward_outputs(x, dt, A, B, C, D, z, dt_bias, initial_states)
 
 
@@ -142,14 +161,14 @@ def _setup_context(ctx, inputs, output):
     *tensors, dt_softplus, dt_low, dt_high, _want_final, _keep = inputs
     ctx.set_materialize_grads(False)
     ctx.activation = (dt_softplus, dt_low, dt_high)
-    ctx.save_for_backward(output[2], *tensors)
+    ctx.save_for_backward(*output[2:], *tensors)
 
 
-def _backward(ctx, dout, dfinal, _):
-    kept, *tensors = ctx.saved_tensors
+def _backward(ctx, dout, dfinal, *_):
+    kept, ungated, steps, cs, document, *tensors = ctx.saved_tensors
     if dout is None:
         dout = torch.zeros_like(tensors[0])
-    grads = _backward_op(dout, dfinal, kept, *tensors, *ctx.activation)
+    grads = _backward_op(dout, dfinal, kept, ungated, steps, cs, document, *tensors, *ctx.activation)
     # seq_idx, the activation and the flags have none.
     return *(None if t is None else grad for t, grad in zip(tensors[:9], grads)), None, None, None, None, None, None
 
@@ -160,15 +179,19 @@ _forward_op.register_autograd(_backward, setup_context=_setup_context)
 class _Run:
     """One call's tensors and sizes, and the launches that take them."""
 
-    def __init__(self, x, dt, A, B, C, D, z, dt_bias, initial_states, seq_idx, dt_softplus, dt_low, dt_high):
+    def __init__(
+        self, steps, cs, document, x, dt, A, B, C, D, z, dt_bias, initial_states, seq_idx, dt_softplus, dt_low, dt_high
+    ):
+        self.decays = steps, cs, None if seq_idx is None else document
         self.x, self.dt, self.B, self.C, self.D, self.z = x, dt, B, C, D, z
         self.A = A.contiguous()
         self.dt_bias = None if dt_bias is None else dt_bias.contiguous()
         self.initial_states, self.seq_idx = initial_states, seq_idx
         self.b, self.l, self.h, self.p = x.shape
         self.g, self.n = B.shape[2:]
-        self.spans = -(-self.l // SPAN)
-        self.device = x.device
+        self.span = span_for(self.h, self.g)
+        self.spans = triton.cdiv(self.l, self.span)
+        self.target = target_of(x.device)
         self.limits = {"low": dt_low, "high": dt_high}
         self.softplus = dt_softplus
         exact = torch.get_float32_matmul_precision() == "highest"
@@ -177,120 +200,168 @@ class _Run:
     def empty_states(self) -> torch.Tensor:
         return self.x.new_empty(self.b, self.spans, self.h, self.n, self.p)
 
-    def launch(self, kernel: str):
-        return launch_for(kernel, target_of(self.device), self.x.element_size(), self.p, self.n)
+    def new_floats(self, *shape: int) -> torch.Tensor:
+        return self.x.new_empty(shape, dtype=torch.float32)
 
     def parallel(self, kernel: str) -> bool:
         """Whether the sequential form would leave multiprocessors idle, and there are spans to share out."""
-        programs = self.b * self.h * -(-self.p // self.launch(kernel).p_tile)
-        return self.spans > 1 and programs < multiprocessors(self.device)
+        p_tile = launch_for(kernel, self.target, self.x.element_size(), self.p, self.n).p_tile
+        programs = self.b * self.h * triton.cdiv(self.p, p_tile)
+        return self.spans > 1 and programs < multiprocessors(self.x.device)
 
-    def constants(self, launch, *tensors: torch.Tensor) -> dict:
-        """Compile-time values that the three large kernels share; `tensors` are all that they index by token."""
+    def launch(self, kernel: str, start: Callable[[Launch], object]) -> object:
+        """Run `start` with the launch chosen for a kernel; it may be run with others before, to compare."""
+        return start(choose_launch(kernel, self.target, self.x.dtype, self.p, self.n, start))
+
+    def constants(self, launch: Launch) -> dict:
+        """Compile-time values that the large kernels share."""
         n1, n2 = n_tiles(self.n)
-        reach = max(t.stride(1) * launch.q + t.stride(-1) * max(self.p, n1 + n2) for t in tensors)
         return {
+            "h": self.h,
             "p": self.p,
             "n": self.n,
             "HEADS_PER_GROUP": self.h // self.g,
-            "SPAN_STEPS": SPAN // launch.q,
-            "Q": launch.q,
+            "SPAN_CHUNKS": self.span // CHUNK,
+            "Q": CHUNK,
             "P_TILE": launch.p_tile,
             "N1": n1,
             "N2": n2,
-            "SOFTPLUS": self.softplus,
             "PRECISION": self.precision,
-            "WIDE": reach >= 2**31,
-            "num_warps": launch.num_warps,
+            **launch.options(),
         }
 
-    def indexed(self, *more: torch.Tensor | None) -> list[torch.Tensor]:
-        tensors = (self.x, self.dt, self.B, self.C, self.z, self.seq_idx, *more)
-        return [t for t in tensors if t is not None]
-
-    def scan(self, y, kept, final, from_kept: bool) -> None:
-        launch = self.launch("scan")
-        tiles = triton.cdiv(self.p, launch.p_tile)
-        _scan_kernel[(self.h * tiles, self.b, self.spans if from_kept else 1)](
-            self.x,
-            self.dt,
-            self.A,
-            self.B,
-            self.C,
-            self.D,
-            self.z,
-            self.dt_bias,
-            self.seq_idx,
-            None if from_kept else self.initial_states,
-            y,
-            kept,
-            None if from_kept else final,
-            self.x.stride(),
-            self.dt.stride(),
-            self.B.stride(),
-            self.C.stride(),
-            _channel_strides(self.D),
-            _strides(self.z, 4),
-            _strides(self.seq_idx, 2),
-            _strides(self.initial_states, 4),
-            self.l,
-            self.h,
-            self.spans,
-            **self.limits,
-            **self.constants(launch, *self.indexed()),
-            FROM_KEPT=from_kept,
-            STAGES=launch.num_stages,
-        )
-
-    def local_states(self, v, z, k, kept, reverse: bool) -> None:
-        """What each span adds to the state (or, in reverse, to its gradient), from zero, and the decay through it."""
-        self.through = self.x.new_empty(self.b, self.spans, self.h, dtype=torch.float32)
-        self._states(v, z, k, None, kept, None, self.through, reverse, local=True)
-
-    def walk_gradients(self, dout, dfinal, kept, dinitial) -> None:
-        self._states(dout, self.z, self.C, dfinal, kept, dinitial, None, reverse=True, local=False)
-
-    def _states(self, v, z, k, carry, kept, end, through, reverse: bool, local: bool) -> None:
-        launch = self.launch("states")
-        tiles = triton.cdiv(self.p, launch.p_tile)
-        _states_kernel[(self.h * tiles, self.b, self.spans if local else 1)](
-            v,
-            z,
-            k,
+    def compute_decays(self) -> None:
+        _decays_kernel[(self.spans, self.h, self.b)](
             self.dt,
             self.A,
             self.dt_bias,
             self.seq_idx,
-            carry,
-            kept,
-            end,
-            through,
-            v.stride(),
-            _strides(z, 4),
-            k.stride(),
-            self.dt.stride(),
-            _strides(self.seq_idx, 2),
-            _strides(carry, 4),
+            *self.decays,
+            _batch_strides(self.dt, self.seq_idx),
             self.l,
-            self.h,
-            self.spans,
             **self.limits,
-            **self.constants(launch, *self.indexed(v)),
-            REVERSE=reverse,
-            LOCAL=local,
-            num_stages=launch.num_stages,
+            dt_strides=_strides(self.dt, 2),
+            seq_strides=_strides(self.seq_idx, 1),
+            h=self.h,
+            SPAN=self.span,
+            SOFTPLUS=self.softplus,
+            num_warps=4,
         )
 
-    def pass_states(self, states, carry, end, reverse: bool) -> None:
+    def scan(self, y, ungated, kept, final, from_kept: bool) -> None:
+        def start(launch: Launch) -> None:
+            _scan_kernel[self.walks(launch, from_kept)](
+                self.x,
+                self.B,
+                self.C,
+                self.D,
+                self.z,
+                *self.decays,
+                None if from_kept else self.initial_states,
+                y,
+                ungated,
+                kept,
+                None if from_kept else final,
+                _batch_strides(self.x, self.B, self.C, self.z, self.initial_states),
+                self.l,
+                self.spans,
+                x_strides=_strides(self.x, 3),
+                B_strides=_strides(self.B, 3),
+                C_strides=_strides(self.C, 3),
+                D_strides=_channel_strides(self.D),
+                z_strides=_strides(self.z, 3),
+                initial_strides=_strides(self.initial_states, 3),
+                FROM_KEPT=from_kept,
+                STAGES=launch.num_stages,
+                **self.constants(launch),
+            )
+
+        self.launch("scan", start)
+
+    def reverse(self, dout, ungated, dfinal, kept, grads, from_kept: bool):
+        """dx, dz and what is summed later: u·x (b, h, p tiles, l), and dD's rows, or None."""
+        dx, _, _, _, _, _, dz, _, dinitial = grads
+        per_channel = self.D is not None and self.D.dim() == 2
+
+        def start(launch: Launch) -> tuple[torch.Tensor, torch.Tensor | None]:
+            grid = self.walks(launch, from_kept)
+            tiles = triton.cdiv(self.p, launch.p_tile)
+            ux = self.new_floats(self.b, self.h, tiles, self.l)
+            dD = None
+            if self.D is not None:
+                dD = self.new_floats(self.b * grid[2] * (1 if per_channel else tiles), self.D.numel())
+            _reverse_kernel[grid](
+                self.x,
+                self.B,
+                self.C,
+                self.D,
+                self.z,
+                *self.decays,
+                dout,
+                ungated,
+                None if from_kept else dfinal,
+                kept,
+                dx,
+                None if self.z is None else dz,
+                ux,
+                dD,
+                None if from_kept or self.initial_states is None else dinitial,
+                _batch_strides(self.x, self.B, self.C, self.z, dout, dfinal),
+                self.l,
+                self.spans,
+                x_strides=_strides(self.x, 3),
+                B_strides=_strides(self.B, 3),
+                C_strides=_strides(self.C, 3),
+                D_strides=_channel_strides(self.D),
+                z_strides=_strides(self.z, 3),
+                dout_strides=_strides(dout, 3),
+                carry_strides=_strides(dfinal, 3),
+                FROM_KEPT=from_kept,
+                D_PER_CHANNEL=per_channel,
+                STAGES=launch.num_stages,
+                **self.constants(launch),
+            )
+            return ux, dD
+
+        return self.launch("reverse", start)
+
+    def walks(self, launch: Launch, from_kept: bool) -> tuple[int, int, int]:
+        return self.h * triton.cdiv(self.p, launch.p_tile), self.b, self.spans if from_kept else 1
+
+    def states(self, v, z, k, carry, end, kept, reverse: bool) -> None:
+        """The state entering each span, or in reverse the gradient of the one leaving it, from `carry` to `end`."""
+        through = self.new_floats(self.b, self.spans, self.h)
+
+        def start(launch: Launch) -> None:
+            _states_kernel[self.walks(launch, from_kept=True)](
+                v,
+                z,
+                k,
+                *self.decays,
+                kept,
+                through,
+                _batch_strides(v, z, k),
+                self.l,
+                self.spans,
+                v_strides=_strides(v, 3),
+                z_strides=_strides(z, 3),
+                k_strides=_strides(k, 3),
+                REVERSE=reverse,
+                STAGES=launch.num_stages,
+                **self.constants(launch),
+            )
+
+        self.launch("states", start)
         block = 256
         _pass_kernel[(triton.cdiv(self.n * self.p, block), self.h, self.b)](
-            states,
-            self.through,
+            kept,
+            through,
             carry,
             end,
-            _strides(carry, 4),
-            self.h,
+            0 if carry is None else carry.stride(0),
             self.spans,
+            carry_strides=_strides(carry, 3),
+            h=self.h,
             p=self.p,
             n=self.n,
             BLOCK=block,
@@ -298,64 +369,93 @@ class _Run:
             num_warps=4,
         )
 
-    def gradient(self, dout, kept_S, kept_R, grads) -> None:
-        dx, ddt, dA, dB, dC, dD, dz, dbias, _ = grads
-        launch = self.launch("gradient")
-        steps = triton.cdiv(self.l, launch.q)
-        d = 0 if self.D is None else self.D.numel()
-        partial = self.x.new_empty(self.b, steps, 2 * self.h + d, dtype=torch.float32)
-        _gradient_kernel[(steps, self.g, self.b)](
-            self.x,
+    def gradient(self, dout, kept_S, kept_R, grads) -> tuple[torch.Tensor, torch.Tensor]:
+        """dB, dC and what the gradient of dt needs of them: `sums` and `RS` of `_gradient_kernel`."""
+        _, _, _, dB, dC, _, _, _, _ = grads
+        sums = self.new_floats(2 * self.span // CHUNK + 2, self.b, self.h, self.l)
+        RS = self.new_floats(self.b, self.spans, self.h)
+
+        def start(launch: Launch) -> None:
+            _gradient_kernel[(3 * triton.cdiv(self.l, CHUNK), self.g, self.b)](
+                self.x,
+                self.B,
+                self.C,
+                self.z,
+                *self.decays,
+                dout,
+                kept_S,
+                kept_R,
+                dB,
+                dC,
+                sums,
+                RS,
+                _batch_strides(self.x, self.B, self.C, self.z, dout),
+                self.l,
+                self.spans,
+                sums.stride(0),
+                x_strides=_strides(self.x, 3),
+                B_strides=_strides(self.B, 3),
+                C_strides=_strides(self.C, 3),
+                z_strides=_strides(self.z, 3),
+                dout_strides=_strides(dout, 3),
+                **self.constants(launch),
+            )
+
+        self.launch("gradient", start)
+        return sums, RS
+
+    def finish(self, ux, dD_rows, sums, RS, grads) -> None:
+        """ddt, dA, dD and d(dt_bias), from what the other launches left."""
+        _, ddt, dA, _, _, dD, _, dbias, _ = grads
+        shares = self.new_floats(self.b * self.spans, 2 * self.h)
+        _finish_kernel[(self.spans, self.h, self.b)](
             self.dt,
             self.A,
-            self.B,
-            self.C,
-            self.D,
-            self.z,
             self.dt_bias,
-            self.seq_idx,
-            dout,
-            kept_S,
-            kept_R,
-            dx,
+            self.decays[0],
+            ux,
+            sums,
+            RS,
             ddt,
-            dB,
-            dC,
-            None if self.z is None else dz,
-            partial,
-            self.x.stride(),
-            self.dt.stride(),
-            self.B.stride(),
-            self.C.stride(),
-            _channel_strides(self.D),
-            _strides(self.z, 4),
-            _strides(self.seq_idx, 2),
-            dout.stride(),
+            shares,
+            self.dt.stride(0),
             self.l,
-            self.g,
             self.spans,
+            sums.stride(0),
             **self.limits,
-            **self.constants(launch, *self.indexed(dout)),
-            D_PER_CHANNEL=self.D is not None and self.D.dim() == 2,
-            num_stages=launch.num_stages,
+            dt_strides=_strides(self.dt, 2),
+            h=self.h,
+            P_TILES=ux.shape[2],
+            SPAN_CHUNKS=self.span // CHUNK,
+            Q=CHUNK,
+            SOFTPLUS=self.softplus,
+            num_warps=4,
         )
         columns = 32
-        _reduce_kernel[(triton.cdiv(2 * self.h + d, columns),)](
-            partial,
+        d = 0 if self.D is None else self.D.numel()
+        _reduce_kernel[(triton.cdiv(2 * self.h, columns) + triton.cdiv(d, columns),)](
+            shares,
+            dD_rows,
             dA,
             None if self.dt_bias is None else dbias,
             None if self.D is None else dD,
-            self.b * steps,
-            self.h,
-            d,
+            shares.shape[0],
+            0 if dD_rows is None else dD_rows.shape[0],
+            h=self.h,
+            d=d,
             ROWS=64,
             COLUMNS=columns,
             num_warps=4,
         )
 
 
+def _batch_strides(*tensors: torch.Tensor | None) -> tuple[int, ...]:
+    return tuple(0 if tensor is None else tensor.stride(0) for tensor in tensors)
+
+
 def _strides(tensor: torch.Tensor | None, dims: int) -> tuple[int, ...]:
-    return (0,) * dims if tensor is None else tensor.stride()
+    """Strides of the last `dims` dimensions, as compile-time constants."""
+    return (0,) * dims if tensor is None else tensor.stride()[-dims:]
 
 
 def _channel_strides(D: torch.Tensor | None) -> tuple[int, int]:
