@@ -97,11 +97,8 @@ MAMBA_SSM_CASES = {
 }
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("backend", ["reference", "torch"])
-@pytest.mark.parametrize("case", MAMBA_SSM_CASES)
-def test_equals_mamba_ssm(monkeypatch, case, backend):
-    """Values and all gradients against its Triton kernels in the interpreter, float32."""
+def mamba_ssm_inputs(case: str) -> tuple[dict, dict]:
+    """Arguments of `run` for one of the cases, float32."""
     settings = dict(MAMBA_SSM_CASES[case])
     g, limit = settings.pop("g", 1), settings.pop("limit", (0.0, math.inf))
     length = 40
@@ -110,6 +107,15 @@ def test_equals_mamba_ssm(monkeypatch, case, backend):
     options = {"chunk_size": 16, "seq_idx": seq_idx, "dt_limit": limit}
     if seq_idx is not None:
         seq_idx -= seq_idx[:, :1].clone()  # there, an initial state belongs to document 0
+    return inputs, options
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+@pytest.mark.parametrize("case", MAMBA_SSM_CASES)
+def test_equals_mamba_ssm(monkeypatch, case, backend):
+    """Values and all gradients against its Triton kernels in the interpreter, float32."""
+    inputs, options = mamba_ssm_inputs(case)
     with mamba_ssm_environment():
         expected = run(mamba_ssm_scan(), inputs, **options)
     monkeypatch.setenv("MAMBA2_BACKEND", backend)

@@ -4,11 +4,27 @@ Rule for every value and gradient: the error against the float64 recurrence is a
 backend in the same dtype (with a floor of a few roundings for quantities that torch gets exactly right).
 """
 
+import itertools
+import json
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
-from mamba2.ops import ssd
-from tests.ops.test_ssd import NAMES, documents, make_inputs, run
+from mamba2.ops import autotune, ssd
+from mamba2.ops.ssd import triton_launch, triton_op
+from tests.ops.test_ssd import (
+    MAMBA_SSM_CASES,
+    NAMES,
+    assert_close,
+    documents,
+    make_inputs,
+    mamba_ssm_inputs,
+    run,
+)
+from tests.oracles import mamba_ssm_environment, mamba_ssm_scan
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FLOOR = {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
@@ -34,22 +50,67 @@ def check(monkeypatch, inputs: dict, **options) -> None:
     assert not worse
 
 
-SHAPES = [(16, 1, 4, 16, 1, 16), (2, 17, 3, 32, 1, 16), (1, 70, 4, 48, 2, 142), (1, 130, 2, 64, 2, 128)]
+def on_device(inputs: dict) -> dict:
+    return {name: tensor.detach().to(DEVICE).requires_grad_() for name, tensor in inputs.items()}
+
+
+# (b, l, h, p, g, n): nothing divides anything; lengths of one token, of more than one span of 128 and of 256 tokens;
+# heads that share a group by 1, 3, 4 and 9; one to three tiles of channels; d_state in one tile and in two.
+SHAPES = [
+    (16, 1, 4, 16, 1, 16),
+    (2, 17, 3, 32, 1, 16),
+    (1, 70, 4, 48, 2, 142),
+    (1, 130, 2, 64, 2, 128),
+    (1, 257, 9, 16, 1, 24),
+    (1, 33, 3, 80, 3, 256),
+]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_values_and_gradients_with_everything(monkeypatch, shape, dtype):
-    inputs = make_inputs(*shape, dtype=dtype, D_per_channel=True)
-    inputs = {name: tensor.detach().to(DEVICE).requires_grad_() for name, tensor in inputs.items()}
+    inputs = on_device(make_inputs(*shape, dtype=dtype, D_per_channel=True))
     check(monkeypatch, inputs, seq_idx=documents(*shape[:2]).to(DEVICE), dt_limit=(0.01, 1.0))
+
+
+def test_values_and_gradients_in_float16(monkeypatch):
+    check(monkeypatch, on_device(make_inputs(1, 40, 3, 16, 1, 20, dtype=torch.float16, optional=("D", "dt_bias"))))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", [(2, 200, 2, 16, 1, 16), (1, 300, 8, 16, 1, 16)])
+def test_chunk_parallel_form_over_many_spans(monkeypatch, shape):
+    """Few programs: states of spans first, then outputs of all spans at once, in both directions."""
+    monkeypatch.setattr(triton_op, "multiprocessors", lambda device: 10_000)
+    inputs = on_device(make_inputs(*shape, dtype=torch.float32))
+    check(monkeypatch, inputs, seq_idx=documents(*shape[:2]).to(DEVICE))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", MAMBA_SSM_CASES)
+def test_equals_mamba_ssm(monkeypatch, case):
+    """Values and all gradients against its Triton kernels, float32."""
+    inputs, options = mamba_ssm_inputs(case)
+    with mamba_ssm_environment():
+        expected = run(mamba_ssm_scan(), on_device(inputs), **options)
+    monkeypatch.setenv("MAMBA2_BACKEND", "triton")
+    assert_close(run(ssd, on_device(inputs), **options), expected, 1e-4)
+
+
+def test_gates_and_steps_clamped_at_both_ends(monkeypatch):
+    """Where the clamp is active the gradient of dt stops, at the very limits it does not."""
+    inputs = on_device(make_inputs(1, 40, 2, 16, 1, 16, dtype=torch.float32, optional=("z",)))
+    with torch.no_grad():
+        inputs["dt"][0, 3:9] = -30.0
+        inputs["dt"][0, 9:15] = 30.0
+    check(monkeypatch, inputs, dt_limit=(0.1, 0.9))
 
 
 @pytest.mark.parametrize("optional", [(), ("D", "dt_bias"), ("z",), ("initial_states",)])
 def test_what_is_not_given_is_left_out(monkeypatch, optional):
     inputs = make_inputs(1, 37, 3, 16, 1, 16, dtype=torch.float32, optional=optional)
-    check(monkeypatch, {name: tensor.detach().to(DEVICE).requires_grad_() for name, tensor in inputs.items()})
+    check(monkeypatch, on_device(inputs))
 
 
 @pytest.mark.parametrize("gradient_of", ["states", "y"])
@@ -58,7 +119,7 @@ def test_one_result_alone_can_carry_the_gradient(monkeypatch, gradient_of):
     gradients = []
     for backend in ("torch", "triton"):
         monkeypatch.setenv("MAMBA2_BACKEND", backend)
-        moved = {name: tensor.detach().to(DEVICE).requires_grad_() for name, tensor in inputs.items()}
+        moved = on_device(inputs)
         y, states = ssd(**moved, chunk_size=8, return_final_states=True)
         chosen = y if gradient_of == "y" else states
         gradients.append(torch.autograd.grad(chosen.square().sum(), list(moved.values()), allow_unused=True))
@@ -69,11 +130,9 @@ def test_one_result_alone_can_carry_the_gradient(monkeypatch, gradient_of):
 
 @pytest.mark.slow
 def test_sequential_and_chunk_parallel_forms_agree(monkeypatch):
-    from mamba2.ops.ssd import triton_op
-
     monkeypatch.setenv("MAMBA2_BACKEND", "triton")
     inputs = make_inputs(1, 300, 2, 16, 1, 16, dtype=torch.float32)
-    inputs = {name: tensor.detach().to(DEVICE).requires_grad_() for name, tensor in inputs.items()}
+    inputs = on_device(inputs)
     results = []
     for count in (1, 10_000):
         monkeypatch.setattr(triton_op, "multiprocessors", lambda device, count=count: count)
@@ -85,7 +144,7 @@ def test_sequential_and_chunk_parallel_forms_agree(monkeypatch):
 def test_repeated_runs_give_the_same_bits(monkeypatch):
     monkeypatch.setenv("MAMBA2_BACKEND", "triton")
     inputs = make_inputs(2, 33, 4, 16, 2, 16, dtype=torch.bfloat16)
-    inputs = {name: tensor.detach().to(DEVICE).requires_grad_() for name, tensor in inputs.items()}
+    inputs = on_device(inputs)
     first, second = (run(ssd, inputs, chunk_size=64) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
 
@@ -96,7 +155,7 @@ def test_extreme_steps_stay_finite(monkeypatch, step):
     inputs = make_inputs(1, 70, 2, 16, 1, 16, dtype=torch.float32, optional=())
     with torch.no_grad():
         inputs["dt"].fill_(step)
-    inputs = {name: tensor.detach().to(DEVICE).requires_grad_() for name, tensor in inputs.items()}
+    inputs = on_device(inputs)
     y = ssd(**inputs, chunk_size=32)
     gradients = torch.autograd.grad(y.sum(), list(inputs.values()))
     assert y.isfinite().all() and all(g.isfinite().all() for g in gradients)
@@ -119,8 +178,137 @@ def test_float64_is_refused(monkeypatch):
 def test_no_graph_break(monkeypatch):
     monkeypatch.setenv("MAMBA2_BACKEND", "triton")
     inputs = make_inputs(1, 20, 2, 16, 1, 16, dtype=torch.float32)
-    inputs = {name: tensor.detach().to(DEVICE).requires_grad_() for name, tensor in inputs.items()}
+    inputs = on_device(inputs)
     compiled = torch.compile(ssd, fullgraph=True, backend="aot_eager")
     expected, actual = run(ssd, inputs, chunk_size=8), run(compiled, inputs, chunk_size=8)
     for name in expected:
         torch.testing.assert_close(actual[name], expected[name])
+
+
+def everything(shape=(2, 70, 4, 24, 2, 20), dtype=torch.bfloat16) -> tuple[dict, dict]:
+    inputs = on_device(make_inputs(*shape, dtype=dtype, D_per_channel=True))
+    return inputs, {"chunk_size": 64, "seq_idx": documents(*shape[:2]).to(DEVICE), "dt_limit": (0.01, 1.0)}
+
+
+@pytest.mark.parametrize("count", [1, 10_000])
+def test_nothing_unwritten_is_read(monkeypatch, count):
+    """Outputs and workspaces start as NaN (or as a document that there is not) and end as if they had not."""
+    monkeypatch.setenv("MAMBA2_BACKEND", "triton")
+    monkeypatch.setattr(triton_op, "multiprocessors", lambda device: count)
+    inputs, options = everything((1, 150, 2, 24, 2, 20))
+    expected = run(ssd, inputs, **options)
+    plain = torch.Tensor.new_empty
+    poison = {True: float("nan"), False: 1 << 30}
+    monkeypatch.setattr(
+        torch.Tensor, "new_empty", lambda *a, **k: (t := plain(*a, **k)).fill_(poison[t.is_floating_point()])
+    )
+    actual = run(ssd, inputs, **options)
+    for name in expected:
+        assert torch.equal(actual[name], expected[name]), name
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="addresses are recorded by the interpreter, which a GPU does not use")
+@pytest.mark.parametrize("count", [1, 10_000])
+def test_no_address_is_written_by_two_programs(monkeypatch, count):
+    from benchmarks.interpreter import record
+
+    monkeypatch.setenv("MAMBA2_BACKEND", "triton")
+    monkeypatch.setattr(triton_op, "multiprocessors", lambda device: count)
+    inputs, options = everything((1, 150, 2, 24, 1, 20))
+    with record(keep_stores=True) as launches:
+        run(ssd, inputs, **options)
+    assert [launch.name for launch in launches if launch.shared_stores()] == []
+    assert len(launches) == (6 if count == 1 else 10)
+
+
+def test_strides_past_two_to_the_31(monkeypatch):
+    """Tokens so far apart that an offset inside one chunk needs 64 bits. The memory between them is never touched."""
+    monkeypatch.setenv("MAMBA2_BACKEND", "triton")
+    inputs, _ = everything((1, 20, 1, 16, 1, 16))
+    options = {"chunk_size": 64}
+    expected = run(ssd, inputs, **options)
+    for name in ("x", "B"):
+        near = inputs[name]
+        far = torch.empty_strided(near.shape, (2**31, 2**27, 16, 1), dtype=near.dtype, device=DEVICE)
+        inputs[name] = far.copy_(near.detach()).requires_grad_()
+    actual = run(ssd, inputs, **options)
+    for name in expected:
+        assert torch.equal(actual[name], expected[name]), name
+
+
+def test_documents_equal_sequences_run_one_by_one(monkeypatch):
+    monkeypatch.setenv("MAMBA2_BACKEND", "triton")
+    inputs = make_inputs(1, 200, 2, 16, 1, 16, dtype=torch.float32, optional=("D", "dt_bias"))
+    inputs = {name: tensor.detach().to(DEVICE) for name, tensor in inputs.items()}
+    cuts = [0, 3, 4, 40, 41, 129, 200]  # several in one chunk, one token alone, one across the end of a span
+    seq_idx = torch.cat(
+        [torch.full((1, b - a), 7 * (i % 2)) for i, (a, b) in enumerate(itertools.pairwise(cuts))], dim=1
+    )
+    together = ssd(**inputs, chunk_size=8, seq_idx=seq_idx.to(DEVICE), dt_softplus=True)
+    for start, stop in itertools.pairwise(cuts):
+        part = {k: v[:, start:stop] if k in ("x", "dt", "B", "C") else v for k, v in inputs.items()}
+        alone = ssd(**part, chunk_size=8, dt_softplus=True)
+        torch.testing.assert_close(together[:, start:stop], alone, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("cut", [19, 128])
+def test_the_final_state_of_one_half_starts_the_other(monkeypatch, cut):
+    monkeypatch.setenv("MAMBA2_BACKEND", "triton")
+    inputs = make_inputs(1, 150, 2, 16, 1, 16, dtype=torch.float32, optional=("D",))
+    inputs = {name: tensor.detach().to(DEVICE) for name, tensor in inputs.items()}
+    options = {"chunk_size": 8, "return_final_states": True, "dt_softplus": True}
+    whole, last = ssd(**inputs, **options)
+    first = {k: v[:, :cut] if k in ("x", "dt", "B", "C") else v for k, v in inputs.items()}
+    second = {k: v[:, cut:] if k in ("x", "dt", "B", "C") else v for k, v in inputs.items()}
+    y1, state = ssd(**first, **options)
+    y2, end = ssd(**second, **options, initial_states=state)
+    torch.testing.assert_close(torch.cat([y1, y2], dim=1), whole, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(end, last, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="what a GPU does with float32 is not recorded; the interpreter's is")
+@pytest.mark.parametrize(("setting", "expected"), [("highest", "ieee"), ("high", "tf32"), ("medium", "tf32")])
+def test_float32_products_follow_torchs_setting(monkeypatch, setting, expected):
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: setting)
+    for dtype in (torch.float32, torch.bfloat16):
+        inputs = [t.detach() for t in make_inputs(1, 5, 2, 16, 1, 16, dtype=dtype, optional=()).values()]
+        decays = (None, None, None, None)
+        run = triton_op._Run(*decays, *inputs, None, None, None, None, None, True, 0.0, 1.0)
+        assert run.precision == (expected if dtype == torch.float32 else "ieee")
+
+
+def test_autotuning_measures_once_and_remembers(monkeypatch, tmp_path):
+    monkeypatch.setenv("MAMBA2_BACKEND", "triton")
+    inputs = on_device(make_inputs(1, 20, 2, 16, 1, 16, dtype=torch.float32, optional=("D",)))
+    expected = run(ssd, inputs, chunk_size=8)
+    monkeypatch.setenv("MAMBA2_AUTOTUNE", "1")
+    monkeypatch.setenv("MAMBA2_CACHE", str(tmp_path))
+    measured = []
+    plain = autotune._seconds
+    monkeypatch.setattr(autotune, "_seconds", lambda *a: measured.append(a[0]) or plain(*a))
+    for _ in range(2):
+        actual = run(ssd, inputs, chunk_size=8)
+        for name in expected:
+            torch.testing.assert_close(actual[name], expected[name], rtol=1e-5, atol=1e-5)
+    assert len(measured) == 3 * 5  # scan, reverse and gradient, each with its neighbours, in the first run only
+    kept = json.loads((tmp_path / "autotune.json").read_text())
+    assert sorted(key.split(",")[0] for key in kept) == ["ssd gradient", "ssd reverse", "ssd scan"]
+    (tmp_path / "autotune.json").write_text("{")
+    with pytest.raises(ValueError, match=r"autotune.json is not the JSON .* delete it"):
+        ssd(**inputs, chunk_size=8)
+
+
+@pytest.mark.parametrize("target", ["sm_86", "sm_103", "gfx950"])
+def test_a_target_outside_the_table_takes_the_nearest_row(target):
+    assert triton_launch.launch_for("scan", target, 2, 32, 142) in triton_launch.WALKS.values()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", ["study", "second"])
+def test_every_kernel_compiles_for_every_target(shape):
+    """No spills, no more shared memory than the device has, products by matrix instructions; in a process of its own,
+    since kernels decorated for the interpreter cannot be compiled."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "benchmarks.kernel_report", "--resources", shape]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]

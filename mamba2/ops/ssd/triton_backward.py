@@ -41,7 +41,6 @@ from mamba2.ops.ssd.triton_common import (
     give,
     keep,
     load_chunk_decays,
-    load_decays,
     load_dy,
     load_given,
     load_head,
@@ -198,6 +197,7 @@ def _gradient_kernel(
     z,  # (b, l, h, p) or None
     steps,  # (b, h, l)
     cs,  # (b, h, l)
+    ends,  # (b, h, chunks)
     document,  # (b, l) or None
     dout,  # (b, l, h, p)
     kept_S,  # states entering each span: (b, spans, h, n, p)
@@ -250,6 +250,7 @@ def _gradient_kernel(
     dout += batch * batch_strides[4] + head * dout_strides[1]
     steps += (batch * h + head) * seqlen
     cs += (batch * h + head) * seqlen
+    ends += (batch * h + head) * tl.cdiv(seqlen, Q)
     sums += (batch * h + head) * seqlen
     if document is not None:
         document += batch * seqlen
@@ -264,6 +265,7 @@ def _gradient_kernel(
             z,
             steps,
             cs,
+            ends,
             document,
             dout,
             kept_R + kept * (n * p),
@@ -298,6 +300,7 @@ def _gradient_kernel(
             z,
             steps,
             cs,
+            ends,
             document,
             dout,
             kept_S + kept * (n * p),
@@ -326,10 +329,9 @@ def _gradient_kernel(
             kept_S + kept * (n * p),
             kept_R + kept * (n * p),
             RS + kept,
-            cs,
+            ends,
             document,
             seqlen,
-            start,
             end,
             p,
             n,
@@ -349,6 +351,7 @@ def _write_block(
     z,
     steps,
     cs,
+    ends,
     document,
     dout,
     kept_R,
@@ -384,10 +387,11 @@ def _write_block(
     for r in tl.range(0, HEADS_PER_GROUP, disable_licm=True):
         to_head = tl.cast(r, tl.int64)
         at = to_head * seqlen
-        step, _, _, _, out, _ = load_decays(steps + at, cs + at, document, start, -1, end, rows)
-        weight = out * step
+        weight = _write_weights(
+            steps + at, cs + at, ends + to_head * tl.cdiv(seqlen, Q), document, start, end, seqlen, Q
+        )
         v = tl.zeros((Q,), dtype=tl.float32)
-        for tile in tl.static_range(p_tiles):
+        for tile in tl.range(0, p_tiles, disable_licm=True):
             columns = tile * P_TILE + tl.arange(0, P_TILE)
             R1, R2 = load_kept(kept_R + to_head * (n * p), columns, p, n, N1, N2)
             x_tile = load_head(x + to_head * x_strides[1], start, seqlen, columns, x_strides, p, Q)
@@ -416,6 +420,7 @@ def _write_block(
                 z + to_head * z_strides[1] if z is not None else None,
                 steps + at,
                 cs + at,
+                ends + to_head * tl.cdiv(seqlen, Q),
                 document,
                 start,
                 readers,
@@ -447,6 +452,7 @@ def _read_block(
     z,
     steps,
     cs,
+    ends,
     document,
     dout,
     kept_S,
@@ -479,11 +485,10 @@ def _read_block(
     for r in tl.range(0, HEADS_PER_GROUP, disable_licm=True):
         to_head = tl.cast(r, tl.int64)
         at = to_head * seqlen
-        end = tl.minimum(start + Q, seqlen)
-        _, _, _, into, _, _ = load_decays(steps + at, cs + at, document, start, -1, end, rows)
+        into = _read_weights(cs + at, ends + to_head * tl.cdiv(seqlen, Q), document, start, first, seqlen, Q)
         z_head = z + to_head * z_strides[1] if z is not None else None
         s = tl.zeros((Q,), dtype=tl.float32)
-        for tile in tl.static_range(p_tiles):
+        for tile in tl.range(0, p_tiles, disable_licm=True):
             columns = tile * P_TILE + tl.arange(0, P_TILE)
             S1, S2 = load_kept(kept_S + to_head * (n * p), columns, p, n, N1, N2)
             dout_head = dout + to_head * dout_strides[1]
@@ -509,6 +514,7 @@ def _read_block(
                 z + to_head * z_strides[1] if z is not None else None,
                 steps + at,
                 cs + at,
+                ends + to_head * tl.cdiv(seqlen, Q),
                 document,
                 writers,
                 start,
@@ -531,10 +537,9 @@ def _state_products(
     kept_S,
     kept_R,
     RS,
-    cs,
+    ends,
     document,
     seqlen,
-    start,
     end,
     p: tl.constexpr,
     n: tl.constexpr,
@@ -547,11 +552,11 @@ def _state_products(
     """exp(cs_last) <R, S> of a span, for each head."""
     for r in tl.range(0, HEADS_PER_GROUP, disable_licm=True):
         to_head = tl.cast(r, tl.int64)
-        _, _, _, _, _, through = load_decays(
-            cs + to_head * seqlen, cs + to_head * seqlen, document, start, -1, end, tl.arange(0, Q)
-        )
+        through = tl.exp2(tl.load(ends + to_head * tl.cdiv(seqlen, Q) + (end - 1) // Q))
+        if document is not None:
+            through = tl.where(tl.load(document + end - 1) == 0, through, 0.0)
         product = 0.0
-        for tile in tl.static_range((p + P_TILE - 1) // P_TILE):
+        for tile in tl.range(0, (p + P_TILE - 1) // P_TILE, disable_licm=True):
             columns = tile * P_TILE + tl.arange(0, P_TILE)
             S1, S2 = load_kept(kept_S + to_head * (n * p), columns, p, n, N1, N2)
             R1, R2 = load_kept(kept_R + to_head * (n * p), columns, p, n, N1, N2)
@@ -562,12 +567,41 @@ def _state_products(
 
 
 @triton.jit
+def _write_weights(steps, cs, ends, document, start, end, seqlen, Q: tl.constexpr):
+    """exp(cs_last - cs_j) dt_j of the chunk at `start`, up to the end of its span."""
+    rows = tl.arange(0, Q)
+    inside = start + rows < seqlen
+    step = tl.load(steps + start + rows, mask=inside, other=0.0)
+    decay = tl.load(cs + start + rows, mask=inside, other=0.0)
+    last = tl.load(cs + tl.minimum(start + Q, seqlen) - 1)
+    rest = tl.load(ends + (end - 1) // Q) - tl.load(ends + start // Q)
+    weight = tl.exp2(tl.minimum(last - decay + rest, 0.0)) * step
+    if document is not None:
+        number = tl.load(document + start + rows, mask=inside, other=0)
+        weight = tl.where(number == tl.load(document + end - 1), weight, 0.0)
+    return weight
+
+
+@triton.jit
+def _read_weights(cs, ends, document, start, first, seqlen, Q: tl.constexpr):
+    """exp(cs_i) of the chunk at `start`, from the beginning of its span at `first`."""
+    rows = tl.arange(0, Q)
+    inside = start + rows < seqlen
+    before = tl.load(ends + start // Q - 1, mask=start > first, other=0.0)
+    weight = tl.exp2(tl.load(cs + start + rows, mask=inside, other=0.0) + before)
+    if document is not None:
+        weight = tl.where(tl.load(document + start + rows, mask=inside, other=0) == 0, weight, 0.0)
+    return weight
+
+
+@triton.jit
 def _pairs(
     x,  # pointers to the sequence's first token, for the head
     dout,
     z,
     steps,
     cs,
+    ends,
     document,
     writers,  # first token of the block of j
     readers,  # first token of the block of i, of the same span
@@ -583,7 +617,7 @@ def _pairs(
     """(x_j·dout_i) dt_j E_ij, one head's part of dBC: (j, i)."""
     rows = tl.arange(0, Q)
     pairs = tl.zeros((Q, Q), dtype=tl.float32)
-    for tile in tl.static_range((p + P_TILE - 1) // P_TILE):
+    for tile in tl.range(0, (p + P_TILE - 1) // P_TILE, disable_licm=True):
         columns = tile * P_TILE + tl.arange(0, P_TILE)
         x_tile = load_head(x, writers, seqlen, columns, x_strides, p, Q)
         dy = load_dy(dout, z, readers, seqlen, columns, dout_strides, z_strides, p, Q)
@@ -592,7 +626,13 @@ def _pairs(
     step = tl.load(steps + j, mask=j < seqlen, other=0.0)
     cs_j = tl.load(cs + j, mask=j < seqlen, other=0.0)
     cs_i = tl.load(cs + i, mask=i < seqlen, other=0.0)
-    pairs *= tl.exp2(tl.minimum(cs_i[None, :] - cs_j[:, None], 0.0)) * step[:, None]
+    # From the end of j's chunk to the beginning of i's, and to the end of j's from its beginning; 0 in one chunk.
+    apart = readers > writers
+    between = tl.load(ends + readers // Q - 1, mask=apart, other=0.0) - tl.load(
+        ends + writers // Q, mask=apart, other=0.0
+    )
+    gap = between + tl.load(cs + writers + Q - 1, mask=apart, other=0.0)
+    pairs *= tl.exp2(tl.minimum(cs_i[None, :] - cs_j[:, None] + gap, 0.0)) * step[:, None]
     visible = j[:, None] <= i[None, :]
     if document is not None:
         document_j = tl.load(document + j, mask=j < seqlen, other=0)

@@ -68,38 +68,31 @@ def load_rows(k, start, seqlen, strides: tl.constexpr, n: tl.constexpr, Q, N1: t
 
 
 @triton.jit
-def load_decays(steps, cs, document, start, before, end, rows):
-    """What a run of tokens needs of its decays, as `_decays_kernel` wrote them; pointers to the sequence's first token.
+def load_chunk_decays(steps, cs, document, start, seqlen, Q: tl.constexpr, SPAN: tl.constexpr):
+    """What a chunk needs of its decays, as `_decays_kernel` wrote them; pointers to the sequence's first token.
 
-    The run begins at `start`; its decays count from token `before`, -1 where a span begins, up to token `end` - 1.
-    Returns, for each token i, its step, its decay since `before`, the number of its document in the span, and the
-    factors with which the state at `before` reaches it, it reaches the state at `end`, and one state the other.
-    A document boundary is an infinite decay, made by `where` and never by a product: nothing is ever inf * 0.
+    Returns, for each token i, its step, cs_i, the number of its document, and the factors with which the state before
+    the chunk reaches it, it reaches the state after the chunk, and one state the other. A document boundary is an
+    infinite decay, made by `where` and never by a product: nothing is ever inf * 0.
     """
-    inside = start + rows < end
-    base = tl.load(cs + before, mask=before >= 0, other=0.0)
+    rows = tl.arange(0, Q)
+    inside = start + rows < seqlen
+    end = tl.minimum(start + Q, seqlen) - 1
     step = tl.load(steps + start + rows, mask=inside, other=0.0)
-    decay = tl.where(inside, tl.load(cs + start + rows, mask=inside, other=0.0) - base, 0.0)
-    last = tl.load(cs + end - 1) - base
+    decay = tl.load(cs + start + rows, mask=inside, other=0.0)
+    last = tl.load(cs + end)
     into = tl.exp2(decay)
     out = tl.exp2(tl.minimum(last - decay, 0.0))
     through = tl.exp2(last)
     number = tl.zeros_like(rows)
     if document is not None:
-        first = tl.load(document + before, mask=before >= 0, other=0)
         number = tl.load(document + start + rows, mask=inside, other=0)
-        final = tl.load(document + end - 1)
+        first = tl.load(document + start - 1, mask=start % SPAN != 0, other=0)  # of the token before, in this span
+        final = tl.load(document + end)
         into = tl.where(number == first, into, 0.0)
         out = tl.where(number == final, out, 0.0)
         through = tl.where(final == first, through, 0.0)
     return step, decay, number, into, out, through
-
-
-@triton.jit
-def load_chunk_decays(steps, cs, document, start, seqlen, Q: tl.constexpr, SPAN: tl.constexpr):
-    """`load_decays` of the chunk at `start`, from its own beginning to its own end."""
-    before = tl.where(start % SPAN == 0, -1, start - 1)
-    return load_decays(steps, cs, document, start, before, tl.minimum(start + Q, seqlen), tl.arange(0, Q))
 
 
 @triton.jit

@@ -1,11 +1,15 @@
-"""Decays: dt after its activation, and its cumulative sum, which every other kernel of the op reads.
+"""Decays: dt after its activation, and its cumulative sums, which every other kernel of the op reads.
 
-    step = clamp(softplus(dt + bias), low, high)        cs_i = log2(e) A Σ_{j<=i} step_j, from the beginning of the span
+    step = clamp(softplus(dt + bias), low, high)
+    cs_i   = log2(e) A Σ_{j<=i} step_j       from the beginning of i's chunk
+    ends_c = Σ_{c'<=c} cs_last(c')           over chunks, from the beginning of c's span
 
-Both are float32 and ordered (b, h, l), so that a head's chunk is one contiguous read. With `seq_idx`, also the number
-of the document that a token belongs to, counted from the beginning of its span. Grid (spans, h, b).
+Sums begin anew in each chunk of Q tokens so that differences of near tokens keep their digits: where steps are large, a
+sum over a whole span has lost as many as it has grown. All are float32 and ordered (b, h, l), so that a head's chunk is
+one contiguous read. With `seq_idx`, also the number of the document that a token belongs to, counted from the beginning
+of its span. Grid (spans, h, b).
 
-Bytes per token, 16-bit dt: 2 h read, 8 h written.
+Bytes per token, 16-bit dt: 2 h read, 8 h + 4 h / Q written.
 """
 
 import triton
@@ -34,6 +38,7 @@ def _decays_kernel(
     seq_idx,  # (b, l) or None
     steps,  # out: (b, h, l), float32
     cs,  # out: (b, h, l), float32
+    ends,  # out: (b, h, chunks), float32
     document,  # out: (b, l), int32, or None
     batch_strides,  # of dt, seq_idx
     seqlen,
@@ -42,9 +47,11 @@ def _decays_kernel(
     dt_strides: tl.constexpr,
     seq_strides: tl.constexpr,
     h: tl.constexpr,
-    SPAN: tl.constexpr,
+    SPAN_CHUNKS: tl.constexpr,
+    Q: tl.constexpr,
     SOFTPLUS: tl.constexpr,
 ):
+    SPAN: tl.constexpr = SPAN_CHUNKS * Q
     head = tl.program_id(1).to(tl.int64)
     batch = tl.program_id(2).to(tl.int64)
     start = tl.program_id(0) * SPAN
@@ -58,7 +65,12 @@ def _decays_kernel(
     rate = tl.load(A + head).to(tl.float32) * LOG2E
     here = (batch * h + head) * seqlen + start + tokens
     tl.store(steps + here, step, mask=tokens < left)
-    tl.store(cs + here, tl.cumsum(step * rate, axis=0), mask=tokens < left)
+    chunked = tl.reshape(step * rate, (SPAN_CHUNKS, Q))
+    tl.store(cs + here, tl.reshape(tl.cumsum(chunked, axis=1), (SPAN,)), mask=tokens < left)
+    chunks = tl.cdiv(seqlen, Q)
+    chunk = tl.program_id(0) * SPAN_CHUNKS + tl.arange(0, SPAN_CHUNKS)
+    end = tl.cumsum(tl.sum(chunked, axis=1), axis=0)
+    tl.store(ends + (batch * h + head) * chunks + chunk, end, mask=chunk < chunks)
     if seq_idx is not None:
         seq_idx += batch * batch_strides[1] + offset * seq_strides[0]
         value = tl.load(seq_idx + tokens.to(tl.int64) * seq_strides[0], mask=tokens < left, other=0)

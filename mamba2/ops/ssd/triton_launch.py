@@ -1,12 +1,8 @@
 """How each SSD kernel is started: channels per program, warps, stages, a bound on registers. A small table, by target.
 
-CHUNK tokens are multiplied out at a time, by every kernel: at 64, operands of mma.sync fill the registers of sm_80 and
-sm_120, and Triton 3.7.1 fails to place tensor memory on sm_100. Longer runs come from the span, whose tokens share one
-kept state.
-
-The reasons behind the table are registers and shared memory, read off compilations for each target
-(`python -m benchmarks.kernel_report`): no configuration spills, and two or more programs fit a multiprocessor.
-MAMBA2_AUTOTUNE=1 times a few neighbours on the device at hand in place of it (`mamba2.ops.autotune`).
+The reasons behind it are registers and shared memory, read off compilations for each target
+(`python -m benchmarks.kernel_report`): nothing spills, and at least two programs of four warps, or one of eight, share
+a multiprocessor. MAMBA2_AUTOTUNE=1 times a few neighbours on the device at hand in place of it (`mamba2.ops.autotune`).
 """
 
 from collections.abc import Callable
@@ -17,19 +13,19 @@ import triton
 
 from mamba2.ops.autotune import autotuning, fastest
 
-CHUNK = 32
-
 
 @dataclass(frozen=True)
 class Launch:
     p_tile: int  # channels of a head that a program holds
     num_warps: int
     num_stages: int  # of the loop over chunks, where the kernel has one
-    registers: int | None = None  # at most, per thread; None leaves it to the compiler. CUDA only.
+    # At most, per thread; CUDA only. Said even where it is all there are: left to itself, ptxas at times spills a few
+    # bytes to get down to 96 or 128.
+    registers: int = 255
 
-    def options(self) -> dict[str, int]:
+    def options(self, target: str) -> dict[str, int]:
         options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
-        return options if self.registers is None else {**options, "maxnreg": self.registers}
+        return options if target.startswith("gfx") else {**options, "maxnreg": self.registers}
 
 
 def span_for(nheads: int, ngroups: int) -> int:
@@ -51,29 +47,81 @@ def n_tiles(n: int) -> tuple[int, int]:
     return (first, second) if second < first else (whole, 0)
 
 
-def launch_for(kernel: str, target: str, itemsize: int, p: int, n: int) -> Launch:
-    """The table. `kernel` is scan, reverse, states or gradient."""
-    p_tile = min(32, max(16, triton.next_power_of_2(p)))
-    return Launch(p_tile, 4, 1)
+def chunk_for(itemsize: int) -> int:
+    """Tokens that are multiplied out at a time, by every kernel.
+
+    At 64, operands of mma.sync fill the registers of sm_80 and sm_120, and Triton 3.7.1 fails to place tensor memory on
+    sm_100; float32 operands without rounding are multiplied by ordinary instructions, and fit at 16.
+    """
+    return 32 if itemsize == 2 else 16
+
+
+# The two walks (scan and reverse), 16-bit inputs. They hold a state of (d_state, p_tile) in float32 beside the operands
+# of four products.
+#   sm_90, sm_100  32 channels, loads one chunk ahead through shared memory; on sm_90 168 registers are enough, so that
+#                  three programs share a multiprocessor
+#   sm_80, sm_120  operands of mma.sync live in registers: 16 channels, no loads ahead
+#   gfx942         512 registers per lane, of which these take up to 224: two programs on a compute unit
+WALKS = {
+    "sm_80": Launch(16, 4, 1),
+    "sm_90": Launch(32, 4, 2, 168),
+    "sm_100": Launch(32, 4, 2),
+    "sm_120": Launch(16, 4, 1),
+    "gfx942": Launch(32, 4, 1),
+}
+
+
+def launch_for(kernel: str, target: str, itemsize: int, p: int, n: int, plain: bool = True) -> Launch:
+    """The table. `kernel` is scan, reverse, states or gradient; `plain`: no gate, no documents, over whole sequences.
+
+    A target that is not in the table takes the row of the nearest one that is.
+    """
+    target = nearest(target)
+    widest = max(16, triton.next_power_of_2(p))
+    wide = n > 160  # one more doubling of the state: half the channels, or twice the warps
+    if itemsize == 4:
+        return Launch(16, 8 if kernel in ("scan", "reverse") else 4, 1)
+    if kernel == "states":
+        return Launch(min(32, widest), 4, 1)
+    if kernel == "gradient":
+        # Two accumulators of (d_state, chunk); 255 registers and 8 bytes more on sm_80 where d_state takes two tiles.
+        eight = wide or (target == "sm_80" and n_tiles(n)[1] > 0)
+        bound = 168 if plain and target == "sm_90" and n in (64, 128) else 255
+        return Launch(min(32, widest), 8 if eight else 4, 1, bound)
+    if target == "gfx942":
+        return replace(WALKS[target], p_tile=16 if wide else min(32, widest))
+    if wide or not plain:
+        return Launch(16, 8 if wide or n_tiles(n)[1] > 0 else 4, 1)
+    return replace(WALKS[target], p_tile=min(WALKS[target].p_tile, widest))
+
+
+def nearest(target: str) -> str:
+    if target in WALKS:
+        return target
+    if target.startswith("gfx"):
+        return "gfx942"
+    return "sm_100" if target.startswith("sm_10") else "sm_120"  # the row that asks least of a device
 
 
 def choose_launch(
-    kernel: str, target: str, dtype: torch.dtype, p: int, n: int, start: Callable[[Launch], object]
+    kernel: str, target: str, dtype: torch.dtype, p: int, n: int, plain: bool, start: Callable[[Launch], object]
 ) -> Launch:
     """The table's launch, or with MAMBA2_AUTOTUNE=1 the fastest of its neighbours; `start` runs the kernel with one."""
-    launch = launch_for(kernel, target, dtype.itemsize, p, n)
+    launch = launch_for(kernel, target, dtype.itemsize, p, n, plain)
     if not autotuning():
         return launch
-    key = f"ssd {kernel}, {target}, {dtype}, headdim {p}, d_state {n}, triton {triton.__version__}"
-    return fastest(key, neighbours(launch), start)
+    form = "plain" if plain else "with gate, documents or spans"
+    key = f"ssd {kernel}, {target}, {dtype}, headdim {p}, d_state {n}, {form}, triton {triton.__version__}"
+    return fastest(key, neighbours(launch, target), start)
 
 
-def neighbours(launch: Launch) -> list[Launch]:
+def neighbours(launch: Launch, target: str) -> list[Launch]:
     """What autotuning tries: the launch itself, then one thing changed at a time."""
     others = [
         replace(launch, num_stages=3 - launch.num_stages),
         replace(launch, num_warps=12 - launch.num_warps),
-        replace(launch, registers=None if launch.registers else 168),
         replace(launch, p_tile=32 if launch.p_tile == 16 else 16),
     ]
+    if not target.startswith("gfx"):
+        others.append(replace(launch, registers=168 if launch.registers == 255 else 255))  # spills show in the time
     return [launch, *others]

@@ -21,7 +21,7 @@ from mamba2.ops.device import multiprocessors, target_of
 from mamba2.ops.ssd.triton_backward import _finish_kernel, _gradient_kernel, _reduce_kernel, _reverse_kernel
 from mamba2.ops.ssd.triton_decays import _decays_kernel
 from mamba2.ops.ssd.triton_forward import _scan_kernel
-from mamba2.ops.ssd.triton_launch import CHUNK, Launch, choose_launch, launch_for, n_tiles, span_for
+from mamba2.ops.ssd.triton_launch import Launch, choose_launch, chunk_for, launch_for, n_tiles, span_for
 from mamba2.ops.ssd.triton_states import _pass_kernel, _states_kernel
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -71,7 +71,9 @@ def _forward_op(
     dt_high: float,
     want_final: bool,
     keep: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[
+    torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor
+]:
     """y, the final state, then what the backward pass keeps: see `_forward_outputs`."""
     outputs = _forward_outputs(x, B, z, seq_idx, want_final, keep)
     y, final, kept, ungated, *decays = outputs
@@ -93,19 +95,20 @@ def _(x, dt, A, B, C, D, z, dt_bias, initial_states, seq_idx, dt_softplus, dt_lo
 
 
 def _forward_outputs(x, B, z, seq_idx, want_final, keep):
-    """y; the final state; the states entering each span; y before the gate; steps and cs; documents' numbers.
+    """y; the final state; the states entering each span; y before the gate; steps, cs and ends; documents' numbers.
 
-    Empty where not wanted; steps and cs always hold values.
+    Empty where not wanted; steps, cs and ends always hold values.
     """
     b, l, h, p = x.shape
     g, n = B.shape[2:]
     y = x.new_empty(b, l, h, p)
     steps, cs = (x.new_empty((b, h, l), dtype=torch.float32) for _ in range(2))
+    ends = x.new_empty((b, h, -(-l // chunk_for(x.element_size()))), dtype=torch.float32)
     document = x.new_empty((0,) if seq_idx is None else (b, l), dtype=torch.int32)
     final = x.new_empty((b, h, p, n) if want_final else (0,), dtype=torch.float32)
     kept = x.new_empty((b, -(-l // span_for(h, g)), h, n, p) if keep else (0,))
     ungated = x.new_empty((b, l, h, p) if keep and z is not None else (0,))
-    return y, final, kept, ungated, steps, cs, document
+    return y, final, kept, ungated, steps, cs, ends, document
 
 
 @torch.library.custom_op("mamba2::ssd_backward", mutates_args=())
@@ -116,6 +119,7 @@ def _backward_op(
     ungated: torch.Tensor,
     steps: torch.Tensor,
     cs: torch.Tensor,
+    ends: torch.Tensor,
     document: torch.Tensor,
     x: torch.Tensor,
     dt: torch.Tensor,
@@ -134,7 +138,7 @@ def _backward_op(
     """Gradients of x, dt, A, B, C, D, z, dt_bias, initial_states; empty for those not given."""
     grads = _backward_outputs(x, dt, A, B, C, D, z, dt_bias, initial_states)
     run = _Run(
-        steps, cs, document, x, dt, A, B, C, D, z, dt_bias, initial_states, seq_idx, dt_softplus, dt_low, dt_high
+        steps, cs, ends, document, x, dt, A, B, C, D, z, dt_bias, initial_states, seq_idx, dt_softplus, dt_low, dt_high
     )
     parallel = run.parallel("reverse")
     gradients = run.empty_states()
@@ -149,7 +153,7 @@ def _backward_op(
 
 
 @_backward_op.register_fake
-def _(dout, dfinal, kept, ungated, steps, cs, document, x, dt, A, B, C, D, z, dt_bias, initial_states, *_):
+def _(dout, dfinal, kept, ungated, steps, cs, ends, document, x, dt, A, B, C, D, z, dt_bias, initial_states, *_):
     return _backward_outputs(x, dt, A, B, C, D, z, dt_bias, initial_states)
 
 
@@ -165,10 +169,10 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, dout, dfinal, *_):
-    kept, ungated, steps, cs, document, *tensors = ctx.saved_tensors
+    kept, ungated, steps, cs, ends, document, *tensors = ctx.saved_tensors
     if dout is None:
         dout = torch.zeros_like(tensors[0])
-    grads = _backward_op(dout, dfinal, kept, ungated, steps, cs, document, *tensors, *ctx.activation)
+    grads = _backward_op(dout, dfinal, kept, ungated, steps, cs, ends, document, *tensors, *ctx.activation)
     # seq_idx, the activation and the flags have none.
     return *(None if t is None else grad for t, grad in zip(tensors[:9], grads)), None, None, None, None, None, None
 
@@ -180,15 +184,34 @@ class _Run:
     """One call's tensors and sizes, and the launches that take them."""
 
     def __init__(
-        self, steps, cs, document, x, dt, A, B, C, D, z, dt_bias, initial_states, seq_idx, dt_softplus, dt_low, dt_high
+        self,
+        steps,
+        cs,
+        ends,
+        document,
+        x,
+        dt,
+        A,
+        B,
+        C,
+        D,
+        z,
+        dt_bias,
+        initial_states,
+        seq_idx,
+        dt_softplus,
+        dt_low,
+        dt_high,
     ):
-        self.decays = steps, cs, None if seq_idx is None else document
+        self.steps, self.cs, self.ends = steps, cs, ends
+        self.document = None if seq_idx is None else document
         self.x, self.dt, self.B, self.C, self.D, self.z = x, dt, B, C, D, z
         self.A = A.contiguous()
         self.dt_bias = None if dt_bias is None else dt_bias.contiguous()
         self.initial_states, self.seq_idx = initial_states, seq_idx
         self.b, self.l, self.h, self.p = x.shape
         self.g, self.n = B.shape[2:]
+        self.chunk = chunk_for(x.element_size())
         self.span = span_for(self.h, self.g)
         self.spans = triton.cdiv(self.l, self.span)
         self.target = target_of(x.device)
@@ -209,9 +232,10 @@ class _Run:
         programs = self.b * self.h * triton.cdiv(self.p, p_tile)
         return self.spans > 1 and programs < multiprocessors(self.x.device)
 
-    def launch(self, kernel: str, start: Callable[[Launch], object]) -> object:
+    def launch(self, kernel: str, start: Callable[[Launch], object], from_kept: bool = False) -> object:
         """Run `start` with the launch chosen for a kernel; it may be run with others before, to compare."""
-        return start(choose_launch(kernel, self.target, self.x.dtype, self.p, self.n, start))
+        plain = self.z is None and self.seq_idx is None and not from_kept
+        return start(choose_launch(kernel, self.target, self.x.dtype, self.p, self.n, plain, start))
 
     def constants(self, launch: Launch) -> dict:
         """Compile-time values that the large kernels share."""
@@ -221,13 +245,13 @@ class _Run:
             "p": self.p,
             "n": self.n,
             "HEADS_PER_GROUP": self.h // self.g,
-            "SPAN_CHUNKS": self.span // CHUNK,
-            "Q": CHUNK,
+            "SPAN_CHUNKS": self.span // self.chunk,
+            "Q": self.chunk,
             "P_TILE": launch.p_tile,
             "N1": n1,
             "N2": n2,
             "PRECISION": self.precision,
-            **launch.options(),
+            **launch.options(self.target),
         }
 
     def compute_decays(self) -> None:
@@ -236,14 +260,18 @@ class _Run:
             self.A,
             self.dt_bias,
             self.seq_idx,
-            *self.decays,
+            self.steps,
+            self.cs,
+            self.ends,
+            self.document,
             _batch_strides(self.dt, self.seq_idx),
             self.l,
             **self.limits,
             dt_strides=_strides(self.dt, 2),
             seq_strides=_strides(self.seq_idx, 1),
             h=self.h,
-            SPAN=self.span,
+            SPAN_CHUNKS=self.span // self.chunk,
+            Q=self.chunk,
             SOFTPLUS=self.softplus,
             num_warps=4,
         )
@@ -256,7 +284,9 @@ class _Run:
                 self.C,
                 self.D,
                 self.z,
-                *self.decays,
+                self.steps,
+                self.cs,
+                self.document,
                 None if from_kept else self.initial_states,
                 y,
                 ungated,
@@ -276,7 +306,7 @@ class _Run:
                 **self.constants(launch),
             )
 
-        self.launch("scan", start)
+        self.launch("scan", start, from_kept)
 
     def reverse(self, dout, ungated, dfinal, kept, grads, from_kept: bool):
         """dx, dz and what is summed later: u·x (b, h, p tiles, l), and dD's rows, or None."""
@@ -296,7 +326,9 @@ class _Run:
                 self.C,
                 self.D,
                 self.z,
-                *self.decays,
+                self.steps,
+                self.cs,
+                self.document,
                 dout,
                 ungated,
                 None if from_kept else dfinal,
@@ -323,7 +355,7 @@ class _Run:
             )
             return ux, dD
 
-        return self.launch("reverse", start)
+        return self.launch("reverse", start, from_kept)
 
     def walks(self, launch: Launch, from_kept: bool) -> tuple[int, int, int]:
         return self.h * triton.cdiv(self.p, launch.p_tile), self.b, self.spans if from_kept else 1
@@ -337,7 +369,9 @@ class _Run:
                 v,
                 z,
                 k,
-                *self.decays,
+                self.steps,
+                self.cs,
+                self.document,
                 kept,
                 through,
                 _batch_strides(v, z, k),
@@ -372,16 +406,19 @@ class _Run:
     def gradient(self, dout, kept_S, kept_R, grads) -> tuple[torch.Tensor, torch.Tensor]:
         """dB, dC and what the gradient of dt needs of them: `sums` and `RS` of `_gradient_kernel`."""
         _, _, _, dB, dC, _, _, _, _ = grads
-        sums = self.new_floats(2 * self.span // CHUNK + 2, self.b, self.h, self.l)
+        sums = self.new_floats(2 * self.span // self.chunk + 2, self.b, self.h, self.l)
         RS = self.new_floats(self.b, self.spans, self.h)
 
         def start(launch: Launch) -> None:
-            _gradient_kernel[(3 * triton.cdiv(self.l, CHUNK), self.g, self.b)](
+            _gradient_kernel[(3 * triton.cdiv(self.l, self.chunk), self.g, self.b)](
                 self.x,
                 self.B,
                 self.C,
                 self.z,
-                *self.decays,
+                self.steps,
+                self.cs,
+                self.ends,
+                self.document,
                 dout,
                 kept_S,
                 kept_R,
@@ -412,7 +449,7 @@ class _Run:
             self.dt,
             self.A,
             self.dt_bias,
-            self.decays[0],
+            self.steps,
             ux,
             sums,
             RS,
@@ -426,8 +463,8 @@ class _Run:
             dt_strides=_strides(self.dt, 2),
             h=self.h,
             P_TILES=ux.shape[2],
-            SPAN_CHUNKS=self.span // CHUNK,
-            Q=CHUNK,
+            SPAN_CHUNKS=self.span // self.chunk,
+            Q=self.chunk,
             SOFTPLUS=self.softplus,
             num_warps=4,
         )
