@@ -673,28 +673,41 @@ def _finish_kernel(
     Q: tl.constexpr,
     SOFTPLUS: tl.constexpr,
 ):
-    """Grid (spans, h, b)."""
+    """Grid (spans, h, b). A span's tokens are held as (chunks, Q).
+
+    Pairs of one chunk cancel in the difference of their sums by row and by column where both come after k. Those of two
+    chunks are added where they count and nowhere else, so that a longer span loses no digits.
+    """
     SPAN: tl.constexpr = SPAN_CHUNKS * Q
     span = tl.program_id(0)
     head = tl.program_id(1).to(tl.int64)
     batch = tl.program_id(2).to(tl.int64)
     start = span * SPAN
-    end = tl.minimum(start + SPAN, seqlen)
-    tokens = tl.arange(0, SPAN)
+    chunk = tl.arange(0, SPAN_CHUNKS)
+    tokens = chunk[:, None] * Q + tl.arange(0, Q)[None, :]
     inside = start + tokens < seqlen
-    blocks = tl.cdiv(end - start, Q)
+    chunks = tl.cdiv(tl.minimum(SPAN, seqlen - start), Q)
     sequence = batch * h + head
     plane = tl.cast(plane, tl.int64)
     sums += sequence * seqlen + start + tokens
-    later = tl.load(sums + 2 * SPAN_CHUNKS * plane, mask=inside, other=0.0)  # s
-    for d in tl.static_range(SPAN_CHUNKS):
-        has_writers = inside & (tokens // Q >= d)
-        has_readers = inside & (tokens // Q + d < blocks)
-        later += tl.load(sums + d * plane, mask=has_writers, other=0.0)
-        later -= tl.load(sums + (SPAN_CHUNKS + d) * plane, mask=has_readers, other=0.0)
+
+    s = tl.load(sums + 2 * SPAN_CHUNKS * plane, mask=inside, other=0.0)
     v = tl.load(sums + (2 * SPAN_CHUNKS + 1) * plane, mask=inside, other=0.0)
+    after = s + tl.load(sums, mask=inside, other=0.0)  # to be summed over i >= k of k's chunk
+    after -= tl.load(sums + SPAN_CHUNKS * plane, mask=inside, other=0.0)
+    before = v  # over j < k of k's chunk
     share = (batch * spans + span) * h + head
-    da = tl.cumsum(later, axis=0, reverse=True) + tl.cumsum(v, axis=0) - v + tl.load(RS + share)
+    later = chunk[None, :] > chunk[:, None]
+    across = tl.load(RS + share) + tl.sum(tl.where(later, tl.sum(s, axis=1)[None, :], 0.0), axis=1)
+    across += tl.sum(tl.where(later, tl.sum(v, axis=1)[:, None], 0.0), axis=0)
+    for d in tl.static_range(1, SPAN_CHUNKS):
+        by_row = tl.load(sums + d * plane, mask=inside & (chunk[:, None] >= d), other=0.0)
+        after += by_row
+        before += tl.load(sums + (SPAN_CHUNKS + d) * plane, mask=inside & (chunk[:, None] + d < chunks), other=0.0)
+        # from a chunk before k's to one after it
+        spans_k = later & (chunk[None, :] - d < chunk[:, None])
+        across += tl.sum(tl.where(spans_k, tl.sum(by_row, axis=1)[None, :], 0.0), axis=1)
+    da = tl.cumsum(after, axis=1, reverse=True) + tl.cumsum(before, axis=1) - before + across[:, None]
     gradient = da * tl.load(A + head).to(tl.float32)
     for tile in tl.static_range(P_TILES):
         gradient += tl.load(ux + (sequence * P_TILES + tile) * seqlen + start + tokens, mask=inside, other=0.0)
@@ -708,8 +721,8 @@ def _finish_kernel(
     tl.store(ddt + tokens * h, gradient.to(ddt.dtype.element_ty), mask=inside)
     step = tl.load(steps + sequence * seqlen + start + tokens, mask=inside, other=0.0)
     shares += (batch * spans + span) * (2 * h) + head
-    tl.store(shares, tl.sum(step * da, axis=0))
-    tl.store(shares + h, tl.sum(gradient, axis=0))
+    tl.store(shares, tl.sum(tl.sum(step * da, axis=1), axis=0))
+    tl.store(shares + h, tl.sum(tl.sum(gradient, axis=1), axis=0))
 
 
 @triton.jit
