@@ -23,16 +23,20 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 class Target:
     triton: GPUTarget
     shared_limit: int  # bytes that one program may have
+    shared_total: int  # bytes of one multiprocessor
+    threads: int  # that one multiprocessor runs at once
+    registers: int  # of 32 bits, of one multiprocessor
     matrix_instructions: tuple[str, ...]
 
 
-# Shared memory: CUDA's "maximum per thread block" by compute capability; LDS of CDNA3.
+# By compute capability, CUDA's programming guide, "technical specifications"; CDNA3's instruction set reference for a
+# compute unit (four SIMDs of 512 vector registers by 64 lanes, eight waves each).
 TARGETS = {
-    "sm_80": Target(GPUTarget("cuda", 80, 32), 163 * 1024, ("mma.sync",)),
-    "sm_90": Target(GPUTarget("cuda", 90, 32), 227 * 1024, ("wgmma.mma_async", "mma.sync")),
-    "sm_100": Target(GPUTarget("cuda", 100, 32), 227 * 1024, ("tcgen05.mma", "mma.sync")),
-    "sm_120": Target(GPUTarget("cuda", 120, 32), 99 * 1024, ("mma.sync",)),
-    "gfx942": Target(GPUTarget("hip", "gfx942", 64), 64 * 1024, ("v_mfma",)),
+    "sm_80": Target(GPUTarget("cuda", 80, 32), 163 * 1024, 164 * 1024, 2048, 65536, ("mma.sync",)),
+    "sm_90": Target(GPUTarget("cuda", 90, 32), 227 * 1024, 228 * 1024, 2048, 65536, ("wgmma.mma_async", "mma.sync")),
+    "sm_100": Target(GPUTarget("cuda", 100, 32), 227 * 1024, 228 * 1024, 2048, 65536, ("tcgen05.mma", "mma.sync")),
+    "sm_120": Target(GPUTarget("cuda", 120, 32), 99 * 1024, 100 * 1024, 1536, 65536, ("mma.sync",)),
+    "gfx942": Target(GPUTarget("hip", "gfx942", 64), 64 * 1024, 64 * 1024, 2048, 131072, ("v_mfma",)),
 }
 
 
@@ -45,6 +49,16 @@ class Compiled:
     spills: int  # bytes of stack and local memory, or spilled registers on AMD
     shared: int  # bytes
     matrix_instructions: dict[str, int]  # how many of each kind
+    dots: bool  # whether the kernel has any tl.dot
+
+    @property
+    def programs(self) -> int:
+        """How many one multiprocessor holds at once, by registers (granted in eights), shared memory and threads."""
+        target = TARGETS[self.target]
+        threads = self.num_warps * target.triton.warp_size
+        by_registers = target.registers // (-(-self.registers // 8) * 8 * threads)
+        by_shared = target.shared_total // (self.shared + (1024 if target.triton.backend == "cuda" else 1))
+        return min(by_registers, by_shared, target.threads // threads)
 
     @property
     def fits(self) -> bool:
@@ -72,14 +86,23 @@ def compile_launch(kernel: JITFunction, args: tuple, kwargs: dict, target: str) 
     source = ASTSource(kernel, signature, constants, attributes)
     compiled = triton.compile(source, target=TARGETS[target].triton, options=options.__dict__)
     if "cubin" in compiled.asm:
-        registers, spills, text = _cuda_usage(compiled.asm["cubin"]), None, compiled.asm["ptx"]
-        registers, spills = registers
+        registers, spills = _cuda_usage(compiled.asm["cubin"])
+        text = compiled.asm["ptx"]
     else:
         text = compiled.asm["amdgcn"]
         registers, spills = _amd_usage(text)
     counts = {name: len(re.findall(re.escape(name), text)) for name in TARGETS[target].matrix_instructions}
     matrix = {name: count for name, count in counts.items() if count}
-    return Compiled(kernel.fn.__name__, target, options.num_warps, registers, spills, compiled.metadata.shared, matrix)
+    return Compiled(
+        kernel.fn.__name__,
+        target,
+        options.num_warps,
+        registers,
+        spills,
+        compiled.metadata.shared,
+        matrix,
+        "tt.dot" in compiled.asm["ttir"],
+    )
 
 
 def _cuda_usage(cubin: bytes) -> tuple[int, int]:

@@ -1,54 +1,97 @@
 """What the kernels of ssd cost, without a GPU: traffic counted in the interpreter, resources read off compilations.
 
-    python -m benchmarks.kernel_report
+    python -m benchmarks.kernel_report                        both tables, some minutes
+    python -m benchmarks.kernel_report --traffic [SHAPE …]    the first
+    python -m benchmarks.kernel_report --resources [SHAPE …]  the second; exit code 1 if a kernel spills, asks for more
+                                                              shared memory than the device has, or multiplies without
+                                                              matrix instructions
 
-Two shapes, bfloat16, with D, dt_bias and softplus, all that the backward needs kept. DRAM bytes are the unique 32-byte
-sectors that each launch reads plus those that it writes, summed over launches; the floor reads every input and writes
-every output once. The rows of mamba-ssm are counted in the same run, its first autotuning configuration, without the
-torch operations between its launches. Both libraries choose by the number of multiprocessors: 1 stands for a training
-batch, which fills any device, 132 for this one sequence alone on an H100.
+Two shapes, `study` and `second`, bfloat16, with D, dt_bias and softplus, all that the backward needs kept. DRAM bytes
+are the unique 32-byte sectors that each launch reads plus those that it writes, summed over launches; the floor reads
+every input and writes every output once. The rows of mamba-ssm are counted in the same run, its first autotuning
+configuration. Both libraries choose by the number of multiprocessors: 1 stands for a training batch, which fills any
+device, 132 for this one sequence alone on an H100. `torch` is the number of operations that torch runs on data between
+the launches (sums, casts, transposes): they come on top, and are not in the other columns.
+
+The estimates divide bytes by bandwidth and operations by arithmetic peak and take the larger: a bound, not a timing.
 """
 
+import argparse
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from unittest import mock
 
-SHAPES = {"b1 l512 h24 p32 g8 n142": (512, 24, 32, 8, 142), "b1 l512 h16 p64 g1 n128": (512, 16, 64, 1, 128)}
+SHAPES = {"study": (512, 24, 32, 8, 142), "second": (512, 16, 64, 1, 128)}  # l, h, p, g, n
+
+# Dense bfloat16 peak (FLOP/s) and memory bandwidth (bytes/s) by the makers' data sheets.
+DEVICES = {
+    "A100 SXM 80 GB": (312e12, 2.04e12),
+    "H100 SXM": (989e12, 3.35e12),
+    "B200": (2250e12, 8.0e12),
+    "RTX 5090": (209e12, 1.79e12),
+    "MI300X": (1307e12, 5.3e12),
+}
+
+# How a call can differ in what its kernels do: whole sequences; packed documents with states carried in and out; a
+# gate; sequences shared out by spans.
+FORMS = {
+    "plain": {},
+    "documents": {"seq_idx": True, "states": True},
+    "gate": {"z": True},
+    "spans": {"multiprocessors": 10**6},
+}
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description="Traffic and resources of the SSD kernels, counted without a GPU.")
+    parser.add_argument("--traffic", nargs="*", choices=SHAPES, metavar="SHAPE", help="only traffic, of these shapes")
+    parser.add_argument("--resources", nargs="*", choices=SHAPES, metavar="SHAPE", help="only resources")
+    arguments = parser.parse_args()
     os.environ["MAMBA2_BACKEND"] = "triton"
-    if "--compile" in sys.argv:
-        print_resources()
-    else:
-        os.environ["TRITON_INTERPRET"] = "1"
-        print_traffic()
+    if arguments.resources is not None:
+        sys.exit(0 if print_resources(arguments.resources or list(SHAPES)) else 1)
+    os.environ["TRITON_INTERPRET"] = "1"
+    print_traffic(arguments.traffic or list(SHAPES))
+    if arguments.traffic is None:
+        print(flush=True)
         # Kernels decorated under the interpreter cannot be compiled: that needs a process of its own.
         environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-        command = [sys.executable, "-m", "benchmarks.kernel_report", "--compile"]
+        command = [sys.executable, "-m", "benchmarks.kernel_report", "--resources"]
         sys.exit(subprocess.run(command, env=environment).returncode)
 
 
-def make_arguments(l: int, h: int, p: int, g: int, n: int) -> dict:
-    """One sequence in bfloat16, parameters in float32."""
+def make_arguments(
+    l: int, h: int, p: int, g: int, n: int, seq_idx: bool = False, z: bool = False, states: bool = False
+) -> dict:
+    """One sequence in bfloat16, x, B and C side by side as the convolution leaves them; parameters in float32."""
     import torch
 
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=generator)
+        return torch.randn(shape, generator=generator).bfloat16()
 
+    x, B, C = normal(1, l, h * p + 2 * g * n).split([h * p, g * n, g * n], dim=-1)
     arguments = {
-        "x": normal(1, l, h, p).bfloat16(),
-        "dt": normal(1, l, h).bfloat16(),
+        "x": x.unflatten(-1, (h, p)),
+        "dt": normal(1, l, h),
         "A": -torch.arange(1.0, h + 1),
-        "B": normal(1, l, g, n).bfloat16(),
-        "C": normal(1, l, g, n).bfloat16(),
+        "B": B.unflatten(-1, (g, n)),
+        "C": C.unflatten(-1, (g, n)),
         "D": torch.ones(h),
         "dt_bias": torch.full((h,), -4.0),
     }
-    return {name: tensor.requires_grad_() for name, tensor in arguments.items()}
+    if z:
+        arguments["z"] = normal(1, l, h, p)
+    if states:
+        arguments["initial_states"] = torch.zeros(1, h, p, n)
+    arguments = {name: tensor.detach().requires_grad_() for name, tensor in arguments.items()}
+    if seq_idx:
+        arguments["seq_idx"] = torch.arange(l).view(1, l) // 100
+    return arguments
 
 
 def floor(l: int, h: int, p: int, g: int, n: int) -> tuple[int, int]:
@@ -57,7 +100,7 @@ def floor(l: int, h: int, p: int, g: int, n: int) -> tuple[int, int]:
     return inputs + 2 * h * p, 2 * inputs + 2 * h * p
 
 
-def print_traffic() -> None:
+def print_traffic(shapes: list[str]) -> None:
     import torch
 
     from benchmarks.interpreter import record, use_exact_bfloat16
@@ -66,8 +109,10 @@ def print_traffic() -> None:
     from tests.oracles import mamba_ssm_environment, mamba_ssm_scan
 
     use_exact_bfloat16()
-    print(f"{'per token':52} {'launches':>8} {'requested':>10} {'DRAM':>10} {'floor':>8} {'kFLOP':>8}")
-    for title, shape in SHAPES.items():
+    estimates = []
+    print(f"{'per token':44} {'launches':>8} {'torch':>5} {'requested':>10} {'DRAM':>8} {'floor':>7} {'kFLOP':>7}")
+    for title in shapes:
+        shape = SHAPES[title]
         for count in (1, 132):
             for who in ("mamba2", "mamba-ssm"):
                 function = ssd if who == "mamba2" else mamba_ssm_scan(count)
@@ -76,50 +121,103 @@ def print_traffic() -> None:
                     mamba_ssm_environment(count),
                     mock.patch.object(triton_op, "multiprocessors", lambda _, c=count: c),
                 ):
-                    with record() as forward:
+                    with record() as forward, torch_operations() as forward_torch:
                         y = function(**arguments, chunk_size=256, dt_softplus=True)
                     gradient = torch.ones_like(y)
-                    with record() as backward:
+                    with record() as backward, torch_operations() as backward_torch:
                         y.backward(gradient)
-                for part, launches, least in zip(("forward", "backward"), (forward, backward), floor(*shape)):
+                for part, launches, others, least in zip(
+                    ("forward", "backward"), (forward, backward), (forward_torch, backward_torch), floor(*shape)
+                ):
                     sums = [sum(getattr(launch, key) for launch in launches) for key in ("requested", "dram", "flops")]
                     requested, dram, flops = (value / shape[0] for value in sums)
-                    row = f"{title}  {who:9} {count:3} SM  {part}"
+                    row = f"{title:7} {who:9} {count:3} SM  {part}"
                     print(
-                        f"{row:52} {len(launches):8} {requested:10,.0f} {dram:10,.0f} {least:8,} {flops / 1e3:8,.0f}",
+                        f"{row:44} {len(launches):8} {len(others):5} {requested:10,.0f} {dram:8,.0f} {least:7,} "
+                        f"{flops / 1e3:7,.0f}",
                         flush=True,
                     )
+                    bounds = [max(dram / bandwidth, flops / peak) * 1e9 for peak, bandwidth in DEVICES.values()]
+                    estimates.append((row, bounds))
+    print("\nestimated ns per token (a bound from bandwidth and arithmetic peak; nothing was timed)")
+    print(f"{'':44} " + " ".join(f"{name:>15}" for name in DEVICES))
+    for row, bounds in estimates:
+        print(f"{row:44} " + " ".join(f"{bound:15.1f}" for bound in bounds))
 
 
-def print_resources() -> None:
+@contextmanager
+def torch_operations() -> Iterator[list[str]]:
+    """Names of the operations that torch runs on data inside the block: no allocations, no views."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    free = ("empty", "view", "as_strided", "detach", "expand", "slice", "select", "alias", "transpose", "permute", "t.")
+    names = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            name = str(function).removeprefix("aten.")
+            moves_data = not any(part in name for part in free) and not name.startswith(
+                ("mamba2.", "set_", "unsqueeze")
+            )
+            if moves_data:
+                names.append(name)
+            return function(*args, **(kwargs or {}))
+
+    with Watch():
+        yield names
+
+
+def print_resources(shapes: list[str]) -> bool:
+    """Print the table; whether every kernel fits every target."""
+    import torch
     from triton.runtime.errors import PTXASError
 
     from benchmarks.compilation import TARGETS, captured, compile_launch
     from mamba2.ops import ssd
+    from mamba2.ops.ssd import triton_op
 
     os.environ["TRITON_INTERPRET"] = "1"  # lets CPU tensors through to launches that are only noted, never run
-    print(
-        f"\n{'kernel':46} {'target':8} {'warps':>5} {'registers':>9} {'spills':>7} {'shared':>8}  matrix instructions"
-    )
-    for title, shape in SHAPES.items():
-        arguments = make_arguments(*shape)
+    good = True
+    print(f"{'kernel':34} {'target':7} {'warps':>5} {'registers':>9} {'spills':>6} {'shared':>7} {'programs':>8}  dots")
+    for title in shapes:
+        seen = set()
+        for form, settings in FORMS.items():
+            settings = dict(settings)
+            count = settings.pop("multiprocessors", 1)
+            arguments = make_arguments(*SHAPES[title], **settings)
 
-        def step(arguments: dict = arguments) -> None:
-            ssd(**arguments, chunk_size=256, dt_softplus=True).sum().backward()
+            def step(arguments: dict = arguments) -> None:
+                results = ssd(**arguments, chunk_size=256, dt_softplus=True, return_final_states=True)
+                used = results if "initial_states" in arguments else results[:1]
+                torch.autograd.backward(used, [torch.empty_like(t) for t in used])
 
-        for kernel, args, kwargs in captured(step):
             for target in TARGETS:
-                row = f"{title} {kernel.fn.__name__}"
-                try:
-                    c = compile_launch(kernel, args, kwargs, target)
-                except PTXASError:
-                    print(f"{row:46} {target:8} does not compile: too many registers for the assembler", flush=True)
-                    continue
-                print(
-                    f"{row:46} {target:8} {c.num_warps:5} {c.registers:9} {c.spills:7} {c.shared:8,}"
-                    f"  {c.matrix_instructions or '-'}",
-                    flush=True,
-                )
+                with (
+                    mock.patch.object(triton_op, "multiprocessors", lambda _, c=count: c),
+                    mock.patch.object(triton_op, "target_of", lambda _, t=target: t),
+                ):
+                    launches = captured(step)
+                for kernel, args, kwargs in launches:
+                    key = (kernel.fn.__name__, target, str(kwargs), str([type(a) for a in args]))
+                    if key in seen:
+                        continue
+                    seen.add(key)
+                    row = f"{title:6} {form:9} {kernel.fn.__name__:17} {target:7}"
+                    try:
+                        c = compile_launch(kernel, args, kwargs, target)
+                    except PTXASError:
+                        good = False
+                        print(f"{row} does not compile: too many registers for the assembler", flush=True)
+                        continue
+                    fits = c.fits and (bool(c.matrix_instructions) or not c.dots)
+                    good &= fits
+                    matrix = ", ".join(f"{count} {name}" for name, count in c.matrix_instructions.items())
+                    print(
+                        f"{row} {c.num_warps:5} {c.registers:9} {c.spills:6} {c.shared:7,} {c.programs:8}"
+                        f"  {matrix or '-'}{'' if fits else '   DOES NOT FIT'}",
+                        flush=True,
+                    )
+    return good
 
 
 if __name__ == "__main__":

@@ -41,7 +41,6 @@ from mamba2.ops.ssd.triton_common import (
     give,
     keep,
     load_chunk_decays,
-    load_dy,
     load_given,
     load_head,
     load_kept,
@@ -52,7 +51,39 @@ from mamba2.ops.ssd.triton_common import (
     zero_state,
 )
 from mamba2.ops.ssd.triton_decays import activate
-from mamba2.ops.triton_math import sigmoid, silu_slope
+from mamba2.ops.triton_math import sigmoid, silu, silu_slope
+
+
+@triton.jit
+def _gate_kernel(
+    dout,  # (b, l, h, p)
+    z,  # (b, l, h, p)
+    ungated,  # y before the gate, (b, l, h, p), contiguous
+    dy,  # out: gradient of y before the gate, (b, l, h, p); this and dz contiguous
+    dz,  # out: (b, l, h, p)
+    batch_strides,  # of dout, z
+    seqlen,
+    dout_strides: tl.constexpr,
+    z_strides: tl.constexpr,
+    h: tl.constexpr,
+    p: tl.constexpr,
+    Q: tl.constexpr,
+    P_TILE: tl.constexpr,
+):
+    """Grid (chunks, h, b). dy = dout silu(z), dz = dout y silu'(z); the kernels below then know of no gate."""
+    start = tl.program_id(0) * Q
+    head = tl.program_id(1).to(tl.int64)
+    batch = tl.program_id(2).to(tl.int64)
+    rows = tl.arange(0, Q)
+    columns = tl.arange(0, P_TILE)
+    dout += batch * batch_strides[0] + head * dout_strides[1]
+    z += batch * batch_strides[1] + head * z_strides[1]
+    gradient = load_head(dout, start, seqlen, columns, dout_strides, p, Q).to(tl.float32)
+    gate = load_head(z, start, seqlen, columns, z_strides, p, Q).to(tl.float32)
+    here = ((batch * seqlen + start) * h + head) * p
+    before = load_tile(ungated + here, rows, seqlen - start, columns, p, h * p, 1).to(tl.float32)
+    store_tile(dy + here, rows, seqlen - start, columns, p, h * p, gradient * silu(gate))
+    store_tile(dz + here, rows, seqlen - start, columns, p, h * p, gradient * before * silu_slope(gate))
 
 
 @triton.jit
@@ -61,27 +92,23 @@ def _reverse_kernel(
     B,  # (b, l, g, n)
     C,  # (b, l, g, n)
     D,  # (h) or (h, p), or None
-    z,  # (b, l, h, p) or None
     steps,  # (b, h, l)
     cs,  # (b, h, l)
     document,  # (b, l) or None
     dout,  # (b, l, h, p)
-    ungated,  # y before the gate, (b, l, h, p), contiguous, or None
     carry,  # gradient of the final state (b, h, p, n), or None; unused when FROM_KEPT
     kept,  # (b, spans, h, n, p): out; in when FROM_KEPT
     dx,  # out: (b, l, h, p); this and all below contiguous
-    dz,  # out: (b, l, h, p) or None
     ux,  # out: (b, h, l), float32
     dD,  # out: (rows, h, p) or (rows * p tiles, h), float32, or None; a row for each sequence, or span of it
     initial,  # out: gradient of the initial state (b, h, p, n), or None; unused when FROM_KEPT
-    batch_strides,  # of x, B, C, z, dout, carry
+    batch_strides,  # of x, B, C, dout, carry
     seqlen,
     spans,
     x_strides: tl.constexpr,
     B_strides: tl.constexpr,
     C_strides: tl.constexpr,
     D_strides: tl.constexpr,
-    z_strides: tl.constexpr,
     dout_strides: tl.constexpr,
     carry_strides: tl.constexpr,
     h: tl.constexpr,
@@ -115,9 +142,7 @@ def _reverse_kernel(
     x += batch * batch_strides[0] + head * x_strides[1]
     B += batch * batch_strides[1] + group * B_strides[1]
     C += batch * batch_strides[2] + group * C_strides[1]
-    if z is not None:
-        z += batch * batch_strides[3] + head * z_strides[1]
-    dout += batch * batch_strides[4] + head * dout_strides[1]
+    dout += batch * batch_strides[3] + head * dout_strides[1]
     steps += (batch * h + head) * seqlen
     cs += (batch * h + head) * seqlen
     ux += ((batch * h + head) * p_tiles + tile) * seqlen
@@ -135,7 +160,7 @@ def _reverse_kernel(
         state1, state2 = load_kept(kept + tl.program_id(2).to(tl.int64) * h * (n * p), columns, p, n, N1, N2)
         state1, state2 = state1.to(tl.float32), state2.to(tl.float32)
     elif carry is not None:
-        carry += batch * batch_strides[5] + head * carry_strides[0]
+        carry += batch * batch_strides[4] + head * carry_strides[0]
         state1, state2 = load_given(carry, columns, carry_strides, p, n, N1, N2)
 
     dD_sum = tl.zeros((P_TILE,), dtype=tl.float32)
@@ -160,7 +185,7 @@ def _reverse_kernel(
         visible = rows[:, None] <= rows[None, :]
         if document is not None:
             visible = visible & (number[:, None] == number[None, :])
-        dy = load_dy(dout, z, start, seqlen, columns, dout_strides, z_strides, p, Q)
+        dy = load_head(dout, start, seqlen, columns, dout_strides, p, Q)
         u = dot(tl.where(visible, scores, 0.0).to(narrow), dy, u, PRECISION)
         x_wide = load_head(x, start, seqlen, columns, x_strides, p, Q).to(tl.float32)
         tl.store(ux + start + rows, tl.sum(u * x_wide, axis=1), mask=rows < left)
@@ -171,11 +196,6 @@ def _reverse_kernel(
             dD_sum += tl.sum(dy_wide * x_wide, axis=0)
         token = ((batch * seqlen + start) * h + head) * p
         store_tile(dx + token, rows, left, columns, p, h * p, u)
-        if z is not None:
-            gate = load_head(z, start, seqlen, columns, z_strides, p, Q).to(tl.float32)
-            plain = load_head(dout, start, seqlen, columns, dout_strides, p, Q).to(tl.float32)
-            before = load_tile(ungated + token, rows, left, columns, p, h * p, 1).to(tl.float32)
-            store_tile(dz + token, rows, left, columns, p, h * p, plain * before * silu_slope(gate))
 
         state1, state2 = add_outer(state1, state2, C1, C2, scaled(dy, into), through, N2, PRECISION)
 
@@ -194,7 +214,6 @@ def _gradient_kernel(
     x,  # (b, l, h, p)
     B,  # (b, l, g, n)
     C,  # (b, l, g, n)
-    z,  # (b, l, h, p) or None
     steps,  # (b, h, l)
     cs,  # (b, h, l)
     ends,  # (b, h, chunks)
@@ -206,14 +225,13 @@ def _gradient_kernel(
     dC,  # out: (b, l, g, n), contiguous
     sums,  # out: (2 d + 2, b, h, l), float32; d planes of sums of W by row, d by column, s, v
     RS,  # out: exp(cs_last) <R, S> of each span: (b, spans, h), float32
-    batch_strides,  # of x, B, C, z, dout
+    batch_strides,  # of x, B, C, dout
     seqlen,
     spans,
     plane,  # elements of one of `sums`
     x_strides: tl.constexpr,
     B_strides: tl.constexpr,
     C_strides: tl.constexpr,
-    z_strides: tl.constexpr,
     dout_strides: tl.constexpr,
     h: tl.constexpr,
     p: tl.constexpr,
@@ -245,9 +263,7 @@ def _gradient_kernel(
     x += batch * batch_strides[0] + head * x_strides[1]
     B += batch * batch_strides[1] + group * B_strides[1]
     C += batch * batch_strides[2] + group * C_strides[1]
-    if z is not None:
-        z += batch * batch_strides[3] + head * z_strides[1]
-    dout += batch * batch_strides[4] + head * dout_strides[1]
+    dout += batch * batch_strides[3] + head * dout_strides[1]
     steps += (batch * h + head) * seqlen
     cs += (batch * h + head) * seqlen
     ends += (batch * h + head) * tl.cdiv(seqlen, Q)
@@ -262,7 +278,6 @@ def _gradient_kernel(
             x,
             B,
             C,
-            z,
             steps,
             cs,
             ends,
@@ -279,7 +294,6 @@ def _gradient_kernel(
             x_strides,
             B_strides,
             C_strides,
-            z_strides,
             dout_strides,
             ngroups,
             p,
@@ -297,7 +311,6 @@ def _gradient_kernel(
             x,
             B,
             C,
-            z,
             steps,
             cs,
             ends,
@@ -312,7 +325,6 @@ def _gradient_kernel(
             x_strides,
             B_strides,
             C_strides,
-            z_strides,
             dout_strides,
             ngroups,
             p,
@@ -348,7 +360,6 @@ def _write_block(
     x,  # pointers to the sequence's first token, and the group's first head
     B,
     C,
-    z,
     steps,
     cs,
     ends,
@@ -365,7 +376,6 @@ def _write_block(
     x_strides: tl.constexpr,
     B_strides: tl.constexpr,
     C_strides: tl.constexpr,
-    z_strides: tl.constexpr,
     dout_strides: tl.constexpr,
     ngroups: tl.constexpr,
     p: tl.constexpr,
@@ -417,7 +427,6 @@ def _write_block(
             pairs = _pairs(
                 x + to_head * x_strides[1],
                 dout + to_head * dout_strides[1],
-                z + to_head * z_strides[1] if z is not None else None,
                 steps + at,
                 cs + at,
                 ends + to_head * tl.cdiv(seqlen, Q),
@@ -426,7 +435,6 @@ def _write_block(
                 readers,
                 seqlen,
                 x_strides,
-                z_strides,
                 dout_strides,
                 p,
                 Q,
@@ -449,7 +457,6 @@ def _read_block(
     x,  # pointers to the sequence's first token, and the group's first head
     B,
     C,
-    z,
     steps,
     cs,
     ends,
@@ -464,7 +471,6 @@ def _read_block(
     x_strides: tl.constexpr,
     B_strides: tl.constexpr,
     C_strides: tl.constexpr,
-    z_strides: tl.constexpr,
     dout_strides: tl.constexpr,
     ngroups: tl.constexpr,
     p: tl.constexpr,
@@ -486,13 +492,12 @@ def _read_block(
         to_head = tl.cast(r, tl.int64)
         at = to_head * seqlen
         into = _read_weights(cs + at, ends + to_head * tl.cdiv(seqlen, Q), document, start, first, seqlen, Q)
-        z_head = z + to_head * z_strides[1] if z is not None else None
         s = tl.zeros((Q,), dtype=tl.float32)
         for tile in tl.range(0, p_tiles, disable_licm=True):
             columns = tile * P_TILE + tl.arange(0, P_TILE)
             S1, S2 = load_kept(kept_S + to_head * (n * p), columns, p, n, N1, N2)
             dout_head = dout + to_head * dout_strides[1]
-            dy = load_dy(dout_head, z_head, start, seqlen, columns, dout_strides, z_strides, p, Q)
+            dy = load_head(dout_head, start, seqlen, columns, dout_strides, p, Q)
             C1, C2 = load_rows(C, start, seqlen, C_strides, n, Q, N1, N2)
             part1 = dot(S1, tl.trans(dy), None, PRECISION) * into[None, :]
             s += tl.sum(part1 * tl.trans(C1).to(tl.float32), axis=0)
@@ -511,7 +516,6 @@ def _read_block(
             dBC += _pairs(
                 x + to_head * x_strides[1],
                 dout + to_head * dout_strides[1],
-                z + to_head * z_strides[1] if z is not None else None,
                 steps + at,
                 cs + at,
                 ends + to_head * tl.cdiv(seqlen, Q),
@@ -520,7 +524,6 @@ def _read_block(
                 start,
                 seqlen,
                 x_strides,
-                z_strides,
                 dout_strides,
                 p,
                 Q,
@@ -598,7 +601,6 @@ def _read_weights(cs, ends, document, start, first, seqlen, Q: tl.constexpr):
 def _pairs(
     x,  # pointers to the sequence's first token, for the head
     dout,
-    z,
     steps,
     cs,
     ends,
@@ -607,7 +609,6 @@ def _pairs(
     readers,  # first token of the block of i, of the same span
     seqlen,
     x_strides: tl.constexpr,
-    z_strides: tl.constexpr,
     dout_strides: tl.constexpr,
     p: tl.constexpr,
     Q: tl.constexpr,
@@ -620,7 +621,7 @@ def _pairs(
     for tile in tl.range(0, (p + P_TILE - 1) // P_TILE, disable_licm=True):
         columns = tile * P_TILE + tl.arange(0, P_TILE)
         x_tile = load_head(x, writers, seqlen, columns, x_strides, p, Q)
-        dy = load_dy(dout, z, readers, seqlen, columns, dout_strides, z_strides, p, Q)
+        dy = load_head(dout, readers, seqlen, columns, dout_strides, p, Q)
         pairs = dot(x_tile, tl.trans(dy), pairs, PRECISION)
     j, i = writers + rows, readers + rows
     step = tl.load(steps + j, mask=j < seqlen, other=0.0)

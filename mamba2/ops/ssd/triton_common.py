@@ -11,8 +11,6 @@ Offsets that grow with batch or length are int64; inside a tile they are int32 w
 import triton
 import triton.language as tl
 
-from mamba2.ops.triton_math import silu
-
 
 @triton.jit
 def tile_offsets(rows, columns, width: tl.constexpr, row_stride: tl.constexpr, column_stride: tl.constexpr):
@@ -43,16 +41,6 @@ def load_head(v, start, seqlen, columns, strides: tl.constexpr, p: tl.constexpr,
     """Q tokens of one head from `start` on, (Q, P_TILE); the pointer is to the head's first token."""
     here = v + tl.cast(start, tl.int64) * strides[0]
     return load_tile(here, tl.arange(0, Q), seqlen - start, columns, p, strides[0], strides[2])
-
-
-@triton.jit
-def load_dy(dout, z, start, seqlen, columns, dout_strides, z_strides, p: tl.constexpr, Q: tl.constexpr):
-    """The gradient of y before the gate, like `load_head`; z may be None."""
-    dy = load_head(dout, start, seqlen, columns, dout_strides, p, Q)
-    if z is not None:
-        gate = load_head(z, start, seqlen, columns, z_strides, p, Q)
-        dy = (dy.to(tl.float32) * silu(gate.to(tl.float32))).to(dy.dtype)
-    return dy
 
 
 @triton.jit

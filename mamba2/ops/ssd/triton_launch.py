@@ -86,13 +86,15 @@ def launch_for(kernel: str, target: str, itemsize: int, p: int, n: int, plain: b
     if kernel == "gradient":
         # Two accumulators of (d_state, chunk); 255 registers and 8 bytes more on sm_80 where d_state takes two tiles.
         eight = wide or (n_tiles(n)[1] > 0 and (target == "sm_80" or not plain))
-        bound = 168 if plain and target == "sm_90" and n in (64, 128) else 255
+        bound = 168 if plain and target == "sm_90" and p <= 64 and n in (64, 128) else 255
         return Launch(min(32, widest), 8 if eight else 4, 1, bound)
     if target == "gfx942":
         return replace(WALKS[target], p_tile=16 if wide else min(32, widest))
     if wide or not plain:
-        warps = 8 if wide or kernel == "scan" else 4
-        return Launch(16, warps, 2 if wide and target in ("sm_90", "sm_100") else 1)
+        ahead = target in ("sm_90", "sm_100")
+        if n_tiles(n)[1] > 0 and not ahead:  # found by trying: no rule says why sm_80 takes 32 channels more easily
+            return Launch(min(widest, 32 if target == "sm_80" else 16), 8, 1)
+        return Launch(16, 8 if wide else 4, 2 if wide and ahead else 1)
     return replace(WALKS[target], p_tile=min(WALKS[target].p_tile, widest))
 
 

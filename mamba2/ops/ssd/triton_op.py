@@ -6,7 +6,8 @@ Two forms of each direction. Forward:
     chunk-parallel   decays; what each span adds to the state; spans in order; outputs of all spans     4 launches
 
 The backward pass gets R, the gradient of the state, in the same two ways (1 or 3 launches, which also make dx), then
-dB and dC, then the gradient of dt, then sums (3 launches). Nothing else runs on the device.
+dB and dC, then the gradient of dt, then sums (3 launches); with a gate, one launch more before. Nothing else runs on
+the device.
 
 The rule: the sequential form moves fewer bytes and is taken whenever its programs number at least the multiprocessors
 of the device.
@@ -18,7 +19,13 @@ import torch
 import triton
 
 from mamba2.ops.device import multiprocessors, target_of
-from mamba2.ops.ssd.triton_backward import _finish_kernel, _gradient_kernel, _reduce_kernel, _reverse_kernel
+from mamba2.ops.ssd.triton_backward import (
+    _finish_kernel,
+    _gate_kernel,
+    _gradient_kernel,
+    _reduce_kernel,
+    _reverse_kernel,
+)
 from mamba2.ops.ssd.triton_decays import _decays_kernel
 from mamba2.ops.ssd.triton_forward import _scan_kernel
 from mamba2.ops.ssd.triton_launch import Launch, choose_launch, chunk_for, launch_for, n_tiles, span_for
@@ -84,7 +91,7 @@ def _forward_op(
     with torch.cuda.device_of(x):
         run.compute_decays()
         if parallel:
-            run.states(x, None, B, initial_states, end, states, reverse=False)
+            run.states(x, B, initial_states, end, states, reverse=False)
         run.scan(y, ungated if keep and z is not None else None, states, end, from_kept=parallel)
     return outputs
 
@@ -143,11 +150,12 @@ def _backward_op(
     parallel = run.parallel("reverse")
     gradients = run.empty_states()
     with torch.cuda.device_of(x):
+        dy = dout if z is None else run.gate(dout, ungated, grads)
         if parallel:
             dinitial = None if initial_states is None else grads[8]
-            run.states(dout, z, C, dfinal, dinitial, gradients, reverse=True)
-        ux, dD = run.reverse(dout, None if z is None else ungated, dfinal, gradients, grads, from_kept=parallel)
-        sums, RS = run.gradient(dout, kept, gradients, grads)
+            run.states(dy, C, dfinal, dinitial, gradients, reverse=True)
+        ux, dD = run.reverse(dy, dfinal, gradients, grads, from_kept=parallel)
+        sums, RS = run.gradient(dy, kept, gradients, grads)
         run.finish(ux, dD, sums, RS, grads)
     return grads
 
@@ -234,7 +242,8 @@ class _Run:
 
     def launch(self, kernel: str, start: Callable[[Launch], object], from_kept: bool = False) -> object:
         """Run `start` with the launch chosen for a kernel; it may be run with others before, to compare."""
-        plain = self.z is None and self.seq_idx is None and not from_kept
+        gated = kernel == "scan" and self.z is not None
+        plain = not (gated or from_kept or self.seq_idx is not None)
         return start(choose_launch(kernel, self.target, self.x.dtype, self.p, self.n, plain, start))
 
     def constants(self, launch: Launch) -> dict:
@@ -308,9 +317,31 @@ class _Run:
 
         self.launch("scan", start, from_kept)
 
-    def reverse(self, dout, ungated, dfinal, kept, grads, from_kept: bool):
-        """dx, dz and what is summed later: u·x (b, h, p tiles, l), and dD's rows, or None."""
-        dx, _, _, _, _, _, dz, _, dinitial = grads
+    def gate(self, dout, ungated, grads) -> torch.Tensor:
+        """The gradient of y before the gate, contiguous; dz is written to its place in `grads`."""
+        dy = self.x.new_empty(self.x.shape)
+        rows = 16
+        _gate_kernel[(triton.cdiv(self.l, rows), self.h, self.b)](
+            dout,
+            self.z,
+            ungated,
+            dy,
+            grads[6],
+            _batch_strides(dout, self.z),
+            self.l,
+            dout_strides=_strides(dout, 3),
+            z_strides=_strides(self.z, 3),
+            h=self.h,
+            p=self.p,
+            Q=rows,
+            P_TILE=triton.next_power_of_2(self.p),
+            num_warps=4,
+        )
+        return dy
+
+    def reverse(self, dout, dfinal, kept, grads, from_kept: bool):
+        """dx and what is summed later: u·x (b, h, p tiles, l), and dD's rows, or None."""
+        dx, *_, dinitial = grads
         per_channel = self.D is not None and self.D.dim() == 2
 
         def start(launch: Launch) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -325,27 +356,23 @@ class _Run:
                 self.B,
                 self.C,
                 self.D,
-                self.z,
                 self.steps,
                 self.cs,
                 self.document,
                 dout,
-                ungated,
                 None if from_kept else dfinal,
                 kept,
                 dx,
-                None if self.z is None else dz,
                 ux,
                 dD,
                 None if from_kept or self.initial_states is None else dinitial,
-                _batch_strides(self.x, self.B, self.C, self.z, dout, dfinal),
+                _batch_strides(self.x, self.B, self.C, dout, dfinal),
                 self.l,
                 self.spans,
                 x_strides=_strides(self.x, 3),
                 B_strides=_strides(self.B, 3),
                 C_strides=_strides(self.C, 3),
                 D_strides=_channel_strides(self.D),
-                z_strides=_strides(self.z, 3),
                 dout_strides=_strides(dout, 3),
                 carry_strides=_strides(dfinal, 3),
                 FROM_KEPT=from_kept,
@@ -360,25 +387,23 @@ class _Run:
     def walks(self, launch: Launch, from_kept: bool) -> tuple[int, int, int]:
         return self.h * triton.cdiv(self.p, launch.p_tile), self.b, self.spans if from_kept else 1
 
-    def states(self, v, z, k, carry, end, kept, reverse: bool) -> None:
+    def states(self, v, k, carry, end, kept, reverse: bool) -> None:
         """The state entering each span, or in reverse the gradient of the one leaving it, from `carry` to `end`."""
         through = self.new_floats(self.b, self.spans, self.h)
 
         def start(launch: Launch) -> None:
             _states_kernel[self.walks(launch, from_kept=True)](
                 v,
-                z,
                 k,
                 self.steps,
                 self.cs,
                 self.document,
                 kept,
                 through,
-                _batch_strides(v, z, k),
+                _batch_strides(v, k),
                 self.l,
                 self.spans,
                 v_strides=_strides(v, 3),
-                z_strides=_strides(z, 3),
                 k_strides=_strides(k, 3),
                 REVERSE=reverse,
                 STAGES=launch.num_stages,
@@ -414,7 +439,6 @@ class _Run:
                 self.x,
                 self.B,
                 self.C,
-                self.z,
                 self.steps,
                 self.cs,
                 self.ends,
@@ -426,14 +450,13 @@ class _Run:
                 dC,
                 sums,
                 RS,
-                _batch_strides(self.x, self.B, self.C, self.z, dout),
+                _batch_strides(self.x, self.B, self.C, dout),
                 self.l,
                 self.spans,
                 sums.stride(0),
                 x_strides=_strides(self.x, 3),
                 B_strides=_strides(self.B, 3),
                 C_strides=_strides(self.C, 3),
-                z_strides=_strides(self.z, 3),
                 dout_strides=_strides(dout, 3),
                 **self.constants(launch),
             )

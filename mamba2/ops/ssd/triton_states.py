@@ -17,7 +17,7 @@ from mamba2.ops.ssd.triton_common import (
     add_outer,
     keep,
     load_chunk_decays,
-    load_dy,
+    load_head,
     load_rows,
     scaled,
     zero_state,
@@ -27,18 +27,16 @@ from mamba2.ops.ssd.triton_common import (
 @triton.jit
 def _states_kernel(
     v,  # x, or dout when REVERSE: (b, l, h, p)
-    z,  # gate of dout: (b, l, h, p), or None
     k,  # B, or C when REVERSE: (b, l, g, n)
     steps,  # (b, h, l)
     cs,  # (b, h, l)
     document,  # (b, l) or None
     kept,  # out: (b, spans, h, n, p)
     through_spans,  # out: decay through each span (b, spans, h), float32
-    batch_strides,  # of v, z, k
+    batch_strides,  # of v, k
     seqlen,
     spans,
     v_strides: tl.constexpr,
-    z_strides: tl.constexpr,
     k_strides: tl.constexpr,
     h: tl.constexpr,
     p: tl.constexpr,
@@ -63,9 +61,7 @@ def _states_kernel(
     columns = tile * P_TILE + tl.arange(0, P_TILE)
 
     v += batch * batch_strides[0] + head * v_strides[1]
-    if z is not None:
-        z += batch * batch_strides[1] + head * z_strides[1]
-    k += batch * batch_strides[2] + head // HEADS_PER_GROUP * k_strides[1]
+    k += batch * batch_strides[1] + head // HEADS_PER_GROUP * k_strides[1]
     steps += (batch * h + head) * seqlen
     cs += (batch * h + head) * seqlen
     if document is not None:
@@ -78,7 +74,7 @@ def _states_kernel(
     for i in tl.range(0, count, num_stages=STAGES, disable_licm=True):
         start = (first + (count - 1 - i if REVERSE else i)) * Q
         step, _, _, into, out, through = load_chunk_decays(steps, cs, document, start, seqlen, Q, SPAN)
-        value = load_dy(v, z, start, seqlen, columns, v_strides, z_strides, p, Q)
+        value = load_head(v, start, seqlen, columns, v_strides, p, Q)
         k1, k2 = load_rows(k, start, seqlen, k_strides, n, Q, N1, N2)
         weighted = scaled(value, into if REVERSE else out * step)
         state1, state2 = add_outer(state1, state2, k1, k2, weighted, through, N2, PRECISION)
