@@ -5,7 +5,16 @@ y_t = silu(bias + Σ_{k<K} weight_k x_{t-(K-1)+k})        x_t = 0 before the seq
 
 import torch
 
+from mamba2.ops.backend import choose_backend
 from mamba2.ops.conv1d.reference import causal_conv1d_reference
+from mamba2.ops.conv1d.triton_op import causal_conv1d_triton
+
+# The torch form is short enough to be the reference as well.
+IMPLEMENTATIONS = {
+    "reference": causal_conv1d_reference,
+    "torch": causal_conv1d_reference,
+    "triton": causal_conv1d_triton,
+}
 
 
 def causal_conv1d(
@@ -29,7 +38,7 @@ def causal_conv1d(
             that feeding them to the next segment equals one long sequence.
 
     Returns y (b, l, d) in x's dtype. Follows `causal_conv1d_fn` of the causal-conv1d package, channels last.
-    Raises ValueError naming the argument whose shape does not fit.
+    Raises ValueError naming the argument whose shape does not fit, or dtype where the backend is Triton.
     """
     if x.dim() != 3 or 0 in x.shape:
         raise ValueError(f"x must have shape (batch, seqlen, channels) with no empty dimension, not {tuple(x.shape)}")
@@ -44,5 +53,6 @@ def causal_conv1d(
     ):
         if tensor is not None and tuple(tensor.shape) != shape:
             raise ValueError(f"{name} must have shape {shape}, not {tuple(tensor.shape)}")
-    y, final_state = causal_conv1d_reference(x, weight, bias, seq_idx, initial_state, activation)
+    implementation = IMPLEMENTATIONS[choose_backend(x, tuple(IMPLEMENTATIONS))]
+    y, final_state = implementation(x, weight, bias, seq_idx, initial_state, activation, return_final_state)
     return (y, final_state) if return_final_state else y

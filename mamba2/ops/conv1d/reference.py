@@ -11,8 +11,9 @@ def causal_conv1d_reference(
     seq_idx: torch.Tensor | None,  # (b, l)
     initial_state: torch.Tensor | None,  # (b, K - 1, d)
     activation: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """See `mamba2.ops.causal_conv1d`. Returns y (b, l, d) and the last K - 1 inputs (b, K - 1, d)."""
+    return_final_state: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """See `mamba2.ops.causal_conv1d`. Returns y (b, l, d) and, if asked for, the last K - 1 inputs (b, K - 1, d)."""
     b, l, d = x.shape
     window = weight.shape[1] - 1
     wide = torch.promote_types(x.dtype, torch.float32)
@@ -39,6 +40,8 @@ def causal_conv1d_reference(
     if activation:
         y = F.silu(y)
 
+    if not return_final_state:
+        return y.to(x.dtype), None
     final_state = padded[:, l:]
     if seq_idx is not None:
         same = document[:, l:] == document[:, -1:]
