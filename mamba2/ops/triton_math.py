@@ -21,3 +21,9 @@ def silu_slope(z):
     """Derivative of silu."""
     s = sigmoid(z)
     return s * (1.0 + z * (1.0 - s))
+
+
+@triton.jit
+def aligned(stride, ALIGN: tl.constexpr):
+    """The same stride, of which the compiler now knows that ALIGN divides it (see triton_launch.alignment)."""
+    return stride // ALIGN * ALIGN

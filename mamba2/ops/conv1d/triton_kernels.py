@@ -19,7 +19,7 @@ Bytes per token, 16-bit input: forward 4 d, backward 6 d + 8 (K + 1) d / tokens.
 import triton
 import triton.language as tl
 
-from mamba2.ops.triton_math import silu, silu_slope
+from mamba2.ops.triton_math import aligned, silu, silu_slope
 
 
 @triton.jit
@@ -73,7 +73,9 @@ def _changes(seq_idx, first, stride, end, ROWS: tl.constexpr):
 
 
 @triton.jit
-def _load_before(x, x_stride, initial, initial_stride, seq_idx, seq_stride, start, mask, K: tl.constexpr, C: tl.constexpr):
+def _load_before(
+    x, x_stride, initial, initial_stride, seq_idx, seq_stride, start, mask, K: tl.constexpr, C: tl.constexpr
+):
     """What the program's first token finds: the K - 1 inputs before it, zero where they are of earlier documents, and
     the age of the last one: how many tokens of its document precede it, or more than the window reaches."""
     window = ()
@@ -129,8 +131,8 @@ def _forward_kernel(
     start = tl.program_id(0) // tiles * tokens
     batch = tl.program_id(1).to(tl.int64)
     mask = columns < d
-    x_stride = x_strides[1] // ALIGN * ALIGN  # the compiler cannot know that it is a multiple
-    x += batch * (x_strides[0] // ALIGN * ALIGN) + columns * x_strides[2]
+    x_stride = aligned(x_strides[1], ALIGN)
+    x += batch * aligned(x_strides[0], ALIGN) + columns * x_strides[2]
     y += batch * seqlen * d + columns
     if seq_idx is not None:
         seq_idx += batch * seq_strides[0]
@@ -141,9 +143,7 @@ def _forward_kernel(
     offset = tl.zeros((C,), dtype=tl.float32)
     if bias is not None:
         offset = tl.load(bias + columns * bias_stride, mask=mask, other=0.0).to(tl.float32)
-    window, age = _load_before(
-        x, x_stride, initial, initial_strides[1], seq_idx, seq_strides[1], start, mask, K, C
-    )
+    window, age = _load_before(x, x_stride, initial, initial_strides[1], seq_idx, seq_strides[1], start, mask, K, C)
     end = tl.minimum(start + tokens, seqlen)
     for first in range(start, end, ROWS):
         rows = _load_rows(x, first, x_stride, end, mask, ROWS)
@@ -212,10 +212,10 @@ def _backward_kernel(
     start = token_tile * tokens
     batch = tl.program_id(1).to(tl.int64)
     mask = columns < d
-    x_stride = x_strides[1] // ALIGN * ALIGN  # the compiler cannot know that it is a multiple
-    dy_stride = dy_strides[1] // ALIGN * ALIGN
-    x += batch * (x_strides[0] // ALIGN * ALIGN) + columns * x_strides[2]
-    dy += batch * (dy_strides[0] // ALIGN * ALIGN) + columns * dy_strides[2]
+    x_stride = aligned(x_strides[1], ALIGN)
+    dy_stride = aligned(dy_strides[1], ALIGN)
+    x += batch * aligned(x_strides[0], ALIGN) + columns * x_strides[2]
+    dy += batch * aligned(dy_strides[0], ALIGN) + columns * dy_strides[2]
     dx += batch * seqlen * d + columns
     if seq_idx is not None:
         seq_idx += batch * seq_strides[0]
@@ -229,9 +229,7 @@ def _backward_kernel(
     offset = tl.zeros((C,), dtype=tl.float32)
     if bias is not None:
         offset = tl.load(bias + columns * bias_stride, mask=mask, other=0.0).to(tl.float32)
-    window, age = _load_before(
-        x, x_stride, initial, initial_strides[1], seq_idx, seq_strides[1], start, mask, K, C
-    )
+    window, age = _load_before(x, x_stride, initial, initial_strides[1], seq_idx, seq_strides[1], start, mask, K, C)
     unfinished = _zeros(K - 1, C)  # dx of tokens t - (K - 1) to t - 1
     dtaps = _zeros(K, C)
     dbias = tl.zeros((C,), dtype=tl.float32)

@@ -12,10 +12,11 @@ and backward, with v = weight dy G:
     add      dx = dresidual = du + dstream
     gated    dx = du silu(z),  dz = du x silu'(z)          or   dx = du,  dz = weight dy u r silu'(z)
 
-Grid (groups * row tiles). A program owns ROWS rows at a time of one group, whole, in registers; the groups of a token
-are neighbours in the grid. In the backward it goes through several such tiles, so that few rows of partial sums of
-dweight are left for `triton_reduce`. r is recomputed: the row is there, and its sum of squares is taken beside that of
-v u. Nothing is kept for the backward but the inputs; of add_rms_norm only the sum, which the next block has anyway.
+Grid (groups * row tiles). A program owns ROWS rows at a time of one group, whole, in registers, as PIECES pieces of
+COLUMNS columns (a tuple), so that a row of 5120 is not held as one of 8192; the groups of a token are neighbours in the
+grid. In the backward it goes through several such tiles, so that few rows of partial sums of dweight are left for
+`triton_reduce`. r is recomputed: the row is there, and its sum of squares is taken beside that of v u. Nothing is kept
+for the backward but the inputs; of add_rms_norm only the sum, which the next block has anyway.
 
 Bytes per token, 16-bit activations, float32 stream: add 12 d forward, 16 d backward; gated 6 d forward, 10 d backward.
 """
@@ -23,34 +24,84 @@ Bytes per token, 16-bit activations, float32 stream: add 12 d forward, 16 d back
 import triton
 import triton.language as tl
 
-from mamba2.ops.triton_math import sigmoid, silu
+from mamba2.ops.triton_math import aligned, sigmoid, silu
 
 
 @triton.jit
-def _load_rows(pointer, first, rows, stride, column_stride, columns, mask):
-    """(ROWS, COLUMNS) from row `first` on, float32, zero outside the mask. Column offsets are in int64: so may be a
-    stride of theirs."""
-    pointer += first.to(tl.int64) * stride
-    offsets = rows.to(tl.int64)[:, None] * stride + columns.to(tl.int64)[None, :] * column_stride
-    return tl.load(pointer + offsets, mask=mask, other=0.0).to(tl.float32)
+def _mask(i: tl.constexpr, left, width: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Of piece i: rows among the `left` ones to come, columns among the row's `width`."""
+    return (tl.arange(0, ROWS)[:, None] < left) & ((i * COLUMNS + tl.arange(0, COLUMNS))[None, :] < width)
 
 
 @triton.jit
-def _store_rows(pointer, value, first, rows, stride: tl.constexpr, columns, mask):
-    pointer += first.to(tl.int64) * stride
-    tl.store(pointer + rows[:, None] * stride + columns[None, :], value.to(pointer.dtype.element_ty), mask=mask)
+def _load_rows(
+    pointer,  # to the first row and column
+    strides,
+    left,
+    width: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    PIECES: tl.constexpr,
+    ALIGN: tl.constexpr,
+):
+    """Pieces (ROWS, COLUMNS) of the rows, float32, zero outside."""
+    rows = tl.arange(0, ROWS).to(tl.int64) * aligned(strides[0], ALIGN)
+    result = ()
+    for i in tl.static_range(PIECES):
+        columns = (i * COLUMNS + tl.arange(0, COLUMNS)).to(tl.int64) * strides[1]
+        mask = _mask(i, left, width, ROWS, COLUMNS)
+        result = result + (tl.load(pointer + rows[:, None] + columns[None, :], mask=mask, other=0.0).to(tl.float32),)
+    return result
 
 
 @triton.jit
-def _reciprocal_rms(u, eps, width: tl.constexpr):
-    return tl.rsqrt(tl.sum(u * u, axis=1) * (1.0 / width) + eps)[:, None]
+def _store_piece(
+    pointer,  # to the first row and column; rows are contiguous
+    value,
+    i: tl.constexpr,
+    stride: tl.constexpr,
+    left,
+    width: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    offsets = tl.arange(0, ROWS)[:, None] * stride + (i * COLUMNS + tl.arange(0, COLUMNS))[None, :]
+    mask = _mask(i, left, width, ROWS, COLUMNS)
+    tl.store(pointer + offsets, value.to(pointer.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def _norm_gradient(u, v, r, width: tl.constexpr):
-    """Gradient of u in Σ v · (u r), where r is the reciprocal root mean square of u's rows."""
-    projection = tl.sum(u * v, axis=1)[:, None] * (1.0 / width)
-    return r * (v - u * (projection * r * r))
+def _load_weight(weight, stride, width: tl.constexpr, COLUMNS: tl.constexpr, PIECES: tl.constexpr):
+    result = ()
+    for i in tl.static_range(PIECES):
+        columns = i * COLUMNS + tl.arange(0, COLUMNS)
+        w = tl.load(weight + columns.to(tl.int64) * stride, mask=columns < width, other=0.0)
+        result = result + (w.to(tl.float32)[None, :],)
+    return result
+
+
+@triton.jit
+def _zeros(ROWS: tl.constexpr, COLUMNS: tl.constexpr, PIECES: tl.constexpr):
+    result = ()
+    for _ in tl.static_range(PIECES):
+        result = result + (tl.zeros((ROWS, COLUMNS), dtype=tl.float32),)
+    return result
+
+
+@triton.jit
+def _mean_product(a, b, width: tl.constexpr, PIECES: tl.constexpr):
+    """Mean of a b over each row, (ROWS, 1)."""
+    total = a[0] * b[0]
+    for i in tl.static_range(1, PIECES):
+        total += a[i] * b[i]
+    return tl.sum(total, axis=1)[:, None] * (1.0 / width)
+
+
+@triton.jit
+def _store_sums(partial, dweight, width: tl.constexpr, COLUMNS: tl.constexpr, PIECES: tl.constexpr):
+    for i in tl.static_range(PIECES):
+        columns = i * COLUMNS + tl.arange(0, COLUMNS)
+        tl.store(partial + columns, tl.sum(dweight[i], axis=0), mask=columns < width)
 
 
 @triton.jit
@@ -68,23 +119,28 @@ def _add_forward_kernel(
     d: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    PIECES: tl.constexpr,
     ALIGN: tl.constexpr,
 ):
     """Grid (row tiles)."""
-    first = tl.program_id(0) * ROWS
-    rows = tl.arange(0, ROWS)
-    columns = tl.arange(0, COLUMNS)
-    mask = (rows[:, None] < count - first) & (columns[None, :] < d)
-    u = _load_rows(x, first, rows, x_strides[0] // ALIGN * ALIGN, x_strides[1], columns, mask)
+    first = tl.program_id(0).to(tl.int64) * ROWS
+    left = count - first
+    u = _load_rows(x + first * aligned(x_strides[0], ALIGN), x_strides, left, d, ROWS, COLUMNS, PIECES, ALIGN)
+    w = _load_weight(weight, weight_stride, d, COLUMNS, PIECES)
     if residual is not None:
-        row_stride = residual_strides[0] // ALIGN * ALIGN
-        u = u.to(stream.dtype.element_ty).to(tl.float32)
-        u += _load_rows(residual, first, rows, row_stride, residual_strides[1], columns, mask)
-        # A narrow stream is normalised as it is stored.
-        u = u.to(stream.dtype.element_ty).to(tl.float32)
-        _store_rows(stream, u, first, rows, d, columns, mask)
-    w = tl.load(weight + columns * weight_stride, mask=columns < d, other=0.0).to(tl.float32)
-    _store_rows(normed, u * _reciprocal_rms(u, eps, d) * w[None, :], first, rows, d, columns, mask)
+        residual += first * aligned(residual_strides[0], ALIGN)
+        more = _load_rows(residual, residual_strides, left, d, ROWS, COLUMNS, PIECES, ALIGN)
+        narrow = stream.dtype.element_ty
+        total = ()
+        for i in tl.static_range(PIECES):
+            # Added and normalised in the stream's own precision.
+            piece = (u[i].to(narrow).to(tl.float32) + more[i]).to(narrow)
+            _store_piece(stream + first * d, piece, i, d, left, d, ROWS, COLUMNS)
+            total = total + (piece.to(tl.float32),)
+        u = total
+    r = tl.rsqrt(_mean_product(u, u, d, PIECES) + eps)
+    for i in tl.static_range(PIECES):
+        _store_piece(normed + first * d, u[i] * r * w[i], i, d, left, d, ROWS, COLUMNS)
 
 
 @triton.jit
@@ -106,29 +162,48 @@ def _add_backward_kernel(
     d: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    PIECES: tl.constexpr,
     ALIGN: tl.constexpr,
 ):
     """Grid (programs)."""
-    rows = tl.arange(0, ROWS)
-    columns = tl.arange(0, COLUMNS)
-    w = tl.load(weight + columns * weight_stride, mask=columns < d, other=0.0).to(tl.float32)
-    dweight = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
-    begin = tl.program_id(0) * tiles * ROWS
-    for first in range(begin, tl.minimum(begin + tiles * ROWS, count), ROWS):
-        mask = (rows[:, None] < count - first) & (columns[None, :] < d)
-        u = _load_rows(stream, first, rows, stream_strides[0] // ALIGN * ALIGN, stream_strides[1], columns, mask)
-        dy = _load_rows(dnormed, first, rows, dnormed_strides[0] // ALIGN * ALIGN, dnormed_strides[1], columns, mask)
-        r = _reciprocal_rms(u, eps, d)
-        du = _norm_gradient(u, dy * w[None, :], r, d)
-        dweight += dy * (u * r)
+    w = _load_weight(weight, weight_stride, d, COLUMNS, PIECES)
+    dweight = _zeros(ROWS, COLUMNS, PIECES)
+    for tile in range(tiles):
+        first = (tl.program_id(0) * tiles + tile).to(tl.int64) * ROWS
+        left = count - first
+        u = _load_rows(
+            stream + first * aligned(stream_strides[0], ALIGN), stream_strides, left, d, ROWS, COLUMNS, PIECES, ALIGN
+        )
+        dy = _load_rows(
+            dnormed + first * aligned(dnormed_strides[0], ALIGN), dnormed_strides, left, d, ROWS, COLUMNS, PIECES, ALIGN
+        )
         if dstream is not None:
-            row_stride = dstream_strides[0] // ALIGN * ALIGN
-            du += _load_rows(dstream, first, rows, row_stride, dstream_strides[1], columns, mask)
-        _store_rows(dx, du, first, rows, d, columns, mask)
-        if dresidual is not None:
-            _store_rows(dresidual, du, first, rows, d, columns, mask)
-    partial += tl.program_id(0).to(tl.int64) * d
-    tl.store(partial + columns, tl.sum(dweight, axis=0), mask=columns < d)
+            more = _load_rows(
+                dstream + first * aligned(dstream_strides[0], ALIGN),
+                dstream_strides,
+                left,
+                d,
+                ROWS,
+                COLUMNS,
+                PIECES,
+                ALIGN,
+            )
+        v = ()
+        for i in tl.static_range(PIECES):
+            v = v + (dy[i] * w[i],)
+        r = tl.rsqrt(_mean_product(u, u, d, PIECES) + eps)
+        projection = _mean_product(u, v, d, PIECES) * r * r
+        sums = ()
+        for i in tl.static_range(PIECES):
+            sums = sums + (dweight[i] + dy[i] * (u[i] * r),)
+            du = r * (v[i] - u[i] * projection)
+            if dstream is not None:
+                du += more[i]
+            _store_piece(dx + first * d, du, i, d, left, d, ROWS, COLUMNS)
+            if dresidual is not None:
+                _store_piece(dresidual + first * d, du, i, d, left, d, ROWS, COLUMNS)
+        dweight = sums
+    _store_sums(partial + tl.program_id(0).to(tl.int64) * d, dweight, d, COLUMNS, PIECES)
 
 
 @triton.jit
@@ -144,26 +219,33 @@ def _gated_forward_kernel(
     eps,
     width: tl.constexpr,
     GROUPS: tl.constexpr,
+    NORM_FIRST: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
-    NORM_FIRST: tl.constexpr,
+    PIECES: tl.constexpr,
     ALIGN: tl.constexpr,
 ):
     """Grid (groups * row tiles), group fastest."""
-    first = tl.program_id(0) // GROUPS * ROWS
-    rows = tl.arange(0, ROWS)
-    inside = tl.arange(0, COLUMNS)
-    columns = tl.program_id(0) % GROUPS * width + inside
-    mask = (rows[:, None] < count - first) & (inside[None, :] < width)
-    u = _load_rows(x, first, rows, x_strides[0] // ALIGN * ALIGN, x_strides[1], columns, mask)
-    gate = silu(_load_rows(z, first, rows, z_strides[0] // ALIGN * ALIGN, z_strides[1], columns, mask))
-    w = tl.load(weight + columns * weight_stride, mask=inside < width, other=0.0).to(tl.float32)
+    d: tl.constexpr = GROUPS * width
+    first = (tl.program_id(0) // GROUPS).to(tl.int64) * ROWS
+    column = (tl.program_id(0) % GROUPS).to(tl.int64) * width
+    left = count - first
+    x += first * aligned(x_strides[0], ALIGN) + column * x_strides[1]
+    z += first * aligned(z_strides[0], ALIGN) + column * z_strides[1]
+    u = _load_rows(x, x_strides, left, width, ROWS, COLUMNS, PIECES, ALIGN)
+    gate = _load_rows(z, z_strides, left, width, ROWS, COLUMNS, PIECES, ALIGN)
+    w = _load_weight(weight + column * weight_stride, weight_stride, width, COLUMNS, PIECES)
     if not NORM_FIRST:
-        u *= gate
-    result = u * _reciprocal_rms(u, eps, width) * w[None, :]
-    if NORM_FIRST:
-        result *= gate
-    _store_rows(y, result, first, rows, GROUPS * width, columns, mask)
+        products = ()
+        for i in tl.static_range(PIECES):
+            products = products + (u[i] * silu(gate[i]),)
+        u = products
+    r = tl.rsqrt(_mean_product(u, u, width, PIECES) + eps)
+    for i in tl.static_range(PIECES):
+        result = u[i] * r * w[i]
+        if NORM_FIRST:
+            result *= silu(gate[i])
+        _store_piece(y + first * d + column, result, i, d, left, width, ROWS, COLUMNS)
 
 
 @triton.jit
@@ -184,41 +266,53 @@ def _gated_backward_kernel(
     tiles,  # row tiles per program
     width: tl.constexpr,
     GROUPS: tl.constexpr,
+    NORM_FIRST: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
-    NORM_FIRST: tl.constexpr,
+    PIECES: tl.constexpr,
     ALIGN: tl.constexpr,
 ):
     """Grid (groups * programs per group), group fastest."""
-    rows = tl.arange(0, ROWS)
-    inside = tl.arange(0, COLUMNS)
-    columns = tl.program_id(0) % GROUPS * width + inside
-    w = tl.load(weight + columns * weight_stride, mask=inside < width, other=0.0).to(tl.float32)
-    dweight = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
-    begin = tl.program_id(0) // GROUPS * tiles * ROWS
-    for first in range(begin, tl.minimum(begin + tiles * ROWS, count), ROWS):
-        mask = (rows[:, None] < count - first) & (inside[None, :] < width)
-        x_tile = _load_rows(x, first, rows, x_strides[0] // ALIGN * ALIGN, x_strides[1], columns, mask)
-        z_tile = _load_rows(z, first, rows, z_strides[0] // ALIGN * ALIGN, z_strides[1], columns, mask)
-        gradient = _load_rows(dy, first, rows, dy_strides[0] // ALIGN * ALIGN, dy_strides[1], columns, mask)
-        s = sigmoid(z_tile)
-        gate = z_tile * s
-        slope = s * (1.0 + z_tile * (1.0 - s))
-        u = x_tile
-        through = gradient  # dy G
-        if NORM_FIRST:
-            through *= gate
-        else:
-            u *= gate
-        r = _reciprocal_rms(u, eps, width)
-        du = _norm_gradient(u, through * w[None, :], r, width)
-        dweight += through * (u * r)
-        if NORM_FIRST:
-            dz_tile = gradient * w[None, :] * (u * r) * slope
-        else:
-            dz_tile = du * x_tile * slope
-            du *= gate
-        _store_rows(dx, du, first, rows, GROUPS * width, columns, mask)
-        _store_rows(dz, dz_tile, first, rows, GROUPS * width, columns, mask)
-    partial += (tl.program_id(0) // GROUPS).to(tl.int64) * (GROUPS * width)
-    tl.store(partial + columns, tl.sum(dweight, axis=0), mask=inside < width)
+    d: tl.constexpr = GROUPS * width
+    share = tl.program_id(0) // GROUPS
+    column = (tl.program_id(0) % GROUPS).to(tl.int64) * width
+    x += column * x_strides[1]
+    z += column * z_strides[1]
+    dy += column * dy_strides[1]
+    w = _load_weight(weight + column * weight_stride, weight_stride, width, COLUMNS, PIECES)
+    dweight = _zeros(ROWS, COLUMNS, PIECES)
+    for tile in range(tiles):
+        first = (share * tiles + tile).to(tl.int64) * ROWS
+        left = count - first
+        x_here = x + first * aligned(x_strides[0], ALIGN)
+        z_here = z + first * aligned(z_strides[0], ALIGN)
+        dy_here = dy + first * aligned(dy_strides[0], ALIGN)
+        x_rows = _load_rows(x_here, x_strides, left, width, ROWS, COLUMNS, PIECES, ALIGN)
+        z_rows = _load_rows(z_here, z_strides, left, width, ROWS, COLUMNS, PIECES, ALIGN)
+        dy_rows = _load_rows(dy_here, dy_strides, left, width, ROWS, COLUMNS, PIECES, ALIGN)
+        u = ()
+        through = ()  # dy G
+        v = ()
+        for i in tl.static_range(PIECES):
+            gate = silu(z_rows[i])
+            through = through + (dy_rows[i] * gate if NORM_FIRST else dy_rows[i],)
+            u = u + (x_rows[i] if NORM_FIRST else x_rows[i] * gate,)
+            v = v + (through[i] * w[i],)
+        r = tl.rsqrt(_mean_product(u, u, width, PIECES) + eps)
+        projection = _mean_product(u, v, width, PIECES) * r * r
+        sums = ()
+        for i in tl.static_range(PIECES):
+            s = sigmoid(z_rows[i])
+            slope = s * (1.0 + z_rows[i] * (1.0 - s))
+            normalised = u[i] * r
+            sums = sums + (dweight[i] + through[i] * normalised,)
+            du = r * (v[i] - u[i] * projection)
+            if NORM_FIRST:
+                dz_piece = dy_rows[i] * w[i] * normalised * slope
+            else:
+                dz_piece = du * x_rows[i] * slope
+                du *= z_rows[i] * s
+            _store_piece(dx + first * d + column, du, i, d, left, width, ROWS, COLUMNS)
+            _store_piece(dz + first * d + column, dz_piece, i, d, left, width, ROWS, COLUMNS)
+        dweight = sums
+    _store_sums(partial + share.to(tl.int64) * d + column, dweight, width, COLUMNS, PIECES)

@@ -259,18 +259,26 @@ def _gated_backward(ctx, dy):
 _gated_forward_op.register_autograd(_gated_backward, setup_context=_gated_setup_context)
 
 
-# Elements of a tile. Sixteen per thread hold a row of 8192 in 512 threads; the backward has twice the tensors.
+# Elements of a tile, at most, held by four warps; a wider row has more warps. The backward holds twice the tensors.
 FORWARD_ELEMENTS = 2048
 BACKWARD_ELEMENTS = 1024
 
 
 def _launch(width: int, elements: int) -> dict:
-    """Rows and columns of a tile, and warps: 4 for `elements`, more where a single row is wider."""
-    columns = power_of_two(width)
+    """Rows, columns and pieces of a tile, and warps.
+
+    A row up to `elements` wide is one piece, and a tile several rows. A wider one is cut into the fewest pieces that
+    pad it by less than a quarter: 2560 into 3 of 1024, 5120 into 3 of 2048.
+    """
+    columns, pieces = power_of_two(width), 1
+    while columns > 1024 and columns * pieces * 4 > width * 5:
+        columns //= 2
+        pieces = triton.cdiv(width, columns)
     return {
         "ROWS": max(1, elements // columns),
         "COLUMNS": columns,
-        "num_warps": min(16, max(4, 4 * columns // elements)),
+        "PIECES": pieces,
+        "num_warps": min(16, max(4, power_of_two(4 * columns * pieces // elements))),
     }
 
 
