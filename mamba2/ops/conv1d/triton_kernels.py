@@ -26,7 +26,7 @@ from mamba2.ops.triton_math import aligned, silu, silu_slope
 def _zeros(COUNT: tl.constexpr, C: tl.constexpr):
     result = ()
     for _ in tl.static_range(COUNT):
-        result = result + (tl.zeros((C,), dtype=tl.float32),)
+        result += (tl.zeros((C,), dtype=tl.float32),)
     return result
 
 
@@ -35,7 +35,7 @@ def _cleared(window, change, COUNT: tl.constexpr):
     """The window as the first token of a document sees it: empty. By `where`, so that no inf or NaN gets through."""
     result = ()
     for i in tl.static_range(COUNT):
-        result = result + (tl.where(change, 0.0, window[i]),)
+        result += (tl.where(change, 0.0, window[i]),)
     return result
 
 
@@ -44,17 +44,17 @@ def _load_weight(weight, strides, columns, mask, K: tl.constexpr):
     result = ()
     for k in tl.static_range(K):
         pointers = weight + columns * strides[0] + k * strides[1]
-        result = result + (tl.load(pointers, mask=mask, other=0.0).to(tl.float32),)
+        result += (tl.load(pointers, mask=mask, other=0.0).to(tl.float32),)
     return result
 
 
 @triton.jit
 def _load_rows(x, first, stride, end, mask, ROWS: tl.constexpr):
-    """ROWS tokens from `first` on, before anything is done with one, to have all loads in flight; zero from `end` on."""
+    """ROWS tokens from `first` on, zero from `end` on. All before one is used, so that the loads travel together."""
     result = ()
     for i in tl.static_range(ROWS):
         token = first + i
-        result = result + (tl.load(x + token.to(tl.int64) * stride, mask=mask & (token < end), other=0.0),)
+        result += (tl.load(x + token.to(tl.int64) * stride, mask=mask & (token < end), other=0.0),)
     return result
 
 
@@ -68,7 +68,7 @@ def _changes(seq_idx, first, stride, end, ROWS: tl.constexpr):
         pointer = seq_idx + token.to(tl.int64) * stride
         here = tl.load(pointer, mask=inside, other=0)
         before = tl.load(pointer - stride, mask=inside, other=0)
-        result = result + (inside & (here != before),)
+        result += (inside & (here != before),)
     return result
 
 
@@ -90,7 +90,7 @@ def _load_before(
             change = _changes(seq_idx, token, seq_stride, start, 1)[0]
             window = _cleared(window, change, i)
             age = tl.where(change, 0, age + 1)
-        window = window + (row.to(tl.float32),)
+        window += (row.to(tl.float32),)
     return window, age
 
 
@@ -154,7 +154,8 @@ def _forward_kernel(
             if seq_idx is not None:
                 window = _cleared(window, changes[i], K - 1)
                 age = tl.where(changes[i], 0, age + (token < end).to(tl.int32))
-            seen = window + (rows[i].to(tl.float32),)
+            seen = window
+            seen += (rows[i].to(tl.float32),)
             pre = _convolve(seen, taps, offset, K)
             if ACTIVATION:
                 pre = silu(pre)
@@ -245,7 +246,8 @@ def _backward_kernel(
             if seq_idx is not None:
                 window = _cleared(window, changes[i], K - 1)
                 age = tl.where(changes[i], 0, age + (token < seqlen).to(tl.int32))
-            seen = window + (rows[i].to(tl.float32),)
+            seen = window
+            seen += (rows[i].to(tl.float32),)
             gradient = gradients[i].to(tl.float32)
             if ACTIVATION:
                 gradient *= silu_slope(_convolve(seen, taps, offset, K))
@@ -254,13 +256,13 @@ def _backward_kernel(
             sums = ()
             shares = ()
             for k in tl.static_range(K):
-                sums = sums + (dtaps[k] + owned * seen[k],)
+                sums += (dtaps[k] + owned * seen[k],)
                 share = gradient * taps[k]
                 if seq_idx is not None:
                     share = tl.where(K - 1 - k <= age, share, 0.0)
                 if k < K - 1:
                     share += unfinished[k]
-                shares = shares + (share,)
+                shares += (share,)
             dtaps = sums
             dbias += owned
             window = seen[1:]

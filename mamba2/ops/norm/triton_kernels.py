@@ -50,7 +50,7 @@ def _load_rows(
     for i in tl.static_range(PIECES):
         columns = (i * COLUMNS + tl.arange(0, COLUMNS)).to(tl.int64) * strides[1]
         mask = _mask(i, left, width, ROWS, COLUMNS)
-        result = result + (tl.load(pointer + rows[:, None] + columns[None, :], mask=mask, other=0.0).to(tl.float32),)
+        result += (tl.load(pointer + rows[:, None] + columns[None, :], mask=mask, other=0.0).to(tl.float32),)
     return result
 
 
@@ -76,7 +76,7 @@ def _load_weight(weight, stride, width: tl.constexpr, COLUMNS: tl.constexpr, PIE
     for i in tl.static_range(PIECES):
         columns = i * COLUMNS + tl.arange(0, COLUMNS)
         w = tl.load(weight + columns.to(tl.int64) * stride, mask=columns < width, other=0.0)
-        result = result + (w.to(tl.float32)[None, :],)
+        result += (w.to(tl.float32)[None, :],)
     return result
 
 
@@ -84,7 +84,7 @@ def _load_weight(weight, stride, width: tl.constexpr, COLUMNS: tl.constexpr, PIE
 def _zeros(ROWS: tl.constexpr, COLUMNS: tl.constexpr, PIECES: tl.constexpr):
     result = ()
     for _ in tl.static_range(PIECES):
-        result = result + (tl.zeros((ROWS, COLUMNS), dtype=tl.float32),)
+        result += (tl.zeros((ROWS, COLUMNS), dtype=tl.float32),)
     return result
 
 
@@ -136,7 +136,7 @@ def _add_forward_kernel(
             # Added and normalised in the stream's own precision.
             piece = (u[i].to(narrow).to(tl.float32) + more[i]).to(narrow)
             _store_piece(stream + first * d, piece, i, d, left, d, ROWS, COLUMNS)
-            total = total + (piece.to(tl.float32),)
+            total += (piece.to(tl.float32),)
         u = total
     r = tl.rsqrt(_mean_product(u, u, d, PIECES) + eps)
     for i in tl.static_range(PIECES):
@@ -190,12 +190,12 @@ def _add_backward_kernel(
             )
         v = ()
         for i in tl.static_range(PIECES):
-            v = v + (dy[i] * w[i],)
+            v += (dy[i] * w[i],)
         r = tl.rsqrt(_mean_product(u, u, d, PIECES) + eps)
         projection = _mean_product(u, v, d, PIECES) * r * r
         sums = ()
         for i in tl.static_range(PIECES):
-            sums = sums + (dweight[i] + dy[i] * (u[i] * r),)
+            sums += (dweight[i] + dy[i] * (u[i] * r),)
             du = r * (v[i] - u[i] * projection)
             if dstream is not None:
                 du += more[i]
@@ -238,7 +238,7 @@ def _gated_forward_kernel(
     if not NORM_FIRST:
         products = ()
         for i in tl.static_range(PIECES):
-            products = products + (u[i] * silu(gate[i]),)
+            products += (u[i] * silu(gate[i]),)
         u = products
     r = tl.rsqrt(_mean_product(u, u, width, PIECES) + eps)
     for i in tl.static_range(PIECES):
@@ -295,9 +295,9 @@ def _gated_backward_kernel(
         v = ()
         for i in tl.static_range(PIECES):
             gate = silu(z_rows[i])
-            through = through + (dy_rows[i] * gate if NORM_FIRST else dy_rows[i],)
-            u = u + (x_rows[i] if NORM_FIRST else x_rows[i] * gate,)
-            v = v + (through[i] * w[i],)
+            through += (dy_rows[i] * gate if NORM_FIRST else dy_rows[i],)
+            u += (x_rows[i] if NORM_FIRST else x_rows[i] * gate,)
+            v += (through[i] * w[i],)
         r = tl.rsqrt(_mean_product(u, u, width, PIECES) + eps)
         projection = _mean_product(u, v, width, PIECES) * r * r
         sums = ()
@@ -305,7 +305,7 @@ def _gated_backward_kernel(
             s = sigmoid(z_rows[i])
             slope = s * (1.0 + z_rows[i] * (1.0 - s))
             normalised = u[i] * r
-            sums = sums + (dweight[i] + through[i] * normalised,)
+            sums += (dweight[i] + through[i] * normalised,)
             du = r * (v[i] - u[i] * projection)
             if NORM_FIRST:
                 dz_piece = dy_rows[i] * w[i] * normalised * slope
