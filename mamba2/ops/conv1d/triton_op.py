@@ -49,7 +49,7 @@ def _forward_op(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """y and the last K - 1 inputs, which are empty where not wanted."""
     y, final = _forward_outputs(x, weight, want_final)
-    grid, tokens, constants = _launch(x, weight, x, light=True)
+    grid, tokens, constants = _launch(x, weight, x, extras=0)
     with torch.cuda.device_of(x):
         _forward_kernel[grid](
             x,
@@ -96,7 +96,7 @@ def _backward_op(
     """Gradients of x, weight, bias and initial; empty for those not given."""
     grads = dx, dweight, dbias, dinitial = _backward_outputs(x, weight, bias, initial)
     b, l, d = x.shape
-    grid, tokens, constants = _launch(x, weight, dy, light=seq_idx is None and initial is None)
+    grid, tokens, constants = _launch(x, weight, dy, extras=(seq_idx is not None) + (initial is not None))
     columns = weight.numel() + (0 if bias is None else d)
     partial = x.new_empty(b * triton.cdiv(l, tokens), columns, dtype=torch.float32)
     with torch.cuda.device_of(x):
@@ -154,28 +154,31 @@ _forward_op.register_autograd(_backward, setup_context=_setup_context)
 
 
 def _launch(
-    x: torch.Tensor, weight: torch.Tensor, other: torch.Tensor, light: bool
+    x: torch.Tensor, weight: torch.Tensor, other: torch.Tensor, extras: int
 ) -> tuple[tuple[int, int], int, dict]:
     """Grid, tokens per program and compile-time values; `other` is read beside x.
 
+    `extras`: how many of documents and windows the backward has to follow.
+
     Tokens per program: as many as leave 16 programs of two warps for each multiprocessor, so that the partial sums and
-    the tokens that two programs load are few; 256 at most, past which neither counts.
+    the tokens that two programs load are few: 32 at least, where they cost a fifth, and 256 at most.
     """
     b, l, d = x.shape
     width = weight.shape[1]
     channels = min(CHANNELS, power_of_two(d))
     tiles = triton.cdiv(d, channels)
     share = b * l * tiles // (16 * multiprocessors(x.device))
-    tokens = min(256, power_of_two(max(16, share)))
+    tokens = min(256, power_of_two(max(32, share)))
     constants = {
         "d": d,
         "K": width,
         "C": channels,
-        "ROWS": 4,
+        # More rows are more loads in flight, and more scalar addresses and masks: some targets spill them.
+        "ROWS": 2 if extras == 2 else 4,
         "ALIGN": alignment(x, other),
         # Four channels per thread at 128 registers or fewer. Each tap costs the backward four registers per channel,
-        # document and window masks as much again: two channels per thread then.
-        "num_warps": 2 if width <= 4 and light else 4,
+        # documents or windows as much again: two channels per thread then.
+        "num_warps": 2 if width <= 4 and extras == 0 else 4,
     }
     return (tiles * triton.cdiv(l, tokens), b), tokens, constants
 
