@@ -26,7 +26,8 @@ from unittest import mock
 import torch
 
 TOKENS, D_MODEL, D_INNER, GROUPS, D_STATE, HEADS, WIDTH = 512, 256, 768, 8, 142, 24, 4
-CONV = D_INNER + 2 * GROUPS * D_STATE
+SPLITS = (D_INNER, GROUPS * D_STATE, GROUPS * D_STATE)  # of the convolution's result: x, B, C
+CONV = sum(SPLITS)
 VOCABULARY, LOSS_TOKENS = 50280, 8
 EPS = 1e-5
 
@@ -67,7 +68,7 @@ def conv_case() -> Case:
     from mamba2.ops import causal_conv1d
 
     inputs = projected(D_INNER, CONV), leaf(CONV, WIDTH), leaf(CONV)
-    return Case("conv", lambda: (causal_conv1d(*inputs),), inputs, lambda outputs: inputs)
+    return Case("conv", lambda: causal_conv1d(*inputs, splits=SPLITS), inputs, lambda outputs: inputs)
 
 
 def gated_norm_case(function: Callable | None = None) -> Case:
@@ -190,10 +191,16 @@ def resource_launches() -> Iterator[tuple[str, list]]:
     half = torch.bfloat16
     conv = projected(D_INNER, CONV), leaf(CONV, WIDTH), leaf(CONV)
     yield f"conv d{CONV} K{WIDTH}", both(causal_conv1d, *conv)
+    yield f"conv d{CONV} K{WIDTH} x, B, C", both(lambda *t: causal_conv1d(*t, splits=SPLITS), *conv)
     documents, window = torch.zeros(1, TOKENS, dtype=torch.int32), leaf(1, WIDTH - 1, CONV, dtype=half)
+
+    def documents_and_windows(x, weight, bias, window):
+        ys, final = causal_conv1d(x, weight, bias, documents, window, return_final_state=True, splits=SPLITS)
+        return *ys, final
+
     yield (
-        f"conv d{CONV} K{WIDTH} documents, windows",
-        both(lambda *t: causal_conv1d(*t[:3], documents, t[3], return_final_state=True), *conv, window),
+        f"conv d{CONV} K{WIDTH} x, B, C, documents, windows",
+        both(documents_and_windows, *conv, window),
     )
     for d in (D_MODEL, 2560):
         tensors = leaf(1, TOKENS, d, dtype=half), leaf(1, TOKENS, d), leaf(d)
@@ -258,11 +265,11 @@ def print_resources() -> bool:
 
     fits = True
     titles = "".join(f" {target:>16}" for target in TARGETS)
-    print(f"\n{'registers (bytes spilled, shared)':44} warps{titles}")
+    print(f"\n{'registers (bytes spilled, shared)':48} warps{titles}")
     for title, compiled in resources():
         cells = "".join(f" {f'{c.registers} ({c.spills}, {c.shared:,})':>16}" for c in compiled)
         kernel = compiled[0].kernel.removeprefix("_").removesuffix("_kernel")
-        print(f"{title} {kernel}".ljust(44), f"{compiled[0].num_warps:5}{cells}", flush=True)
+        print(f"{title} {kernel}".ljust(48), f"{compiled[0].num_warps:5}{cells}", flush=True)
         fits = fits and all(c.fits for c in compiled)
     return fits
 

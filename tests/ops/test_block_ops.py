@@ -143,6 +143,8 @@ def test_cross_entropy_of_bfloat16_scales_both_gradients_alike():
         ("x must have shape", lambda: causal_conv1d(torch.zeros(3, 4), torch.zeros(4, 2))),
         ("weight must have shape", lambda: causal_conv1d(torch.zeros(1, 3, 4), torch.zeros(3, 2))),
         ("bias must have shape", lambda: causal_conv1d(torch.zeros(1, 3, 4), torch.zeros(4, 2), torch.zeros(3))),
+        ("splits must be", lambda: causal_conv1d(torch.zeros(1, 3, 4), torch.zeros(4, 2), splits=(1, 2))),
+        ("splits must be", lambda: causal_conv1d(torch.zeros(1, 3, 4), torch.zeros(4, 2), splits=(4, 0))),
         ("weight must have shape", lambda: add_rms_norm(torch.zeros(2, 4), None, torch.zeros(3), 1e-5)),
         ("residual must have", lambda: add_rms_norm(torch.zeros(2, 4), torch.zeros(1, 4), torch.zeros(4), 1e-5)),
         ("z must have", lambda: gated_rms_norm(torch.zeros(2, 4), torch.zeros(2, 3), torch.zeros(4), 1e-5)),

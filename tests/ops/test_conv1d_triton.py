@@ -74,6 +74,26 @@ def test_sequences_shorter_than_the_window(monkeypatch, length):
         checks.check_accuracy(monkeypatch, op(seq_idx), make_inputs(1, length, 6, 8))
 
 
+@pytest.mark.parametrize("splits", [(1, 19), (64, 40, 38), (257, 3, 4)])
+def test_pieces_of_the_result(monkeypatch, splits):
+    inputs, seq_idx = make_inputs(1, 9, sum(splits), 4, torch.bfloat16), documents(1, 9)
+
+    def function(**tensors):
+        ys, final = causal_conv1d(**tensors, seq_idx=seq_idx, return_final_state=True, splits=splits)
+        return *ys, final
+
+    checks.check_accuracy(monkeypatch, function, inputs)
+    checks.check_memory(monkeypatch, function, inputs)
+    whole, pieces = checks.run(op(seq_idx), inputs), checks.run(function, inputs)
+    joined = torch.cat([pieces[f"output {i}"] for i in range(len(splits))], dim=-1)
+    assert torch.equal(joined, whole["output 0"])
+
+
+def test_a_piece_may_carry_no_gradient(monkeypatch):
+    inputs = make_inputs(1, 9, 20, 4)
+    checks.check_accuracy(monkeypatch, lambda **t: causal_conv1d(**t, splits=(8, 7, 5))[1], inputs)
+
+
 @pytest.mark.parametrize("gradient_of", [0, 1])
 def test_one_result_alone_can_carry_the_gradient(monkeypatch, gradient_of):
     checks.check_accuracy(monkeypatch, lambda **t: op(documents(1, 9))(**t)[gradient_of], make_inputs(1, 9, 6, 4))

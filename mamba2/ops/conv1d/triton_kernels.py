@@ -4,6 +4,9 @@
     g_t   = dy_t silu'(pre_t)                            dx_s = Σ_k weight_k g_{s+(K-1)-k}     (same document as s)
     dweight_k = Σ_t g_t x_{t-(K-1)+k}                    dbias = Σ_t g_t
 
+The channels may be cut into pieces, each with a y and a dy of its own, so that nobody has to join dx, dB and dC of the
+scan into one dy first.
+
 Grid (channel tiles * token tiles, b). A program owns C channels of `tokens` consecutive tokens of one sequence and
 walks them in order, the last K - 1 inputs in registers, so that each element is loaded once and not K times; only the
 K - 1 tokens on either side of its own are loaded by two programs. A change of seq_idx clears these registers.
@@ -20,6 +23,41 @@ import triton
 import triton.language as tl
 
 from mamba2.ops.triton_math import aligned, silu, silu_slope
+
+
+@triton.constexpr_function
+def _tiles(widths, pieces, C):
+    """Channel tiles of the first `pieces` pieces; a tile lies in one piece."""
+    return sum(-(-width // C) for width in widths[:pieces])
+
+
+@triton.constexpr_function
+def _channels(widths, pieces):
+    return sum(widths[:pieces])
+
+
+@triton.jit
+def _piece(tensors, strides, tile, WIDTHS: tl.constexpr, C: tl.constexpr, ALIGN: tl.constexpr):
+    """Of the piece that the tile lies in: its tensor, the strides (batch, token, channel), its first channel, the
+    tile's channels inside the piece (C), and which of them exist."""
+    tensor = tensors[0]
+    batch_stride = aligned(strides[0][0], ALIGN)
+    stride = aligned(strides[0][1], ALIGN)
+    channel_stride = strides[0][2]
+    width = WIDTHS[0]
+    start = 0
+    tiles = 0
+    for i in tl.static_range(1, len(WIDTHS)):
+        here = tile >= _tiles(WIDTHS, i, C)
+        tensor = tl.where(here, tensors[i], tensor)
+        batch_stride = tl.where(here, aligned(strides[i][0], ALIGN), batch_stride)
+        stride = tl.where(here, aligned(strides[i][1], ALIGN), stride)
+        channel_stride = tl.where(here, strides[i][2], channel_stride)
+        width = tl.where(here, WIDTHS[i], width)
+        start = tl.where(here, _channels(WIDTHS, i), start)
+        tiles = tl.where(here, _tiles(WIDTHS, i, C), tiles)
+    inside = ((tile - tiles) * C + tl.arange(0, C)).to(tl.int64)
+    return tensor, batch_stride, stride, channel_stride, start, inside, inside < width
 
 
 @triton.jit
@@ -109,8 +147,9 @@ def _forward_kernel(
     bias,  # (d) or None
     seq_idx,  # (b, l) or None
     initial,  # (b, K - 1, d) or None
-    y,  # out: (b, l, d), contiguous
+    ys,  # out: of each piece (b, l, width)
     final,  # out: (b, K - 1, d), contiguous, or None
+    ys_strides,
     x_strides,
     weight_strides,
     bias_stride,
@@ -118,7 +157,7 @@ def _forward_kernel(
     initial_strides,
     seqlen,
     tokens,
-    d: tl.constexpr,
+    WIDTHS: tl.constexpr,
     K: tl.constexpr,
     C: tl.constexpr,
     ROWS: tl.constexpr,
@@ -126,14 +165,16 @@ def _forward_kernel(
     ALIGN: tl.constexpr,
 ):
     """Grid (channel tiles * token tiles, b). Writes y for the program's tokens; the last also the final window."""
-    tiles: tl.constexpr = (d + C - 1) // C
-    columns = (tl.program_id(0) % tiles * C + tl.arange(0, C)).to(tl.int64)
+    d: tl.constexpr = _channels(WIDTHS, len(WIDTHS))
+    tiles: tl.constexpr = _tiles(WIDTHS, len(WIDTHS), C)
+    tile = tl.program_id(0) % tiles
+    y, y_batch_stride, y_stride, y_channel_stride, begin, inside, mask = _piece(ys, ys_strides, tile, WIDTHS, C, ALIGN)
+    columns = begin + inside
     start = tl.program_id(0) // tiles * tokens
     batch = tl.program_id(1).to(tl.int64)
-    mask = columns < d
+    y += batch * y_batch_stride + inside * y_channel_stride
     x_stride = aligned(x_strides[1], ALIGN)
     x += batch * aligned(x_strides[0], ALIGN) + columns * x_strides[2]
-    y += batch * seqlen * d + columns
     if seq_idx is not None:
         seq_idx += batch * seq_strides[0]
     if initial is not None:
@@ -159,28 +200,28 @@ def _forward_kernel(
             pre = _convolve(seen, taps, offset, K)
             if ACTIVATION:
                 pre = silu(pre)
-            tl.store(y + token.to(tl.int64) * d, pre.to(y.dtype.element_ty), mask=mask & (token < end))
+            tl.store(y + token.to(tl.int64) * y_stride, pre.to(y.dtype.element_ty), mask=mask & (token < end))
             window = seen[1:]
 
     if final is not None:
         final += batch * ((K - 1) * d) + columns
-        inside = mask & (end == seqlen)
+        last = mask & (end == seqlen)
         for i in tl.static_range(K - 1):
             token = end - (K - 1) + i
-            row = tl.load(x + token.to(tl.int64) * x_stride, mask=inside & (token >= 0), other=0.0)
+            row = tl.load(x + token.to(tl.int64) * x_stride, mask=last & (token >= 0), other=0.0)
             if initial is not None:
                 # Row K - 1 + token of the window, where there are fewer tokens than it has rows.
                 pointers = initial + (end + i).to(tl.int64) * initial_strides[1]
-                given = tl.load(pointers, mask=inside & (token < 0), other=0.0)
+                given = tl.load(pointers, mask=last & (token < 0), other=0.0)
                 row = tl.where(token < 0, given.to(row.dtype), row)
             if seq_idx is not None:
                 row = tl.where(K - 2 - i <= age, row, 0.0)
-            tl.store(final + i * d, row, mask=inside)
+            tl.store(final + i * d, row, mask=last)
 
 
 @triton.jit
 def _backward_kernel(
-    dy,  # (b, l, d)
+    dys,  # of each piece (b, l, width)
     dfinal,  # (b, K - 1, d) or None
     x,  # (b, l, d)
     weight,  # (d, K)
@@ -190,7 +231,7 @@ def _backward_kernel(
     dx,  # out: (b, l, d), contiguous
     dinitial,  # out: (b, K - 1, d), contiguous, or None
     partial,  # out: (b, token tiles, d K + d), float32: of dweight, then of dbias (absent without a bias)
-    dy_strides,
+    dys_strides,
     dfinal_strides,
     x_strides,
     weight_strides,
@@ -199,7 +240,7 @@ def _backward_kernel(
     initial_strides,
     seqlen,
     tokens,
-    d: tl.constexpr,
+    WIDTHS: tl.constexpr,
     K: tl.constexpr,
     C: tl.constexpr,
     ROWS: tl.constexpr,
@@ -207,16 +248,19 @@ def _backward_kernel(
     ALIGN: tl.constexpr,
 ):
     """Grid (channel tiles * token tiles, b). Writes dx for the program's tokens, the first also for the window."""
-    tiles: tl.constexpr = (d + C - 1) // C
-    columns = (tl.program_id(0) % tiles * C + tl.arange(0, C)).to(tl.int64)
+    d: tl.constexpr = _channels(WIDTHS, len(WIDTHS))
+    tiles: tl.constexpr = _tiles(WIDTHS, len(WIDTHS), C)
+    tile = tl.program_id(0) % tiles
+    dy, dy_batch_stride, dy_stride, dy_channel_stride, begin, inside, mask = _piece(
+        dys, dys_strides, tile, WIDTHS, C, ALIGN
+    )
+    columns = begin + inside
     token_tile = tl.program_id(0) // tiles
     start = token_tile * tokens
     batch = tl.program_id(1).to(tl.int64)
-    mask = columns < d
     x_stride = aligned(x_strides[1], ALIGN)
-    dy_stride = aligned(dy_strides[1], ALIGN)
     x += batch * aligned(x_strides[0], ALIGN) + columns * x_strides[2]
-    dy += batch * aligned(dy_strides[0], ALIGN) + columns * dy_strides[2]
+    dy += batch * dy_batch_stride + inside * dy_channel_stride
     dx += batch * seqlen * d + columns
     if seq_idx is not None:
         seq_idx += batch * seq_strides[0]
@@ -273,10 +317,10 @@ def _backward_kernel(
             if dfinal is not None:
                 # Row of the final window that this token is, if `finished` is among its K - 1 tokens.
                 row = finished - (seqlen - (K - 1))
-                inside = (row >= 0) & (row < K - 1)
+                among = (row >= 0) & (row < K - 1)
                 if seq_idx is not None:
-                    inside = inside & (K - 2 - row <= age)
-                more = tl.load(dfinal + row.to(tl.int64) * dfinal_strides[1], mask=mask & inside, other=0.0)
+                    among = among & (K - 2 - row <= age)
+                more = tl.load(dfinal + row.to(tl.int64) * dfinal_strides[1], mask=mask & among, other=0.0)
                 result += more.to(tl.float32)
             mine = (finished >= start) & (finished < end)
             tl.store(dx + finished.to(tl.int64) * d, result.to(dx.dtype.element_ty), mask=mask & mine)

@@ -3,6 +3,8 @@
 Forward one launch, backward two: the gradients, and the sums over programs of those of weight and bias.
 """
 
+from collections.abc import Sequence
+
 import torch
 import triton
 
@@ -25,16 +27,17 @@ def causal_conv1d_triton(
     initial_state: torch.Tensor | None,  # (b, K - 1, d)
     activation: bool,
     return_final_state: bool,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """See `mamba2.ops.causal_conv1d`. Returns y (b, l, d) and, if asked for, the last K - 1 inputs (b, K - 1, d)."""
+    splits: tuple[int, ...],
+) -> tuple[tuple[torch.Tensor, ...], torch.Tensor | None]:
+    """See `mamba2.ops.causal_conv1d`. Returns the pieces of y and, if asked for, the last K - 1 inputs."""
     require_kernel_tensors(x=x, weight=weight, bias=bias, initial_state=initial_state)
     if weight.shape[1] > MAX_WIDTH:
         raise ValueError(
             f"the Triton backend takes weight of width 1 to {MAX_WIDTH}, not {weight.shape[1]}; "
             "MAMBA2_BACKEND=torch takes any"
         )
-    y, final = _forward_op(x, weight, bias, seq_idx, initial_state, activation, return_final_state)
-    return y, final if return_final_state else None
+    *ys, final = _forward_op(x, weight, bias, seq_idx, initial_state, activation, return_final_state, splits)
+    return tuple(ys), final if return_final_state else None
 
 
 @torch.library.custom_op("mamba2::causal_conv1d_forward", mutates_args=())
@@ -46,10 +49,11 @@ def _forward_op(
     initial: torch.Tensor | None,
     activation: bool,
     want_final: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """y and the last K - 1 inputs, which are empty where not wanted."""
-    y, final = _forward_outputs(x, weight, want_final)
-    grid, tokens, constants = _launch(x, weight, x, extras=0)
+    splits: Sequence[int],
+) -> list[torch.Tensor]:
+    """The pieces of y and the last K - 1 inputs, which are empty where not wanted."""
+    *ys, final = outputs = _forward_outputs(x, weight, want_final, splits)
+    grid, tokens, constants = _launch(x, weight, ys, extras=0)
     with torch.cuda.device_of(x):
         _forward_kernel[grid](
             x,
@@ -57,8 +61,9 @@ def _forward_op(
             bias,
             seq_idx,
             initial,
-            y,
+            tuple(ys),
             final if want_final else None,
+            tuple(y.stride() for y in ys),
             x.stride(),
             weight.stride(),
             0 if bias is None else bias.stride(0),
@@ -69,22 +74,23 @@ def _forward_op(
             **constants,
             ACTIVATION=activation,
         )
-    return y, final
+    return outputs
 
 
 @_forward_op.register_fake
-def _(x, weight, bias, seq_idx, initial, activation, want_final):
-    return _forward_outputs(x, weight, want_final)
+def _(x, weight, bias, seq_idx, initial, activation, want_final, splits):
+    return _forward_outputs(x, weight, want_final, splits)
 
 
-def _forward_outputs(x, weight, want_final):
+def _forward_outputs(x, weight, want_final, splits):
     b, l, d = x.shape
-    return x.new_empty(b, l, d), x.new_empty((b, weight.shape[1] - 1, d) if want_final else (0,))
+    final = x.new_empty((b, weight.shape[1] - 1, d) if want_final else (0,))
+    return [*(x.new_empty(b, l, width) for width in splits), final]
 
 
 @torch.library.custom_op("mamba2::causal_conv1d_backward", mutates_args=())
 def _backward_op(
-    dy: torch.Tensor,
+    dys: Sequence[torch.Tensor],
     dfinal: torch.Tensor | None,
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -96,12 +102,12 @@ def _backward_op(
     """Gradients of x, weight, bias and initial; empty for those not given."""
     grads = dx, dweight, dbias, dinitial = _backward_outputs(x, weight, bias, initial)
     b, l, d = x.shape
-    grid, tokens, constants = _launch(x, weight, dy, extras=(seq_idx is not None) + (initial is not None))
+    grid, tokens, constants = _launch(x, weight, dys, extras=(seq_idx is not None) + (initial is not None))
     columns = weight.numel() + (0 if bias is None else d)
     partial = x.new_empty(b * triton.cdiv(l, tokens), columns, dtype=torch.float32)
     with torch.cuda.device_of(x):
         _backward_kernel[grid](
-            dy,
+            tuple(dys),
             dfinal,
             x,
             weight,
@@ -111,7 +117,7 @@ def _backward_op(
             dx,
             None if initial is None else dinitial,
             partial,
-            dy.stride(),
+            tuple(dy.stride() for dy in dys),
             _strides(dfinal, 3),
             x.stride(),
             weight.stride(),
@@ -128,7 +134,7 @@ def _backward_op(
 
 
 @_backward_op.register_fake
-def _(dy, dfinal, x, weight, bias, seq_idx, initial, activation):
+def _(dys, dfinal, x, weight, bias, seq_idx, initial, activation):
     return _backward_outputs(x, weight, bias, initial)
 
 
@@ -137,26 +143,28 @@ def _backward_outputs(*inputs):
 
 
 def _setup_context(ctx, inputs, output):
-    *tensors, ctx.activation, _want_final = inputs
+    *tensors, ctx.activation, _want_final, ctx.splits = inputs
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*tensors)
 
 
-def _backward(ctx, dy, dfinal):
+def _backward(ctx, grads):
     x, weight, bias, seq_idx, initial = ctx.saved_tensors
-    if dy is None:
-        dy = x.new_zeros(()).expand(x.shape)
-    dx, dweight, dbias, dinitial = _backward_op(dy, dfinal, x, weight, bias, seq_idx, initial, ctx.activation)
-    return dx, dweight, None if bias is None else dbias, None, None if initial is None else dinitial, None, None
+    *dys, dfinal = grads
+    missing = x.new_zeros(())
+    dys = [missing.expand(*x.shape[:2], width) if dy is None else dy for dy, width in zip(dys, ctx.splits)]
+    dx, dweight, dbias, dinitial = _backward_op(dys, dfinal, x, weight, bias, seq_idx, initial, ctx.activation)
+    # seq_idx, the flags and the splits have none.
+    return dx, dweight, None if bias is None else dbias, None, None if initial is None else dinitial, None, None, None
 
 
 _forward_op.register_autograd(_backward, setup_context=_setup_context)
 
 
 def _launch(
-    x: torch.Tensor, weight: torch.Tensor, other: torch.Tensor, extras: int
+    x: torch.Tensor, weight: torch.Tensor, pieces: Sequence[torch.Tensor], extras: int
 ) -> tuple[tuple[int, int], int, dict]:
-    """Grid, tokens per program and compile-time values; `other` is read beside x.
+    """Grid, tokens per program and compile-time values; `pieces` are what is read or written beside x.
 
     `extras`: how many of documents and windows the backward has to follow.
 
@@ -166,16 +174,17 @@ def _launch(
     b, l, d = x.shape
     width = weight.shape[1]
     channels = min(CHANNELS, power_of_two(d))
-    tiles = triton.cdiv(d, channels)
+    widths = tuple(piece.shape[2] for piece in pieces)
+    tiles = sum(triton.cdiv(width, channels) for width in widths)
     share = b * l * tiles // (16 * multiprocessors(x.device))
     tokens = min(256, power_of_two(max(32, share)))
     constants = {
-        "d": d,
+        "WIDTHS": widths,
         "K": width,
         "C": channels,
         # More rows are more loads in flight, and more scalar addresses and masks: some targets spill them.
         "ROWS": 2 if extras == 2 else 4,
-        "ALIGN": alignment(x, other),
+        "ALIGN": alignment(x, *pieces),
         # Four channels per thread at 128 registers or fewer. Each tap costs the backward four registers per channel,
         # documents or windows as much again: two channels per thread then.
         "num_warps": 2 if width <= 4 and extras == 0 else 4,
