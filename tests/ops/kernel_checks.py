@@ -109,3 +109,8 @@ def far_apart(tensor: torch.Tensor, dim: int) -> torch.Tensor:
     strides = list(tensor.contiguous().stride())
     strides[dim] = 2**31 // (tensor.shape[dim] - 1) + 8
     return torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype).copy_(tensor)
+
+
+def check_registration(op, *args) -> None:
+    """Schema, fake implementation and autograd of a custom op, as torch.compile relies on them."""
+    torch.library.opcheck(op, args, test_utils=("test_schema", "test_faketensor", "test_autograd_registration"))

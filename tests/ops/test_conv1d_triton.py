@@ -176,6 +176,17 @@ def test_what_the_kernels_cannot_take_is_named(monkeypatch, message, arguments):
         causal_conv1d(*(tensor.to(checks.DEVICE) for tensor in arguments))
 
 
+def test_registration():
+    tensors = [None if t is None else t.requires_grad_() for t in make_inputs(1, 9, 6, 4).values()]
+    x, weight, bias, initial = tensors
+    seq_idx = documents(1, 9)
+    checks.check_registration(triton_op._forward_op, x, weight, bias, seq_idx, initial, True, True, (2, 4))
+    checks.check_registration(triton_op._forward_op, x, weight, None, None, None, False, False, (6,))
+    x, weight, bias, initial = (tensor.detach() for tensor in tensors)
+    dys = [checks.normal(1, 9, width) for width in (2, 4)]
+    checks.check_registration(triton_op._backward_op, dys, None, x, weight, bias, seq_idx, initial, True)
+
+
 def test_reference_names_the_torch_form(monkeypatch):
     x, weight = checks.normal(2, 9, 6), checks.normal(6, 4)
     results = []

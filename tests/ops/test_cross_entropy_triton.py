@@ -6,6 +6,7 @@ import torch
 from mamba2.ops import linear_cross_entropy, linear_token_losses
 from mamba2.ops.cross_entropy import chunked
 from mamba2.ops.cross_entropy.chunked import torch_softmax
+from mamba2.ops.cross_entropy.op import loss_op, token_losses_op
 from mamba2.ops.cross_entropy.triton_softmax import triton_softmax
 from tests.ops import kernel_checks as checks
 
@@ -132,6 +133,16 @@ def test_no_tokens(monkeypatch):
         monkeypatch.setenv("MAMBA2_BACKEND", backend)
         results = checks.run(op(torch.zeros(2, 0, dtype=torch.int64, device=checks.DEVICE)), make_inputs(0, 8, 142))
         assert results["output 0"] == 0 and not results["dweight"].any()
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_registration(backend):
+    hidden, weight = make_inputs(12, 8, 142, torch.bfloat16).values()
+    hidden, targets = hidden.flatten(0, 1), make_targets(12, 142).flatten()
+    checks.check_registration(token_losses_op, hidden, weight, targets, -100, backend)
+    hidden, weight = hidden.requires_grad_(), weight.requires_grad_()
+    for needed in ((True, True), (False, True), (True, False)):
+        checks.check_registration(loss_op, hidden, weight, targets, -100, 0.0, *needed, backend)
 
 
 def test_what_the_kernel_cannot_take_is_named(monkeypatch):

@@ -151,6 +151,21 @@ def test_what_the_kernels_cannot_take_is_named(monkeypatch, message, call):
         call()
 
 
+@pytest.mark.parametrize("stream", [None, torch.float32])
+def test_registration_of_add_norm(stream):
+    x, residual, weight = make_add(9, 24, dtype=torch.bfloat16, stream=stream).values()
+    checks.check_registration(triton_op._add_forward_op, x.requires_grad_(), residual, weight, EPS, torch.float16)
+    u = x.detach() if residual is None else residual
+    dy = checks.normal(9, 24)
+    checks.check_registration(triton_op._add_backward_op, dy, residual, u, weight, EPS, torch.bfloat16)
+
+
+def test_registration_of_gated_norm():
+    x, z, weight = make_gated(9, 24).values()
+    checks.check_registration(triton_op._gated_backward_op, x, x, z, weight, EPS, 3, False)
+    checks.check_registration(triton_op._gated_forward_op, x.requires_grad_(), z, weight, EPS, 3, True)
+
+
 def test_reference_names_the_torch_form(monkeypatch):
     results = []
     for backend in ("torch", "reference"):
