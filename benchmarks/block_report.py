@@ -5,8 +5,9 @@
 The shape is one mixer block of `configs/config.json` (d_model 256, d_inner 768, h24 p32 g8 n142, K 4) on one sequence
 of 512 tokens, activations in bfloat16, residual stream and parameters in float32; x and z are slices of in_proj's
 output, as in the model. DRAM bytes are the unique 32-byte sectors that each launch reads plus those that it writes,
-summed over launches; the floor reads every input and writes every output once. "Kept" is what the backward needs of
-activations: all of it exists for other reasons, unless the op says otherwise.
+summed over launches; the floor reads every input and writes every output once, parameters included. "Kept" are the
+activations that the backward needs: here they are inputs of the op, and of the add norm the sum, which is the next
+block's input; never a copy.
 
 The rows of mamba-ssm are its own Triton kernels, counted in the same run, without the torch operations between
 launches (it sums dweight there). Its convolution is CUDA, which cannot be counted here: the floor stands for it.

@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mamba2.ops import causal_conv1d
 from mamba2.ops.conv1d import triton_op
@@ -87,6 +88,22 @@ def test_pieces_of_the_result(monkeypatch, splits):
     whole, pieces = checks.run(op(seq_idx), inputs), checks.run(function, inputs)
     joined = torch.cat([pieces[f"output {i}"] for i in range(len(splits))], dim=-1)
     assert torch.equal(joined, whole["output 0"])
+
+
+def test_gradients_of_pieces_are_not_joined(monkeypatch):
+    monkeypatch.setenv("MAMBA2_BACKEND", "triton")
+    called = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            called.append(function.name())
+            return function(*args, **(kwargs or {}))
+
+    x, weight = checks.normal(1, 9, 20).requires_grad_(), checks.normal(20, 4).requires_grad_()
+    with Watch():
+        x_piece, B, C = causal_conv1d(x, weight, splits=(8, 6, 6))
+        torch.autograd.backward((x_piece, B, C), (x_piece.detach(), B.detach(), C.detach()))
+    assert "mamba2::causal_conv1d_backward" in called and "aten::cat" not in called
 
 
 def test_a_piece_may_carry_no_gradient(monkeypatch):

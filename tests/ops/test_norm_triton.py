@@ -39,6 +39,17 @@ def test_add_norm(monkeypatch, shape, stream, dtype):
     checks.check_accuracy(monkeypatch, add, make_add(*shape, dtype=dtype, stream=stream))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("stream", DTYPES)
+def test_the_stream_is_that_of_torch_to_the_bit(monkeypatch, stream, dtype):
+    inputs = make_add(9, 24, dtype=dtype, stream=stream)
+    results = []
+    for backend in ("torch", "triton"):
+        monkeypatch.setenv("MAMBA2_BACKEND", backend)
+        results.append(add(**inputs)[1])
+    assert torch.equal(*results)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_the_normalised_sum_comes_in_the_dtype_asked_for(monkeypatch, dtype):
     def function(x, residual, weight):

@@ -1,6 +1,7 @@
 """The Triton backend of `causal_conv1d`: allocation, launches, and registration with torch.library.
 
-Forward one launch, backward two: the gradients, and the sums over programs of those of weight and bias.
+Forward one launch, backward two: the gradients, and the sums over programs of those of weight and bias. Pieces of the
+result are tensors of their own and so are their gradients: nothing is joined in between.
 """
 
 from collections.abc import Sequence
