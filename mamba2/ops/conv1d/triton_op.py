@@ -54,7 +54,7 @@ def _forward_op(
 ) -> list[torch.Tensor]:
     """The pieces of y and the last K - 1 inputs, which are empty where not wanted."""
     *ys, final = outputs = _forward_outputs(x, weight, want_final, splits)
-    grid, tokens, constants = _launch(x, weight, ys, extras=0)
+    grid, tokens, constants = _launch(x, weight, ys, seq_idx, initial, backward=False)
     with torch.cuda.device_of(x):
         _forward_kernel[grid](
             x,
@@ -103,7 +103,7 @@ def _backward_op(
     """Gradients of x, weight, bias and initial; empty for those not given."""
     grads = dx, dweight, dbias, dinitial = _backward_outputs(x, weight, bias, initial)
     b, l, d = x.shape
-    grid, tokens, constants = _launch(x, weight, dys, extras=(seq_idx is not None) + (initial is not None))
+    grid, tokens, constants = _launch(x, weight, dys, seq_idx, initial, backward=True)
     columns = weight.numel() + (0 if bias is None else d)
     partial = x.new_empty(b * triton.cdiv(l, tokens), columns, dtype=torch.float32)
     with torch.cuda.device_of(x):
@@ -163,11 +163,14 @@ _forward_op.register_autograd(_backward, setup_context=_setup_context)
 
 
 def _launch(
-    x: torch.Tensor, weight: torch.Tensor, pieces: Sequence[torch.Tensor], extras: int
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    pieces: Sequence[torch.Tensor],
+    seq_idx: torch.Tensor | None,
+    initial: torch.Tensor | None,
+    backward: bool,
 ) -> tuple[tuple[int, int], int, dict]:
     """Grid, tokens per program and compile-time values; `pieces` are what is read or written beside x.
-
-    `extras`: how many of documents and windows the backward has to follow.
 
     Tokens per program: as many as leave 16 programs of two warps for each multiprocessor, so that the partial sums and
     the tokens that two programs load are few: 32 at least, where they cost a fifth, and 256 at most.
@@ -179,6 +182,7 @@ def _launch(
     tiles = sum(triton.cdiv(width, channels) for width in widths)
     share = b * l * tiles // (16 * multiprocessors(x.device))
     tokens = min(256, power_of_two(max(32, share)))
+    extras = (seq_idx is not None) + (initial is not None)
     constants = {
         "WIDTHS": widths,
         "K": width,
@@ -188,7 +192,7 @@ def _launch(
         "ALIGN": alignment(x, *pieces),
         # Four channels per thread at 128 registers or fewer. Each tap costs the backward four registers per channel,
         # documents or windows as much again: two channels per thread then.
-        "num_warps": 2 if width <= 4 and extras == 0 else 4,
+        "num_warps": 2 if width <= 4 and not (backward and extras) else 4,
     }
     return (tiles * triton.cdiv(l, tokens), b), tokens, constants
 
