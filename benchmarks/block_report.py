@@ -266,11 +266,11 @@ def print_resources() -> bool:
 
     fits = True
     titles = "".join(f" {target:>16}" for target in TARGETS)
-    print(f"\n{'registers (bytes spilled, shared)':48} warps{titles}")
+    print(f"\n{'registers (bytes spilled, shared)':52} warps{titles}")
     for title, compiled in resources():
         cells = "".join(f" {f'{c.registers} ({c.spills}, {c.shared:,})':>16}" for c in compiled)
         kernel = compiled[0].kernel.removeprefix("_").removesuffix("_kernel")
-        print(f"{title} {kernel}".ljust(48), f"{compiled[0].num_warps:5}{cells}", flush=True)
+        print(f"{title} {kernel}".ljust(52), f"{compiled[0].num_warps:5}{cells}", flush=True)
         fits = fits and all(c.fits for c in compiled)
     return fits
 
