@@ -74,15 +74,15 @@ class Mamba2Mixer(nn.Module):
         cfg = self.config
         bc = cfg.n_groups * cfg.state_size
         z, xBC, dt = self.in_proj(u).split([cfg.d_inner, cfg.conv_dim, cfg.num_heads], dim=-1)
-        xBC, conv_state = causal_conv1d(
+        (x, B, C), conv_state = causal_conv1d(
             xBC,
             self.conv1d.weight.squeeze(1),
             self.conv1d.bias,
             seq_idx=seq_idx,
             initial_state=None if state is None else state.conv,
             return_final_state=True,
-        )  # (b, l, d_inner + 2 g n)
-        x, B, C = xBC.split([cfg.d_inner, bc, bc], dim=-1)
+            splits=(cfg.d_inner, bc, bc),
+        )  # (b, l, d_inner), (b, l, g n) twice
         y, ssm_state = ssd(
             x.unflatten(-1, (cfg.num_heads, cfg.head_dim)),  # (b, l, h, p)
             dt,  # (b, l, h)

@@ -36,3 +36,9 @@ def softplus(raw):
     series = 2.0 * s * (1.0 + s2 * (1.0 / 3.0 + s2 * (1.0 / 5.0 + s2 * (1.0 / 7.0 + s2 * (1.0 / 9.0)))))
     direct = tl.log(1.0 + e)
     return tl.where(raw > 20.0, raw, tl.where(e < 0.25, series, direct))
+
+
+@triton.jit
+def aligned(stride, ALIGN: tl.constexpr):
+    """The same stride, of which the compiler now knows that ALIGN divides it (see triton_launch.alignment)."""
+    return stride // ALIGN * ALIGN

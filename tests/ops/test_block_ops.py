@@ -103,7 +103,7 @@ def test_cross_entropy_equals_torch(monkeypatch, tokens_per_chunk, z_loss):
 
 
 def test_cross_entropy_never_holds_all_logits():
-    """The largest tensor that any operation makes is a chunk, in forward and backward."""
+    """The largest tensor that any operation makes is a chunk, gradients included."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
     largest = [0]
@@ -116,11 +116,11 @@ def test_cross_entropy_never_holds_all_logits():
                     largest[0] = max(largest[0], tensor.numel())
             return result
 
-    hidden = torch.randn(4096, 4, requires_grad=True)
-    weight = torch.randn(20000, 4, requires_grad=True)
+    hidden, weight = torch.randn(4096, 4), torch.randn(20000, 4)
+    targets = torch.zeros(4096, dtype=torch.int64)
     with Watch():
-        linear_cross_entropy(hidden, weight, torch.zeros(4096, dtype=torch.int64)).backward()
-    assert largest[0] <= chunked.CHUNK_BYTES // 4 < 4096 * 20000 // 4
+        chunked.losses_and_gradients(chunked.torch_softmax, hidden, weight, targets, -100, 0.0, True, True)
+    assert weight.numel() < largest[0] <= chunked.CHUNK_BYTES // 4 < 4096 * 20000 // 2
 
 
 def test_cross_entropy_of_bfloat16_scales_both_gradients_alike():
@@ -143,6 +143,8 @@ def test_cross_entropy_of_bfloat16_scales_both_gradients_alike():
         ("x must have shape", lambda: causal_conv1d(torch.zeros(3, 4), torch.zeros(4, 2))),
         ("weight must have shape", lambda: causal_conv1d(torch.zeros(1, 3, 4), torch.zeros(3, 2))),
         ("bias must have shape", lambda: causal_conv1d(torch.zeros(1, 3, 4), torch.zeros(4, 2), torch.zeros(3))),
+        ("splits must be", lambda: causal_conv1d(torch.zeros(1, 3, 4), torch.zeros(4, 2), splits=(1, 2))),
+        ("splits must be", lambda: causal_conv1d(torch.zeros(1, 3, 4), torch.zeros(4, 2), splits=(4, 0))),
         ("weight must have shape", lambda: add_rms_norm(torch.zeros(2, 4), None, torch.zeros(3), 1e-5)),
         ("residual must have", lambda: add_rms_norm(torch.zeros(2, 4), torch.zeros(1, 4), torch.zeros(4), 1e-5)),
         ("z must have", lambda: gated_rms_norm(torch.zeros(2, 4), torch.zeros(2, 3), torch.zeros(4), 1e-5)),

@@ -5,7 +5,16 @@ y_t = silu(bias + Σ_{k<K} weight_k x_{t-(K-1)+k})        x_t = 0 before the seq
 
 import torch
 
+from mamba2.ops.backend import choose_backend
 from mamba2.ops.conv1d.reference import causal_conv1d_reference
+from mamba2.ops.conv1d.triton_op import causal_conv1d_triton
+
+# The torch form is short enough to be the reference as well.
+IMPLEMENTATIONS = {
+    "reference": causal_conv1d_reference,
+    "torch": causal_conv1d_reference,
+    "triton": causal_conv1d_triton,
+}
 
 
 def causal_conv1d(
@@ -16,7 +25,8 @@ def causal_conv1d(
     initial_state: torch.Tensor | None = None,
     activation: bool = True,
     return_final_state: bool = False,
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    splits: tuple[int, ...] | None = None,
+) -> torch.Tensor | tuple:
     """Causal depthwise convolution of width K and, with `activation`, SiLU; sums in float32.
 
     Arguments (b batch, l seqlen, d channels; any strides):
@@ -27,9 +37,12 @@ def causal_conv1d(
         initial_state: (b, K - 1, d), the inputs before the first token, or None for zeros.
         return_final_state: also return the last K - 1 inputs (b, K - 1, d), those of earlier documents set to zero, so
             that feeding them to the next segment equals one long sequence.
+        splits: widths whose sum is d, to have y in as many pieces (b, l, width). Unlike `y.split(splits, -1)` it costs
+            nothing: the backward takes the gradients of the pieces as they are, where split's own joins them first.
 
-    Returns y (b, l, d) in x's dtype. Follows `causal_conv1d_fn` of the causal-conv1d package, channels last.
-    Raises ValueError naming the argument whose shape does not fit.
+    Returns y (b, l, d) in x's dtype, or the tuple of its pieces; with `return_final_state` a pair of that and the last
+    inputs. Follows `causal_conv1d_fn` of the causal-conv1d package, channels last.
+    Raises ValueError naming the argument whose shape does not fit, or dtype where the backend is Triton.
     """
     if x.dim() != 3 or 0 in x.shape:
         raise ValueError(f"x must have shape (batch, seqlen, channels) with no empty dimension, not {tuple(x.shape)}")
@@ -44,5 +57,10 @@ def causal_conv1d(
     ):
         if tensor is not None and tuple(tensor.shape) != shape:
             raise ValueError(f"{name} must have shape {shape}, not {tuple(tensor.shape)}")
-    y, final_state = causal_conv1d_reference(x, weight, bias, seq_idx, initial_state, activation)
+    pieces = (d,) if splits is None else tuple(splits)
+    if sum(pieces) != d or min(pieces) < 1:
+        raise ValueError(f"splits must be positive widths that sum to the {d} channels of x, not {pieces}")
+    implementation = IMPLEMENTATIONS[choose_backend(x, tuple(IMPLEMENTATIONS))]
+    ys, final_state = implementation(x, weight, bias, seq_idx, initial_state, activation, return_final_state, pieces)
+    y = ys[0] if splits is None else ys
     return (y, final_state) if return_final_state else y

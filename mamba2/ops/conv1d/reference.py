@@ -11,8 +11,10 @@ def causal_conv1d_reference(
     seq_idx: torch.Tensor | None,  # (b, l)
     initial_state: torch.Tensor | None,  # (b, K - 1, d)
     activation: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """See `mamba2.ops.causal_conv1d`. Returns y (b, l, d) and the last K - 1 inputs (b, K - 1, d)."""
+    return_final_state: bool,
+    splits: tuple[int, ...],
+) -> tuple[tuple[torch.Tensor, ...], torch.Tensor | None]:
+    """See `mamba2.ops.causal_conv1d`. Returns the pieces of y and, if asked for, the last K - 1 inputs."""
     b, l, d = x.shape
     window = weight.shape[1] - 1
     wide = torch.promote_types(x.dtype, torch.float32)
@@ -39,8 +41,11 @@ def causal_conv1d_reference(
     if activation:
         y = F.silu(y)
 
+    ys = y.to(x.dtype).split(splits, dim=-1)
+    if not return_final_state:
+        return ys, None
     final_state = padded[:, l:]
     if seq_idx is not None:
         same = document[:, l:] == document[:, -1:]
         final_state = torch.where(same[:, :, None], final_state, torch.zeros_like(final_state))
-    return y.to(x.dtype), final_state
+    return ys, final_state

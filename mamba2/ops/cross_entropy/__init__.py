@@ -7,7 +7,9 @@ At vocabulary 50 280 and a batch of 59 392 tokens the logits alone would take 11
 
 import torch
 
-from mamba2.ops.cross_entropy.chunked import LinearCrossEntropy, token_losses
+from mamba2.ops.backend import choose_backend
+from mamba2.ops.cross_entropy.op import SOFTMAX, loss_op, token_losses_op
+from mamba2.ops.triton_launch import require_kernel_tensors
 
 IGNORE_INDEX = -100
 
@@ -28,11 +30,13 @@ def linear_cross_entropy(
         z_loss: weight of the added penalty z_loss · Σ_t (log Σ_v exp(logits_tv))² (Chowdhery et al. 2022, section 5).
 
     Returns a float32 scalar: a sum and not a mean, so that a batch can be split in any way and divided once.
-    Raises ValueError for shapes that do not fit and IndexError for a target outside the vocabulary.
+    Raises ValueError for shapes that do not fit, or dtypes where the backend is Triton, and RuntimeError for a target
+    outside the vocabulary; the Triton backend, whose kernels cannot raise, returns NaN instead.
     """
+    backend = _choose(hidden, weight)
     hidden, targets = _flatten(hidden, weight, targets, ignore_index)
-    with torch.autocast(hidden.device.type, enabled=False):
-        return LinearCrossEntropy.apply(hidden, weight, targets, ignore_index, z_loss)
+    need_hidden, need_weight = (torch.is_grad_enabled() and t.requires_grad for t in (hidden, weight))
+    return loss_op(hidden, weight, targets, ignore_index, z_loss, need_hidden, need_weight, backend)[0]
 
 
 def linear_token_losses(
@@ -42,9 +46,17 @@ def linear_token_losses(
 
     Arguments and errors are those of `linear_cross_entropy`.
     """
+    backend = _choose(hidden, weight)
     flat_hidden, flat_targets = _flatten(hidden, weight, targets, ignore_index)
-    with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
-        return token_losses(flat_hidden, weight, flat_targets, ignore_index).view(targets.shape)
+    with torch.no_grad():
+        return token_losses_op(flat_hidden, weight, flat_targets, ignore_index, backend).view(targets.shape)
+
+
+def _choose(hidden: torch.Tensor, weight: torch.Tensor) -> str:
+    backend = choose_backend(hidden, tuple(SOFTMAX))
+    if backend == "triton":
+        require_kernel_tensors(hidden=hidden, weight=weight)
+    return backend
 
 
 def _flatten(

@@ -8,7 +8,21 @@ gated_rms_norm:  u = x · silu(z) per group,       y = weight · u / rms(u)     
 
 import torch
 
+from mamba2.ops.backend import choose_backend
 from mamba2.ops.norm.reference import add_rms_norm_reference, gated_rms_norm_reference
+from mamba2.ops.norm.triton_op import add_rms_norm_triton, gated_rms_norm_triton
+
+# The torch forms are short enough to be the references as well.
+ADD_IMPLEMENTATIONS = {
+    "reference": add_rms_norm_reference,
+    "torch": add_rms_norm_reference,
+    "triton": add_rms_norm_triton,
+}
+GATED_IMPLEMENTATIONS = {
+    "reference": gated_rms_norm_reference,
+    "torch": gated_rms_norm_reference,
+    "triton": gated_rms_norm_triton,
+}
 
 
 def add_rms_norm(
@@ -28,13 +42,14 @@ def add_rms_norm(
         dtype: of the normalised result; x's if None.
 
     Returns (normalised (..., d) in `dtype`, residual + x (..., d) in the stream's dtype).
-    Raises ValueError naming the argument whose shape does not fit.
+    Raises ValueError naming the argument whose shape does not fit, or dtype where the backend is Triton.
     """
     if tuple(weight.shape) != x.shape[-1:]:
         raise ValueError(f"weight must have shape ({x.shape[-1]},), not {tuple(weight.shape)}")
     if residual is not None and residual.shape != x.shape:
         raise ValueError(f"residual must have the shape of x, {tuple(x.shape)}, not {tuple(residual.shape)}")
-    return add_rms_norm_reference(x, residual, weight, eps, x.dtype if dtype is None else dtype)
+    implementation = ADD_IMPLEMENTATIONS[choose_backend(x, tuple(ADD_IMPLEMENTATIONS))]
+    return implementation(x, residual, weight, eps, x.dtype if dtype is None else dtype)
 
 
 def gated_rms_norm(
@@ -64,4 +79,5 @@ def gated_rms_norm(
         raise ValueError(f"weight must have shape ({d},), not {tuple(weight.shape)}")
     if ngroups < 1 or d % ngroups != 0:
         raise ValueError(f"ngroups must divide the {d} channels, not {ngroups}")
-    return gated_rms_norm_reference(x, z, weight, eps, ngroups, norm_before_gate)
+    implementation = GATED_IMPLEMENTATIONS[choose_backend(x, tuple(GATED_IMPLEMENTATIONS))]
+    return implementation(x, z, weight, eps, ngroups, norm_before_gate)

@@ -1,0 +1,291 @@
+"""What convolution, norms and loss cost, without a GPU: traffic counted in the interpreter, resources compiled.
+
+    python -m benchmarks.block_report
+
+The shape is one mixer block of `configs/config.json` (d_model 256, d_inner 768, h24 p32 g8 n142, K 4) on one sequence
+of 512 tokens, activations in bfloat16, residual stream and parameters in float32; x and z are slices of in_proj's
+output, as in the model. DRAM bytes are the unique 32-byte sectors that each launch reads plus those that it writes,
+summed over launches; the floor reads every input and writes every output once, parameters included. "Kept" are the
+activations that the backward needs: here they are inputs of the op, and of the add norm the sum, which is the next
+block's input; never a copy.
+
+The rows of mamba-ssm are its own Triton kernels, counted in the same run, without the torch operations between
+launches (it sums dweight there). Its convolution is CUDA, which cannot be counted here: the floor stands for it.
+Both libraries choose by the number of multiprocessors: 1 stands for a training batch, which fills any device, 132 for
+this one sequence alone on an H100. Loss and gradient of logits are counted on a few rows: they have no state.
+"""
+
+import importlib
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from unittest import mock
+
+import torch
+
+TOKENS, D_MODEL, D_INNER, GROUPS, D_STATE, HEADS, WIDTH = 512, 256, 768, 8, 142, 24, 4
+SPLITS = (D_INNER, GROUPS * D_STATE, GROUPS * D_STATE)  # of the convolution's result: x, B, C
+CONV = sum(SPLITS)
+VOCABULARY, LOSS_TOKENS = 50280, 8
+EPS = 1e-5
+
+
+@dataclass(frozen=True)
+class Case:
+    """One op on its inputs, to be run forward and backward."""
+
+    name: str
+    forward: Callable[[], tuple[torch.Tensor, ...]]
+    inputs: tuple[torch.Tensor, ...]  # parameters included; each gets a gradient
+    # What the backward has to read beside the gradients of the outputs, given the outputs.
+    reread: Callable[[tuple[torch.Tensor, ...]], tuple[torch.Tensor, ...]]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one pass, per token."""
+
+    launches: int
+    requested: float  # bytes
+    dram: float
+    floor: float
+
+
+def leaf(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(len(shape))
+    return torch.randn(shape, generator=generator).to(dtype).requires_grad_()
+
+
+def projected(start: int, width: int) -> torch.Tensor:
+    """Columns of in_proj's output (1, l, 2 d_inner + 2 g n + h)."""
+    whole = leaf(1, TOKENS, D_INNER + CONV + HEADS, dtype=torch.bfloat16)
+    return whole.detach()[..., start : start + width].requires_grad_()
+
+
+def conv_case() -> Case:
+    from mamba2.ops import causal_conv1d
+
+    inputs = projected(D_INNER, CONV), leaf(CONV, WIDTH), leaf(CONV)
+    return Case("conv", lambda: causal_conv1d(*inputs, splits=SPLITS), inputs, lambda outputs: inputs)
+
+
+def gated_norm_case(function: Callable | None = None) -> Case:
+    from mamba2.ops import gated_rms_norm
+
+    x, z, weight = inputs = leaf(1, TOKENS, D_INNER, dtype=torch.bfloat16), projected(0, D_INNER), leaf(D_INNER)
+
+    def ours():
+        return (gated_rms_norm(x, z, weight, EPS, GROUPS),)
+
+    def theirs():
+        options = {"z": z, "eps": EPS, "group_size": D_INNER // GROUPS, "norm_before_gate": False}
+        return (function(x, weight, None, **options),)
+
+    return Case("gated norm", ours if function is None else theirs, inputs, lambda outputs: inputs)
+
+
+def add_norm_case(function: Callable | None = None) -> Case:
+    from mamba2.ops import add_rms_norm
+
+    x, residual, weight = inputs = (
+        leaf(1, TOKENS, D_MODEL, dtype=torch.bfloat16),
+        leaf(1, TOKENS, D_MODEL),
+        leaf(D_MODEL),
+    )
+
+    def ours():
+        return add_rms_norm(x, residual, weight, EPS)
+
+    def theirs():
+        return function(x, weight, None, residual=residual, prenorm=True, residual_in_fp32=True, eps=EPS)
+
+    return Case("add norm", ours if function is None else theirs, inputs, lambda outputs: (outputs[1], weight))
+
+
+def size(tensors) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def measure(case: Case, multiprocessors: int) -> tuple[Cost, Cost, float]:
+    """Forward, backward, and bytes of activations kept between the two, per token. Needs the interpreter."""
+    from benchmarks.interpreter import record
+    from tests.oracles import mamba_ssm_environment
+
+    kept = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        if not any(tensor is parameter for parameter in case.inputs if parameter.dim() < 3):
+            kept[tensor.data_ptr()] = size([tensor])
+        return tensor
+
+    with ExitStack() as stack:
+        stack.enter_context(mamba_ssm_environment(multiprocessors))
+        for module in ("mamba2.ops.conv1d.triton_op", "mamba2.ops.norm.triton_op"):
+            replaced = mock.patch.object(importlib.import_module(module), "multiprocessors", lambda _: multiprocessors)
+            stack.enter_context(replaced)
+        with record() as forward, torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            outputs = case.forward()
+        gradients = [torch.ones_like(output) for output in outputs]
+        with record() as backward:
+            torch.autograd.grad(outputs, case.inputs, gradients)
+    floors = size([*case.inputs, *outputs]), size([*case.reread(outputs), *outputs, *case.inputs])
+    costs = [
+        Cost(
+            len(launches),
+            sum(launch.requested for launch in launches) / TOKENS,
+            sum(launch.dram for launch in launches) / TOKENS,
+            floor / TOKENS,
+        )
+        for launches, floor in zip((forward, backward), floors)
+    ]
+    return *costs, sum(kept.values()) / TOKENS
+
+
+def mamba_ssm_norms() -> tuple[Callable, Callable]:
+    """mamba-ssm's gated norm and its norm of the residual stream, in the interpreter."""
+    from triton.runtime.autotuner import Autotuner
+
+    from tests.oracles import mamba_ssm_environment, mamba_ssm_scan
+
+    mamba_ssm_scan()  # imports the package without its CUDA extension
+    with mamba_ssm_environment():
+        gated, plain = (
+            importlib.import_module(f"mamba_ssm.ops.triton.{name}") for name in ("layernorm_gated", "layer_norm")
+        )
+    for kernel in vars(plain).values():
+        if isinstance(kernel, Autotuner):
+            kernel.configs = kernel.configs[:1]  # there is nothing to time with
+    return gated.rmsnorm_fn, plain.rms_norm_fn
+
+
+def measure_softmax(dtype: torch.dtype = torch.bfloat16) -> Cost:
+    """Loss and gradient of logits, per token, in one pass."""
+    from benchmarks.interpreter import record
+    from mamba2.ops.cross_entropy.triton_softmax import triton_softmax
+
+    logits = leaf(LOSS_TOKENS, VOCABULARY, dtype=dtype).detach()
+    targets = torch.arange(LOSS_TOKENS)
+    with record() as launches:
+        losses, gradient = triton_softmax(logits, targets, -100, 0.0, True)
+    requested, dram = (sum(getattr(launch, key) for launch in launches) for key in ("requested", "dram"))
+    floor = size([logits, gradient, targets, losses])
+    return Cost(len(launches), *(value / LOSS_TOKENS for value in (requested, dram, floor)))
+
+
+def resource_launches() -> Iterator[tuple[str, list]]:
+    """Launches at shapes of models, captured and not run: of the study, of mamba2-2.7b (d 2560, d_inner 5120)."""
+    from benchmarks.compilation import captured
+    from mamba2.ops import add_rms_norm, causal_conv1d, gated_rms_norm
+    from mamba2.ops.cross_entropy.triton_softmax import triton_softmax
+
+    def both(function: Callable, *inputs: torch.Tensor) -> list:
+        def step() -> None:
+            outputs = function(*inputs)
+            outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+            torch.autograd.backward(outputs, [torch.zeros_like(output) for output in outputs])
+
+        return captured(step)
+
+    half = torch.bfloat16
+    conv = projected(D_INNER, CONV), leaf(CONV, WIDTH), leaf(CONV)
+    yield f"conv d{CONV} K{WIDTH}", both(causal_conv1d, *conv)
+    yield f"conv d{CONV} K{WIDTH} x, B, C", both(lambda *t: causal_conv1d(*t, splits=SPLITS), *conv)
+    documents, window = torch.zeros(1, TOKENS, dtype=torch.int32), leaf(1, WIDTH - 1, CONV, dtype=half)
+
+    def documents_and_windows(x, weight, bias, window):
+        ys, final = causal_conv1d(x, weight, bias, documents, window, return_final_state=True, splits=SPLITS)
+        return *ys, final
+
+    yield (
+        f"conv d{CONV} K{WIDTH} x, B, C, documents, windows",
+        both(documents_and_windows, *conv, window),
+    )
+    for d in (D_MODEL, 2560):
+        tensors = leaf(1, TOKENS, d, dtype=half), leaf(1, TOKENS, d), leaf(d)
+        yield f"add norm d{d}", both(lambda *t: add_rms_norm(*t, EPS), *tensors)
+    for d, groups, first in ((D_INNER, GROUPS, False), (5120, 1, False), (5120, 1, True)):
+        x, weight = leaf(1, TOKENS, d, dtype=half), leaf(d)
+        z = projected(0, d) if d == D_INNER else leaf(1, TOKENS, d, dtype=half)
+        title = f"gated norm d{d} g{groups}" + (" norm first" if first else "")
+        yield title, both(lambda *t, g=groups, f=first: gated_rms_norm(*t, EPS, g, f), x, z, weight)
+    logits, targets = torch.zeros(LOSS_TOKENS, VOCABULARY, dtype=half), torch.zeros(LOSS_TOKENS, dtype=torch.int64)
+    yield f"softmax v{VOCABULARY}", captured(lambda: triton_softmax(logits, targets, -100, 0.0, True))
+
+
+def resources() -> Iterator[tuple[str, list]]:
+    """Title, and the `Compiled` of each target, for every kernel. Needs a process without TRITON_INTERPRET=1."""
+    from benchmarks.compilation import TARGETS, compile_launch
+
+    importlib.import_module("mamba2.ops")  # decorates the kernels: before the next line, to have them compiled
+    # Lets CPU tensors through to launches that are only noted, never run.
+    with mock.patch.dict(os.environ, TRITON_INTERPRET="1", MAMBA2_BACKEND="triton"):
+        everything = list(resource_launches())
+    summed = False
+    for title, launches in everything:
+        for kernel, args, kwargs in launches:
+            if kernel.fn.__name__ == "_sum_rows_kernel":
+                if summed:
+                    continue  # the same for all
+                summed = True
+            yield title, [compile_launch(kernel, args, kwargs, target) for target in TARGETS]
+
+
+def print_traffic() -> None:
+    from benchmarks.interpreter import use_exact_bfloat16
+
+    use_exact_bfloat16()
+    gated, plain = mamba_ssm_norms()
+    columns = f"{'launches':>8} {'requested':>10} {'DRAM':>9} {'floor':>9} {'kept':>7}"
+    print(f"{'bytes per token':44} {columns}")
+
+    def row(title: str, cost: Cost, kept: str = "") -> None:
+        numbers = f"{cost.launches:8} {cost.requested:10,.0f} {cost.dram:9,.0f} {cost.floor:9,.0f} {kept:>7}"
+        print(f"{title:44} {numbers}", flush=True)
+
+    for count in (1, 132):
+        for who, case in (
+            ("mamba2", conv_case()),
+            ("mamba2", gated_norm_case()),
+            ("mamba-ssm", gated_norm_case(gated)),
+            ("mamba2", add_norm_case()),
+            ("mamba-ssm", add_norm_case(plain)),
+        ):
+            forward, backward, kept = measure(case, count)
+            for part, cost in (("forward", forward), ("backward", backward)):
+                kept_here = f"{kept:,.0f}" if part == "forward" else ""
+                row(f"{case.name:10}  {who:9} {count:3} SM  {part}", cost, kept_here)
+    row(f"softmax     mamba2     v {VOCABULARY}  both", measure_softmax())
+
+
+def print_resources() -> bool:
+    """Print the table; whether every kernel fits every target without spilling."""
+    from benchmarks.compilation import TARGETS
+
+    fits = True
+    titles = "".join(f" {target:>16}" for target in TARGETS)
+    print(f"\n{'registers (bytes spilled, shared)':52} warps{titles}")
+    for title, compiled in resources():
+        cells = "".join(f" {f'{c.registers} ({c.spills}, {c.shared:,})':>16}" for c in compiled)
+        kernel = compiled[0].kernel.removeprefix("_").removesuffix("_kernel")
+        print(f"{title} {kernel}".ljust(52), f"{compiled[0].num_warps:5}{cells}", flush=True)
+        fits = fits and all(c.fits for c in compiled)
+    return fits
+
+
+def main() -> None:
+    os.environ["MAMBA2_BACKEND"] = "triton"
+    if "--compile" in sys.argv:
+        sys.exit(0 if print_resources() else "not every kernel fits every target without spilling")
+    os.environ["TRITON_INTERPRET"] = "1"
+    print_traffic()
+    # Kernels decorated under the interpreter cannot be compiled: that needs a process of its own.
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "benchmarks.block_report", "--compile"]
+    sys.exit(subprocess.run(command, env=environment).returncode)
+
+
+if __name__ == "__main__":
+    main()

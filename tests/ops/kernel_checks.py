@@ -1,0 +1,116 @@
+"""What every Triton op is held to, each check written once: accuracy, memory that nobody wrote, races, repeatability.
+
+Accuracy: the error of every value and gradient against the torch form in float64 is at most twice that of the torch
+form in the same dtype, with a floor of a few roundings for what torch gets exactly right.
+"""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+FLOOR = {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
+HALF_PRECISIONS_AND_SINGLE = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def normal(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype).to(DEVICE)
+
+
+def run(op: Callable, inputs: dict[str, torch.Tensor | None]) -> dict[str, torch.Tensor]:
+    """Values and gradients of `op(**inputs)`, whose outputs all carry a gradient of random signs and sizes.
+
+    A gradient that does not flow counts as zero.
+    """
+    leaves = {name: tensor.detach().requires_grad_() for name, tensor in inputs.items() if tensor is not None}
+    outputs = op(**{**inputs, **leaves})
+    outputs = {f"output {i}": y for i, y in enumerate(outputs if isinstance(outputs, tuple) else (outputs,))}
+    gradients = [normal(*y.shape, seed=7).to(y.dtype) for y in outputs.values()]
+    results = torch.autograd.grad(list(outputs.values()), list(leaves.values()), gradients, allow_unused=True)
+    gradients = {f"d{k}": torch.zeros_like(leaves[k]) if g is None else g for k, g in zip(leaves, results)}
+    return {**outputs, **gradients}
+
+
+def relative_errors(actual: dict, expected: dict) -> dict[str, float]:
+    return {
+        name: ((actual[name].double() - value).norm() / value.norm().clamp(min=1e-12)).item()
+        for name, value in expected.items()
+    }
+
+
+def check_accuracy(monkeypatch, op: Callable, inputs: dict[str, torch.Tensor | None]) -> None:
+    monkeypatch.setenv("MAMBA2_BACKEND", "torch")
+    wide = {name: None if tensor is None else tensor.double() for name, tensor in inputs.items()}
+    expected, plain = run(op, wide), run(op, inputs)
+    monkeypatch.setenv("MAMBA2_BACKEND", "triton")
+    actual = run(op, inputs)
+    assert {k: (v.dtype, v.shape) for k, v in actual.items()} == {k: (v.dtype, v.shape) for k, v in plain.items()}
+    theirs, ours = relative_errors(plain, expected), relative_errors(actual, expected)
+    floor = {name: FLOOR[plain[name].dtype] for name in ours}
+    worse = {name: (ours[name], theirs[name]) for name in ours if not ours[name] <= max(2 * theirs[name], floor[name])}
+    assert not worse
+
+
+def check_memory(monkeypatch, op: Callable, inputs: dict[str, torch.Tensor | None]) -> None:
+    """The same bits with all new memory filled with NaN; no address stored by two programs of a launch."""
+    monkeypatch.setenv("MAMBA2_BACKEND", "triton")
+    expected = run(op, inputs)
+    plain = {(owner, name): getattr(owner, name) for owner, name in ((torch.Tensor, "new_empty"), (torch, "empty"))}
+
+    def poison(make: Callable) -> Callable:
+        def poisoned(*args, **kwargs):
+            tensor = make(*args, **kwargs)
+            return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
+
+        return poisoned
+
+    with monkeypatch.context() as patch:
+        for (owner, name), make in plain.items():
+            patch.setattr(owner, name, poison(make))
+        if DEVICE == "cuda":
+            actual = run(op, inputs)
+        else:
+            from benchmarks.interpreter import record
+
+            with record(keep_stores=True) as launches:
+                actual = run(op, inputs)
+            assert launches and not any(launch.shared_stores() for launch in launches)
+    assert_same_bits(actual, expected)
+
+
+def assert_same_bits(actual: dict, expected: dict) -> None:
+    different = [name for name, value in expected.items() if not torch.equal(actual[name], value)]
+    assert not different, different
+
+
+def check_strides(monkeypatch, op: Callable, inputs: dict[str, torch.Tensor | None], names: tuple[str, ...]) -> None:
+    """The same bits whatever the strides of the tensors named: slices of wider ones, transposed, far apart."""
+    monkeypatch.setenv("MAMBA2_BACKEND", "triton")
+    expected = run(op, inputs)
+    for layout in (sliced, transposed):
+        assert_same_bits(run(op, {**inputs, **{name: layout(inputs[name]) for name in names}}), expected)
+
+
+def sliced(tensor: torch.Tensor) -> torch.Tensor:
+    """The same values as columns of a wider tensor whose rows are not aligned to anything."""
+    return torch.cat([tensor[..., :3], tensor, tensor[..., :2]], dim=-1)[..., 3:-2][..., -tensor.shape[-1] :]
+
+
+def transposed(tensor: torch.Tensor) -> torch.Tensor:
+    """The same values with the memory order of the dimensions turned round."""
+    return tensor.transpose(0, -1).contiguous().transpose(0, -1)
+
+
+def far_apart(tensor: torch.Tensor, dim: int) -> torch.Tensor:
+    """The same values with offsets past 2**31 along one dimension; the address space between is never touched."""
+    if DEVICE == "cuda":
+        pytest.skip("reserves address space that a GPU would have to own")
+    strides = list(tensor.contiguous().stride())
+    strides[dim] = 2**31 // (tensor.shape[dim] - 1) + 8
+    return torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype).copy_(tensor)
+
+
+def check_registration(op, *args) -> None:
+    """Schema, fake implementation and autograd of a custom op, as torch.compile relies on them."""
+    torch.library.opcheck(op, args, test_utils=("test_schema", "test_faketensor", "test_autograd_registration"))

@@ -1,0 +1,213 @@
+"""The Triton kernels of the convolution: in the interpreter where there is no GPU, compiled where there is one."""
+
+import itertools
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mamba2.ops import causal_conv1d
+from mamba2.ops.conv1d import triton_op
+from tests.ops import kernel_checks as checks
+
+DTYPES = checks.HALF_PRECISIONS_AND_SINGLE
+
+
+def make_inputs(b, l, d, width, dtype=torch.float32, optional=("bias", "initial_state")):
+    inputs = {
+        "x": checks.normal(b, l, d, dtype=dtype),
+        "weight": checks.normal(d, width, seed=1),
+        "bias": checks.normal(d, seed=2),
+        "initial_state": checks.normal(b, width - 1, d, dtype=dtype, seed=3),
+    }
+    return {k: v if k in ("x", "weight", *optional) else None for k, v in inputs.items()}
+
+
+def documents(b: int, l: int) -> torch.Tensor:
+    """Boundaries two, one, five, ... tokens apart, some across the edges of tiles, and a value that comes back."""
+    lengths = itertools.cycle([2, 1, 5, 9, 3, 17])
+    ids = [i % 2 for i in range(b * l) for _ in range(next(lengths))][: b * l]
+    return torch.tensor(ids, dtype=torch.int32, device=checks.DEVICE).view(b, l)
+
+
+def op(seq_idx=None, activation=True):
+    def function(**inputs):
+        return causal_conv1d(**inputs, seq_idx=seq_idx, activation=activation, return_final_state=True)
+
+    return function
+
+
+@pytest.mark.parametrize("width", range(1, 9))
+def test_every_width(monkeypatch, width):
+    checks.check_accuracy(monkeypatch, op(documents(1, 35)), make_inputs(1, 35, 20, width))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 1, 5), (2, 17, 142), (1, 9, 257)])
+def test_values_and_gradients(monkeypatch, shape, dtype):
+    checks.check_accuracy(monkeypatch, op(documents(*shape[:2])), make_inputs(*shape, 4, dtype))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("shape", "width", "dtype"),
+    [
+        ((2, 257, 142), 4, torch.bfloat16),
+        ((1, 257, 300), 3, torch.float32),
+        ((1, 257, 5), 8, torch.float16),
+        ((1, 257, 5), 1, torch.float32),
+    ],
+)
+def test_values_and_gradients_across_programs(monkeypatch, shape, width, dtype):
+    checks.check_accuracy(monkeypatch, op(documents(*shape[:2])), make_inputs(*shape, width, dtype))
+
+
+@pytest.mark.parametrize("optional", [(), ("bias",), ("initial_state",)])
+@pytest.mark.parametrize("activation", [False, True])
+def test_what_is_not_given_is_left_out(monkeypatch, optional, activation):
+    inputs = make_inputs(1, 37, 20, 4, optional=optional)
+    checks.check_accuracy(monkeypatch, op(activation=activation), inputs)
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 7])
+def test_sequences_shorter_than_the_window(monkeypatch, length):
+    for seq_idx in (None, documents(1, length)):
+        checks.check_accuracy(monkeypatch, op(seq_idx), make_inputs(1, length, 6, 8))
+
+
+@pytest.mark.parametrize("splits", [(1, 19), (64, 40, 38), (257, 3, 4)])
+def test_pieces_of_the_result(monkeypatch, splits):
+    inputs, seq_idx = make_inputs(1, 9, sum(splits), 4, torch.bfloat16), documents(1, 9)
+
+    def function(**tensors):
+        ys, final = causal_conv1d(**tensors, seq_idx=seq_idx, return_final_state=True, splits=splits)
+        return *ys, final
+
+    checks.check_accuracy(monkeypatch, function, inputs)
+    checks.check_memory(monkeypatch, function, inputs)
+    whole, pieces = checks.run(op(seq_idx), inputs), checks.run(function, inputs)
+    joined = torch.cat([pieces[f"output {i}"] for i in range(len(splits))], dim=-1)
+    assert torch.equal(joined, whole["output 0"])
+
+
+def test_gradients_of_pieces_are_not_joined(monkeypatch):
+    monkeypatch.setenv("MAMBA2_BACKEND", "triton")
+    called = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            called.append(function.name())
+            return function(*args, **(kwargs or {}))
+
+    x, weight = checks.normal(1, 9, 20).requires_grad_(), checks.normal(20, 4).requires_grad_()
+    with Watch():
+        x_piece, B, C = causal_conv1d(x, weight, splits=(8, 6, 6))
+        torch.autograd.backward((x_piece, B, C), (x_piece.detach(), B.detach(), C.detach()))
+    assert "mamba2::causal_conv1d_backward" in called and "aten::cat" not in called
+
+
+def test_a_piece_may_carry_no_gradient(monkeypatch):
+    inputs = make_inputs(1, 9, 20, 4)
+    checks.check_accuracy(monkeypatch, lambda **t: causal_conv1d(**t, splits=(8, 7, 5))[1], inputs)
+
+
+@pytest.mark.parametrize("gradient_of", [0, 1])
+def test_one_result_alone_can_carry_the_gradient(monkeypatch, gradient_of):
+    checks.check_accuracy(monkeypatch, lambda **t: op(documents(1, 9))(**t)[gradient_of], make_inputs(1, 9, 6, 4))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("multiprocessors", [1, 10_000])
+def test_few_and_many_tokens_per_program_agree(monkeypatch, multiprocessors):
+    """With one multiprocessor a program takes 128 of these tokens, with very many 32."""
+    monkeypatch.setattr(triton_op, "multiprocessors", lambda device: multiprocessors)
+    checks.check_accuracy(monkeypatch, op(documents(8, 130)), make_inputs(8, 130, 3, 2))
+
+
+@pytest.mark.parametrize("width", [1, 4])
+def test_memory_that_nobody_wrote_is_not_read_and_none_is_written_twice(monkeypatch, width):
+    checks.check_memory(monkeypatch, op(documents(2, 35)), make_inputs(2, 35, 20, width))
+
+
+def test_any_strides_give_the_same(monkeypatch):
+    names = ("x", "weight", "initial_state")
+    checks.check_strides(monkeypatch, op(documents(2, 19)), make_inputs(2, 19, 20, 4), names)
+    seq_idx = documents(2, 19)
+    apart = torch.stack([seq_idx, seq_idx + 5], dim=-1)[..., 0]
+    expected, actual = (checks.run(op(ids), make_inputs(2, 19, 20, 4)) for ids in (seq_idx, apart))
+    checks.assert_same_bits(actual, expected)
+
+
+def test_an_expanded_gradient(monkeypatch):
+    monkeypatch.setenv("MAMBA2_BACKEND", "triton")
+    x, weight = checks.normal(2, 9, 6).requires_grad_(), checks.normal(6, 4)
+    (actual,) = torch.autograd.grad(causal_conv1d(x, weight).sum(), x)
+    y = causal_conv1d(x, weight)
+    (expected,) = torch.autograd.grad(y, x, torch.ones_like(y))
+    assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("dim", [0, 1, 2])
+def test_strides_past_the_range_of_int32(monkeypatch, dim):
+    monkeypatch.setenv("MAMBA2_BACKEND", "triton")
+    inputs = make_inputs(2, 5, 3, 4, torch.bfloat16)
+    expected = checks.run(op(), inputs)
+    checks.assert_same_bits(checks.run(op(), {**inputs, "x": checks.far_apart(inputs["x"], dim)}), expected)
+
+
+def test_repeated_runs_give_the_same_bits(monkeypatch):
+    monkeypatch.setenv("MAMBA2_BACKEND", "triton")
+    inputs = make_inputs(2, 35, 20, 4, torch.bfloat16)
+    first, second = (checks.run(op(documents(2, 35)), inputs) for _ in range(2))
+    checks.assert_same_bits(second, first)
+
+
+def test_a_document_does_not_see_what_is_broken_in_another(monkeypatch):
+    """Infinities and NaN before a boundary stay there, in values and gradients."""
+    monkeypatch.setenv("MAMBA2_BACKEND", "triton")
+    seq_idx = torch.tensor([[0] * 4 + [1] * 6], device=checks.DEVICE)
+    inputs = make_inputs(1, 10, 6, 4, optional=())
+    healthy = checks.run(op(seq_idx), inputs)
+    inputs["x"] = inputs["x"].clone()
+    inputs["x"][:, 2] = float("nan")
+    broken = checks.run(op(seq_idx), inputs)
+    assert broken["output 0"][:, 2:4].isnan().any()
+    for name in ("output 0", "dx"):
+        assert torch.equal(broken[name][:, 4:], healthy[name][:, 4:])
+
+
+@pytest.mark.parametrize(
+    ("message", "arguments"),
+    [
+        (
+            "takes x in float32, bfloat16 or float16, not torch.float64",
+            (torch.zeros(1, 3, 4).double(), torch.zeros(4, 2)),
+        ),
+        ("takes weight in float32", (torch.zeros(1, 3, 4), torch.zeros(4, 2).double())),
+        ("weight of width 1 to 8, not 9", (torch.zeros(1, 3, 4), torch.zeros(4, 9))),
+    ],
+)
+def test_what_the_kernels_cannot_take_is_named(monkeypatch, message, arguments):
+    monkeypatch.setenv("MAMBA2_BACKEND", "triton")
+    with pytest.raises(ValueError, match=message):
+        causal_conv1d(*(tensor.to(checks.DEVICE) for tensor in arguments))
+
+
+def test_registration():
+    tensors = [None if t is None else t.requires_grad_() for t in make_inputs(1, 9, 6, 4).values()]
+    x, weight, bias, initial = tensors
+    seq_idx = documents(1, 9)
+    checks.check_registration(triton_op._forward_op, x, weight, bias, seq_idx, initial, True, True, (2, 4))
+    checks.check_registration(triton_op._forward_op, x, weight, None, None, None, False, False, (6,))
+    x, weight, bias, initial = (tensor.detach() for tensor in tensors)
+    dys = [checks.normal(1, 9, width) for width in (2, 4)]
+    checks.check_registration(triton_op._backward_op, dys, None, x, weight, bias, seq_idx, initial, True)
+
+
+def test_reference_names_the_torch_form(monkeypatch):
+    x, weight = checks.normal(2, 9, 6), checks.normal(6, 4)
+    results = []
+    for backend in ("torch", "reference"):
+        monkeypatch.setenv("MAMBA2_BACKEND", backend)
+        results.append(causal_conv1d(x, weight))
+    assert torch.equal(*results)

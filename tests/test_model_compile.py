@@ -1,0 +1,39 @@
+"""torch.compile of the whole model, loss and backward, without a graph break, on both backends."""
+
+import pytest
+import torch
+
+from mamba2.model import Mamba2LM
+from tests.test_model import small_config
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def loss_and_gradients(model, function, ids: torch.Tensor, seq_idx: torch.Tensor) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    loss = function(ids[:, :-1], ids[:, 1:], seq_idx=seq_idx)
+    (loss / ids[:, 1:].numel()).backward()
+    return {"loss": loss.detach(), **{name: p.grad.clone() for name, p in model.named_parameters()}}
+
+
+def compare(monkeypatch, implementation: str, compiler: str) -> None:
+    monkeypatch.setenv("MAMBA2_BACKEND", implementation)
+    torch.compiler.reset()
+    model = Mamba2LM(small_config(num_hidden_layers=1), seed=1).to(DEVICE)
+    ids = torch.randint(0, model.config.vocab_size, (2, 15), generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    seq_idx = (torch.arange(14, device=DEVICE) >= 9).int().expand(2, 14)
+    expected = loss_and_gradients(model, model, ids, seq_idx)
+    compiled = torch.compile(model, fullgraph=True, backend=compiler)
+    actual = loss_and_gradients(model, compiled, ids, seq_idx)
+    for name, value in expected.items():
+        torch.testing.assert_close(actual[name], value, rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("implementation", ["torch", "triton"])
+def test_the_model_compiles_whole(monkeypatch, implementation):
+    compare(monkeypatch, implementation, "aot_eager")
+
+
+@pytest.mark.slow
+def test_the_model_compiles_with_inductor(monkeypatch):
+    compare(monkeypatch, "torch", "inductor")
