@@ -1,8 +1,8 @@
 """Which implementation an op runs: decided here and nowhere else.
 
-Plain torch, on every device, unless MAMBA2_BACKEND=reference, torch or triton says otherwise for one run. The Triton
-kernels are opt-in: not all of them compile for every GPU yet (`python -m benchmarks.kernel_report` says which). They
-take a CPU tensor only in Triton's interpreter (TRITON_INTERPRET=1), as the tests do.
+A CUDA or ROCm tensor goes to the Triton kernels, a CPU tensor to plain torch, and so does what the kernels do not take
+(float64, a convolution wider than 8). MAMBA2_BACKEND=reference, torch or triton overrides this for a run; Triton then
+takes a CPU tensor only in its interpreter (TRITON_INTERPRET=1), as the tests do.
 """
 
 import os
@@ -10,16 +10,21 @@ import os
 import torch
 
 BACKENDS = ("reference", "torch", "triton")
+TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def choose_backend(tensor: torch.Tensor, available: tuple[str, ...]) -> str:
-    """Name of the backend for an op whose first argument is `tensor`; `available` are the ones the op has.
+def choose_backend(tensor: torch.Tensor, available: tuple[str, ...], kernel_fits: bool = True) -> str:
+    """Name of the backend for an op whose first argument is `tensor`.
+
+    Arguments: `available` are the backends that the op has; `kernel_fits` says whether its kernel takes the shapes at
+    hand, where that is not a matter of course.
 
     Raises ValueError when MAMBA2_BACKEND names none of them, or asks Triton for a tensor that it cannot reach.
     """
     asked = os.environ.get("MAMBA2_BACKEND", "")
     if not asked:
-        return "torch"
+        fits = kernel_fits and "triton" in available and tensor.dtype in TRITON_DTYPES
+        return "triton" if tensor.is_cuda and fits else "torch"
     if asked not in BACKENDS:
         raise ValueError(f"MAMBA2_BACKEND={asked!r} is unknown; choose one of {', '.join(BACKENDS)}")
     if asked not in available:

@@ -1,10 +1,10 @@
-"""What the launchers of the block's smaller kernels share: accepted tensors, powers of two, alignment."""
+"""What the launchers of the block's smaller kernels share: accepted tensors, alignment."""
 
 import math
 
 import torch
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+from mamba2.ops.backend import TRITON_DTYPES
 
 
 def require_kernel_tensors(**named: torch.Tensor | None) -> None:
@@ -13,17 +13,12 @@ def require_kernel_tensors(**named: torch.Tensor | None) -> None:
     for name, tensor in named.items():
         if tensor is None:
             continue
-        if tensor.dtype not in DTYPES:
+        if tensor.dtype not in TRITON_DTYPES:
             raise ValueError(f"the Triton backend takes {name} in float32, bfloat16 or float16, not {tensor.dtype}")
         if tensor.device != reference.device:
             raise ValueError(
                 f"{name} is on {tensor.device} and {first} on {reference.device}; all must be on one device"
             )
-
-
-def power_of_two(number: int) -> int:
-    """The smallest power of two that is at least `number`."""
-    return 1 << max(0, number - 1).bit_length()
 
 
 def alignment(*tensors: torch.Tensor | None) -> int:

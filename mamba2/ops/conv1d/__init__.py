@@ -7,7 +7,7 @@ import torch
 
 from mamba2.ops.backend import choose_backend
 from mamba2.ops.conv1d.reference import causal_conv1d_reference
-from mamba2.ops.conv1d.triton_op import causal_conv1d_triton
+from mamba2.ops.conv1d.triton_op import MAX_WIDTH, causal_conv1d_triton
 
 # The torch form is short enough to be the reference as well.
 IMPLEMENTATIONS = {
@@ -60,7 +60,8 @@ def causal_conv1d(
     pieces = (d,) if splits is None else tuple(splits)
     if sum(pieces) != d or min(pieces) < 1:
         raise ValueError(f"splits must be positive widths that sum to the {d} channels of x, not {pieces}")
-    implementation = IMPLEMENTATIONS[choose_backend(x, tuple(IMPLEMENTATIONS))]
+    backend = choose_backend(x, tuple(IMPLEMENTATIONS), kernel_fits=width <= MAX_WIDTH)
+    implementation = IMPLEMENTATIONS[backend]
     ys, final_state = implementation(x, weight, bias, seq_idx, initial_state, activation, return_final_state, pieces)
     y = ys[0] if splits is None else ys
     return (y, final_state) if return_final_state else y

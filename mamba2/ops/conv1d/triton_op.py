@@ -11,7 +11,7 @@ import triton
 
 from mamba2.ops.conv1d.triton_kernels import _backward_kernel, _forward_kernel
 from mamba2.ops.device import multiprocessors
-from mamba2.ops.triton_launch import alignment, power_of_two, require_kernel_tensors
+from mamba2.ops.triton_launch import alignment, require_kernel_tensors
 from mamba2.ops.triton_reduce import sum_rows
 
 MAX_WIDTH = 8  # the window and its gradients are held in registers
@@ -177,11 +177,11 @@ def _launch(
     """
     b, l, d = x.shape
     width = weight.shape[1]
-    channels = min(CHANNELS, power_of_two(d))
+    channels = min(CHANNELS, triton.next_power_of_2(d))
     widths = tuple(piece.shape[2] for piece in pieces)
     tiles = sum(triton.cdiv(width, channels) for width in widths)
     share = b * l * tiles // (16 * multiprocessors(x.device))
-    tokens = min(256, power_of_two(max(32, share)))
+    tokens = min(256, triton.next_power_of_2(max(32, share)))
     extras = (seq_idx is not None) + (initial is not None)
     constants = {
         "WIDTHS": widths,

@@ -1,9 +1,10 @@
 """The Triton form of `chunked.torch_softmax`: one launch, in the logits' own memory."""
 
 import torch
+import triton
 
 from mamba2.ops.cross_entropy.triton_kernel import _softmax_kernel
-from mamba2.ops.triton_launch import alignment, power_of_two
+from mamba2.ops.triton_launch import alignment
 
 
 def triton_softmax(
@@ -16,7 +17,7 @@ def triton_softmax(
     rows, v = logits.shape
     losses = torch.empty(rows, dtype=torch.float32, device=logits.device)
     # Sixteen logits per thread: two loads of 16 bytes on the way at once, and few enough registers for full occupancy.
-    block = min(4096, max(256, power_of_two(v)))
+    block = min(4096, max(256, triton.next_power_of_2(v)))
     with torch.cuda.device_of(logits):
         _softmax_kernel[(rows,)](
             logits,

@@ -14,7 +14,7 @@ from mamba2.ops.norm.triton_kernels import (
     _gated_backward_kernel,
     _gated_forward_kernel,
 )
-from mamba2.ops.triton_launch import alignment, power_of_two, require_kernel_tensors
+from mamba2.ops.triton_launch import alignment, require_kernel_tensors
 from mamba2.ops.triton_reduce import sum_rows
 
 
@@ -270,7 +270,7 @@ def _launch(width: int, elements: int) -> dict:
     A row up to `elements` wide is one piece, and a tile several rows. A wider one is cut into the fewest pieces that
     pad it by less than a quarter: 2560 into 3 of 1024, 5120 into 3 of 2048.
     """
-    columns, pieces = power_of_two(width), 1
+    columns, pieces = triton.next_power_of_2(width), 1
     while columns > 1024 and columns * pieces * 4 > width * 5:
         columns //= 2
         pieces = triton.cdiv(width, columns)
@@ -278,7 +278,7 @@ def _launch(width: int, elements: int) -> dict:
         "ROWS": max(1, elements // columns),
         "COLUMNS": columns,
         "PIECES": pieces,
-        "num_warps": min(16, max(4, power_of_two(4 * columns * pieces // elements))),
+        "num_warps": min(16, max(4, triton.next_power_of_2(4 * columns * pieces // elements))),
     }
 
 

@@ -18,6 +18,7 @@ from collections.abc import Callable
 import torch
 import triton
 
+from mamba2.ops.backend import TRITON_DTYPES
 from mamba2.ops.device import multiprocessors, target_of
 from mamba2.ops.ssd.triton_backward import (
     _finish_kernel,
@@ -30,8 +31,6 @@ from mamba2.ops.ssd.triton_decays import _decays_kernel
 from mamba2.ops.ssd.triton_forward import _scan_kernel
 from mamba2.ops.ssd.triton_launch import Launch, choose_launch, chunk_for, launch_for, n_tiles, span_for
 from mamba2.ops.ssd.triton_states import _pass_kernel, _states_kernel
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def ssd_triton(
@@ -51,7 +50,7 @@ def ssd_triton(
     return_final_states: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """See `mamba2.ops.ssd`; the kernels choose their own chunks. Returns y and, if asked for, the last state."""
-    if x.dtype not in DTYPES:
+    if x.dtype not in TRITON_DTYPES:
         raise ValueError(f"the Triton backend takes x in float32, bfloat16 or float16, not {x.dtype}")
     tensors = (x, dt, A, B, C, D, z, dt_bias, initial_states)
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
