@@ -1,6 +1,9 @@
-"""What convolution, norms and loss cost, without a GPU: traffic counted in the interpreter, resources compiled.
+"""What a whole block costs, and each of its ops, without a GPU: traffic counted in the interpreter, resources compiled.
 
     python -m benchmarks.block_report
+
+The block is everything but its two products in_proj and out_proj, which are the same for everybody: residual add and
+norm, convolution, ssd, gated norm. `benchmarks.kernel_report` goes into ssd; resources here are those of the others.
 
 The shape is one mixer block of `configs/config.json` (d_model 256, d_inner 768, h24 p32 g8 n142, K 4) on one sequence
 of 512 tokens, activations in bfloat16, residual stream and parameters in float32; x and z are slices of in_proj's
@@ -11,6 +14,9 @@ block's input; never a copy.
 
 The rows of mamba-ssm are its own Triton kernels, counted in the same run, without the torch operations between
 launches (it sums dweight there). Its convolution is CUDA, which cannot be counted here: the floor stands for it.
+Its memory-efficient path computes the convolution once more in the backward pass, which its sum includes, and keeps
+in_proj's output, y and the stream.
+
 Both libraries choose by the number of multiprocessors: 1 stands for a training batch, which fills any device, 132 for
 this one sequence alone on an H100. Loss and gradient of logits are counted on a few rows: they have no state.
 """
@@ -105,6 +111,24 @@ def add_norm_case(function: Callable | None = None) -> Case:
     return Case("add norm", ours if function is None else theirs, inputs, lambda outputs: (outputs[1], weight))
 
 
+def ssd_case(function: Callable | None = None) -> Case:
+    from mamba2.ops import ssd
+
+    x, B, C = leaf(1, TOKENS, CONV, dtype=torch.bfloat16).detach().split(SPLITS, dim=-1)
+    inputs = {
+        "x": x.unflatten(-1, (HEADS, -1)).requires_grad_(),
+        "dt": projected(D_INNER + CONV, HEADS),
+        "A": (-torch.arange(1.0, HEADS + 1)).requires_grad_(),
+        "B": B.unflatten(-1, (GROUPS, -1)).requires_grad_(),
+        "C": C.unflatten(-1, (GROUPS, -1)).requires_grad_(),
+        "D": torch.ones(HEADS).requires_grad_(),
+        "dt_bias": torch.full((HEADS,), -4.0).requires_grad_(),
+    }
+    scan = function or ssd
+    forward = lambda: (scan(**inputs, chunk_size=256, dt_softplus=True),)  # noqa: E731
+    return Case("ssd", forward, tuple(inputs.values()), lambda outputs: tuple(inputs.values()))
+
+
 def size(tensors) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
 
@@ -123,7 +147,7 @@ def measure(case: Case, multiprocessors: int) -> tuple[Cost, Cost, float]:
 
     with ExitStack() as stack:
         stack.enter_context(mamba_ssm_environment(multiprocessors))
-        for module in ("mamba2.ops.conv1d.triton_op", "mamba2.ops.norm.triton_op"):
+        for module in ("mamba2.ops.conv1d.triton_op", "mamba2.ops.norm.triton_op", "mamba2.ops.ssd.triton_op"):
             replaced = mock.patch.object(importlib.import_module(module), "multiprocessors", lambda _: multiprocessors)
             stack.enter_context(replaced)
         with record() as forward, torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
@@ -235,6 +259,7 @@ def resources() -> Iterator[tuple[str, list]]:
 
 def print_traffic() -> None:
     from benchmarks.interpreter import use_exact_bfloat16
+    from tests.oracles import mamba_ssm_scan
 
     use_exact_bfloat16()
     gated, plain = mamba_ssm_norms()
@@ -246,17 +271,34 @@ def print_traffic() -> None:
         print(f"{title:44} {numbers}", flush=True)
 
     for count in (1, 132):
+        block = {who: {"forward": [], "backward": []} for who in ("mamba2", "mamba-ssm")}
+        kept_by = dict.fromkeys(block, 0.0)
         for who, case in (
-            ("mamba2", conv_case()),
-            ("mamba2", gated_norm_case()),
-            ("mamba-ssm", gated_norm_case(gated)),
             ("mamba2", add_norm_case()),
             ("mamba-ssm", add_norm_case(plain)),
+            ("mamba2", conv_case()),
+            ("mamba2", ssd_case()),
+            ("mamba-ssm", ssd_case(mamba_ssm_scan(count))),
+            ("mamba2", gated_norm_case()),
+            ("mamba-ssm", gated_norm_case(gated)),
         ):
             forward, backward, kept = measure(case, count)
             for part, cost in (("forward", forward), ("backward", backward)):
-                kept_here = f"{kept:,.0f}" if part == "forward" else ""
-                row(f"{case.name:10}  {who:9} {count:3} SM  {part}", cost, kept_here)
+                row(f"{case.name:10}  {who:9} {count:3} SM  {part}", cost, f"{kept:,.0f}" if part == "forward" else "")
+                block[who][part].append(cost)
+            kept_by[who] += kept
+            if case.name == "conv":
+                at_floor = [Cost(1, cost.floor, cost.floor, cost.floor) for cost in (forward, backward)]
+                block["mamba-ssm"]["forward"].append(at_floor[0])
+                again = Cost(1, at_floor[0].dram, at_floor[0].dram, 0.0)
+                block["mamba-ssm"]["backward"] += [at_floor[1], again]
+        # in_proj's output, y and the stream; in_proj's input is the product's own.
+        kept_by["mamba-ssm"] = 2 * (2 * D_INNER + CONV + HEADS) + 4 * D_MODEL
+        for who, parts in block.items():
+            for part, costs in parts.items():
+                total = Cost(*(sum(getattr(cost, key) for cost in costs) for key in Cost.__dataclass_fields__))
+                kept = f"{kept_by[who]:,.0f}" if part == "forward" else ""
+                row(f"whole block {who:9} {count:3} SM  {part}", total, kept)
     row(f"softmax     mamba2     v {VOCABULARY}  both", measure_softmax())
 
 
