@@ -1,9 +1,10 @@
 """Gradients of parameters, summed over the programs that saw different tokens: in a fixed order, so repeatable.
 
     first_j = Σ_r partial_{r,j}  for j < split        second_{j - split} = Σ_r partial_{r,j}  for j >= split
+    third_j = Σ_r other_{r,j}
 
-Grid (columns / COLUMNS). A program owns COLUMNS columns and walks all rows. Reads the workspace once, 4 bytes per
-element, and writes each sum once, in the parameter's dtype.
+Grid (columns / COLUMNS, then those of `other`). A program owns COLUMNS columns and walks all rows. Reads each workspace
+once, 4 bytes per element, and writes each sum once, in the parameter's dtype.
 """
 
 import torch
@@ -20,30 +21,69 @@ def _sum_rows_kernel(
     partial,  # (rows, columns), float32, contiguous
     first,  # out: (split)
     second,  # out: (columns - split) or None
+    other,  # (other_rows, other_columns), float32, contiguous, or None
+    third,  # out: (other_columns) or None
     rows,
     split,
     columns,
+    other_rows,
+    other_columns,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    tile = tl.program_id(0)
+    tiles = tl.cdiv(columns, COLUMNS)
+    if tile < tiles:
+        column = tile * COLUMNS + tl.arange(0, COLUMNS)
+        result = _sum(partial, column, rows, columns, ROWS)
+        tl.store(first + column, result.to(first.dtype.element_ty), mask=column < split)
+        if second is not None:
+            beyond = (column >= split) & (column < columns)
+            tl.store(second + (column - split), result.to(second.dtype.element_ty), mask=beyond)
+    elif third is not None:
+        column = (tile - tiles) * COLUMNS + tl.arange(0, COLUMNS)
+        result = _sum(other, column, other_rows, other_columns, ROWS)
+        tl.store(third + column, result.to(third.dtype.element_ty), mask=column < other_columns)
+
+
+@triton.jit
+def _sum(partial, column, rows, columns, ROWS: tl.constexpr):
     row = tl.arange(0, ROWS)
-    total = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
+    total = tl.zeros((ROWS, column.shape[0]), dtype=tl.float32)
     for start in range(0, rows, ROWS):
         mask = (row[:, None] < rows - start) & (column[None, :] < columns)
         offsets = (start + row).to(tl.int64)[:, None] * columns + column[None, :]
         total += tl.load(partial + offsets, mask=mask, other=0.0)
-    result = tl.sum(total, axis=0)
-    tl.store(first + column, result.to(first.dtype.element_ty), mask=column < split)
-    if second is not None:
-        beyond = (column >= split) & (column < columns)
-        tl.store(second + (column - split), result.to(second.dtype.element_ty), mask=beyond)
+    return tl.sum(total, axis=0)
 
 
-def sum_rows(partial: torch.Tensor, first: torch.Tensor, second: torch.Tensor | None = None) -> None:
-    """Sum the rows of `partial` (rows, columns), float32, into `first` and then `second`, both contiguous."""
+def sum_rows(
+    partial: torch.Tensor,
+    first: torch.Tensor,
+    second: torch.Tensor | None = None,
+    other: torch.Tensor | None = None,
+    third: torch.Tensor | None = None,
+) -> None:
+    """In one launch, sum the rows of `partial` into `first` and then `second`, and those of `other` into `third`.
+
+    All are contiguous, the workspaces (rows, columns) in float32. Columns of `partial` past `first` are dropped where
+    there is no `second`.
+    """
     rows, columns = partial.shape
-    grid = (triton.cdiv(columns, COLUMNS),)
+    other_rows, other_columns = (0, 0) if other is None else other.shape
+    grid = (triton.cdiv(columns, COLUMNS) + triton.cdiv(other_columns, COLUMNS),)
     _sum_rows_kernel[grid](
-        partial, first, second, rows, first.numel(), columns, ROWS=ROWS, COLUMNS=COLUMNS, num_warps=4
+        partial,
+        first,
+        second,
+        other,
+        third,
+        rows,
+        first.numel(),
+        columns,
+        other_rows,
+        other_columns,
+        ROWS=ROWS,
+        COLUMNS=COLUMNS,
+        num_warps=4,
     )

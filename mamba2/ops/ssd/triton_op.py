@@ -20,17 +20,14 @@ import triton
 
 from mamba2.ops.backend import TRITON_DTYPES
 from mamba2.ops.device import multiprocessors, target_of
-from mamba2.ops.ssd.triton_backward import (
-    _finish_kernel,
-    _gate_kernel,
-    _gradient_kernel,
-    _reduce_kernel,
-    _reverse_kernel,
-)
 from mamba2.ops.ssd.triton_decays import _decays_kernel
+from mamba2.ops.ssd.triton_finish import _finish_kernel
 from mamba2.ops.ssd.triton_forward import _scan_kernel
+from mamba2.ops.ssd.triton_gradient import _gradient_kernel
 from mamba2.ops.ssd.triton_launch import Launch, choose_launch, chunk_for, launch_for, n_tiles, span_for
+from mamba2.ops.ssd.triton_reverse import _gate_kernel, _reverse_kernel
 from mamba2.ops.ssd.triton_states import _pass_kernel, _states_kernel
+from mamba2.ops.triton_reduce import sum_rows
 
 
 def ssd_triton(
@@ -490,22 +487,7 @@ class _Run:
             SOFTPLUS=self.softplus,
             num_warps=4,
         )
-        columns = 32
-        d = 0 if self.D is None else self.D.numel()
-        _reduce_kernel[(triton.cdiv(2 * self.h, columns) + triton.cdiv(d, columns),)](
-            shares,
-            dD_rows,
-            dA,
-            None if self.dt_bias is None else dbias,
-            None if self.D is None else dD,
-            shares.shape[0],
-            0 if dD_rows is None else dD_rows.shape[0],
-            h=self.h,
-            d=d,
-            ROWS=64,
-            COLUMNS=columns,
-            num_warps=4,
-        )
+        sum_rows(shares, dA, None if self.dt_bias is None else dbias, dD_rows, None if self.D is None else dD)
 
 
 def _batch_strides(*tensors: torch.Tensor | None) -> tuple[int, ...]:
