@@ -13,7 +13,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
 import triton.language as tl
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves
 from triton.runtime import interpreter
 
 SECTOR = 32
@@ -150,3 +153,36 @@ def record(keep_stores: bool = False) -> Iterator[list[Launch]]:
         for name, function in plain.items():
             setattr(builder, name, function)
         executor.__call__ = plain_call
+
+
+@contextlib.contextmanager
+def torch_operations() -> Iterator[list[int]]:
+    """Bytes of arguments and results of each operation that torch runs on data inside the block.
+
+    Allocations and views move nothing and are left out, and so is what the interpreter itself does to run a kernel.
+    Custom operations are not looked into.
+    """
+    free = ("empty", "view", "as_strided", "detach", "expand", "slice", "select", "alias", "transpose", "permute", "t.")
+    sizes: list[int] = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            name = str(function).removeprefix("aten.")
+            if not any(part in name for part in free) and not name.startswith(("mamba2.", "unsqueeze")):
+                tensors = tree_leaves((args, result))
+                sizes.append(sum(t.numel() * t.element_size() for t in tensors if isinstance(t, torch.Tensor)))
+            return result
+
+    plain_call = interpreter.GridExecutor.__call__
+
+    def call(self, *args, **kwargs):
+        with _disable_current_modes():
+            return plain_call(self, *args, **kwargs)
+
+    interpreter.GridExecutor.__call__ = call
+    try:
+        with Watch():
+            yield sizes
+    finally:
+        interpreter.GridExecutor.__call__ = plain_call

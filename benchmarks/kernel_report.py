@@ -10,8 +10,9 @@ Two shapes, `study` and `second`, bfloat16, with D, dt_bias and softplus, all th
 are the unique 32-byte sectors that each launch reads plus those that it writes, summed over launches; the floor reads
 every input and writes every output once. The rows of mamba-ssm are counted in the same run, its first autotuning
 configuration. Both libraries choose by the number of multiprocessors: 1 stands for a training batch, which fills any
-device, 132 for this one sequence alone on an H100. `torch` is the number of operations that torch runs on data between
-the launches (sums, casts, transposes): they come on top, and are not in the other columns.
+device, 132 for this one sequence alone on an H100. `torch` is what torch runs on data between the launches (sums,
+casts, transposes): the number of operations, and the bytes of their arguments and results, which come on top of the
+other columns. Ours run none; `tests/ops/test_ssd_triton.py` looks inside the two custom operations.
 
 The estimates divide bytes by bandwidth and operations by arithmetic peak and take the larger: a bound, not a timing.
 """
@@ -20,8 +21,6 @@ import argparse
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from unittest import mock
 
 SHAPES = {"study": (512, 24, 32, 8, 142), "second": (512, 16, 64, 1, 128)}  # l, h, p, g, n
@@ -103,14 +102,15 @@ def floor(l: int, h: int, p: int, g: int, n: int) -> tuple[int, int]:
 def print_traffic(shapes: list[str]) -> None:
     import torch
 
-    from benchmarks.interpreter import record, use_exact_bfloat16
+    from benchmarks.interpreter import record, torch_operations, use_exact_bfloat16
     from mamba2.ops import ssd
     from mamba2.ops.ssd import triton_op
     from tests.oracles import mamba_ssm_environment, mamba_ssm_scan
 
     use_exact_bfloat16()
     estimates = []
-    print(f"{'per token':44} {'launches':>8} {'torch':>5} {'requested':>10} {'DRAM':>8} {'floor':>7} {'kFLOP':>7}")
+    columns = f"{'launches':>8} {'torch':>5} {'bytes':>7} {'requested':>10} {'DRAM':>8} {'floor':>7} {'kFLOP':>7}"
+    print(f"{'per token':44} {columns}")
     for title in shapes:
         shape = SHAPES[title]
         for count in (1, 132):
@@ -132,8 +132,10 @@ def print_traffic(shapes: list[str]) -> None:
                     sums = [sum(getattr(launch, key) for launch in launches) for key in ("requested", "dram", "flops")]
                     requested, dram, flops = (value / shape[0] for value in sums)
                     row = f"{title:7} {who:9} {count:3} SM  {part}"
+                    torch_bytes = sum(others) / shape[0]
                     print(
-                        f"{row:44} {len(launches):8} {len(others):5} {requested:10,.0f} {dram:8,.0f} {least:7,} "
+                        f"{row:44} {len(launches):8} {len(others):5} {torch_bytes:7,.0f} {requested:10,.0f} "
+                        f"{dram:8,.0f} {least:7,} "
                         f"{flops / 1e3:7,.0f}",
                         flush=True,
                     )
@@ -143,28 +145,6 @@ def print_traffic(shapes: list[str]) -> None:
     print(f"{'':44} " + " ".join(f"{name:>15}" for name in DEVICES))
     for row, bounds in estimates:
         print(f"{row:44} " + " ".join(f"{bound:15.1f}" for bound in bounds))
-
-
-@contextmanager
-def torch_operations() -> Iterator[list[str]]:
-    """Names of the operations that torch runs on data inside the block: no allocations, no views."""
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    free = ("empty", "view", "as_strided", "detach", "expand", "slice", "select", "alias", "transpose", "permute", "t.")
-    names = []
-
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            name = str(function).removeprefix("aten.")
-            moves_data = not any(part in name for part in free) and not name.startswith(
-                ("mamba2.", "set_", "unsqueeze")
-            )
-            if moves_data:
-                names.append(name)
-            return function(*args, **(kwargs or {}))
-
-    with Watch():
-        yield names
 
 
 def print_resources(shapes: list[str]) -> bool:

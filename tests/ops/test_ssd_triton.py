@@ -221,6 +221,28 @@ def test_no_address_is_written_by_two_programs(monkeypatch, count):
     assert len(launches) == (7 if count == 1 else 11)  # the gate's included
 
 
+@pytest.mark.skipif(DEVICE == "cuda", reason="torch's operations are told apart from the interpreter's own")
+def test_torch_runs_nothing_between_the_launches(monkeypatch):
+    """Neither around the custom operations nor, calling what they wrap, inside: they allocate and launch."""
+    from benchmarks.interpreter import torch_operations
+
+    monkeypatch.setenv("MAMBA2_BACKEND", "triton")
+    inputs, options = everything((1, 40, 2, 24, 2, 20))
+    monkeypatch.setattr(triton_op, "_forward_op", triton_op._forward_op._init_fn)
+    with torch.no_grad(), torch_operations() as outside:
+        ssd(**inputs, **options, dt_softplus=True)
+    assert outside == []
+    arguments = [inputs.get(name) for name in NAMES]
+    flags = (True, 0.0, float("inf"))
+    _, _, *kept = triton_op._forward_op(*arguments, None, *flags, False, True)
+    with torch_operations() as inside:
+        triton_op._backward_op._init_fn(inputs["x"].detach(), None, *kept, *arguments, None, *flags)
+    assert inside == []
+    with torch_operations() as something:
+        inputs["x"].sum()
+    assert len(something) == 1
+
+
 def test_strides_past_two_to_the_31(monkeypatch):
     """Tokens so far apart that an offset inside one chunk needs 64 bits. The memory between them is never touched."""
     monkeypatch.setenv("MAMBA2_BACKEND", "triton")

@@ -8,8 +8,8 @@ cumulative sum of dt A, CB_ij = C_i·B_j, E_ij = exp(cs_i - cs_j) for j <= i:
     dB_j   = Σ_i dCB_ij C_i + Σ_heads exp(cs_last - cs_j) dt_j R x_j
 
 A program sums over the heads of a group in registers, so that dB and dC are written once. For the gradient of dt it
-leaves s_i = exp(cs_i) dout_i·(Sᵀ C_i), v_j = exp(cs_last - cs_j) dt_j x_j·(Rᵀ B_j), exp(cs_last) <R, S>, and sums by row
-and by column of W_ij = (dout_i·x_j) dt_j E_ij CB_ij, j < i.
+leaves s_i = exp(cs_i) dout_i·(Sᵀ C_i), v_j = exp(cs_last - cs_j) dt_j x_j·(Rᵀ B_j), exp(cs_last) <R, S>, and sums by
+row and by column of W_ij = (dout_i·x_j) dt_j E_ij CB_ij, j < i.
 
 Bytes per token, 16-bit input, spans of s tokens, blocks of Q: x, dout 4 h p; B, C, dB, dC 8 g n; steps, cs 8 h;
 S, R 4 h p n / s; sums of W 8 h s / Q; s and v 8 h.
