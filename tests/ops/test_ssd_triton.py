@@ -12,9 +12,15 @@ import sys
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.utils.checkpoint import checkpoint
 
+from mamba2 import Mamba2Config, Mamba2LM
 from mamba2.ops import autotune, ssd
 from mamba2.ops.ssd import triton_launch, triton_op
+from tests.ops.kernel_checks import check_registration
 from tests.ops.test_ssd import (
     MAMBA_SSM_CASES,
     NAMES,
@@ -297,6 +303,56 @@ def test_float32_products_follow_torchs_setting(monkeypatch, setting, expected):
         decays = (None, None, None, None)
         run = triton_op._Run(*decays, *inputs, None, None, None, None, None, True, 0.0, 1.0)
         assert run.precision == (expected if dtype == torch.float32 else "ieee")
+
+
+def test_operations_are_registered_as_torch_compile_needs_them():
+    inputs, options = everything((1, 20, 2, 16, 1, 16))
+    arguments = [*inputs.values(), options["seq_idx"], True, 0.0, 1.0, True, True]
+    check_registration(triton_op._forward_op, *arguments)
+
+
+def test_activation_checkpointing_gives_the_same_bits(monkeypatch):
+    monkeypatch.setenv("MAMBA2_BACKEND", "triton")
+    inputs, options = everything((1, 40, 2, 16, 1, 16))
+
+    def checkpointed(**arguments):
+        return checkpoint(ssd, **arguments, use_reentrant=False)
+
+    expected, actual = run(ssd, inputs, **options), run(checkpointed, inputs, **options)
+    for name in expected:
+        assert torch.equal(actual[name], expected[name]), name
+
+
+def test_a_sharded_model_runs_through_the_kernels(monkeypatch):
+    """fully_shard on a mesh of one: parameters arrive as DTensors and must have become tensors before the kernels."""
+    monkeypatch.setenv("MAMBA2_BACKEND", "triton")
+    config = Mamba2Config(
+        vocab_size=32,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_heads=2,
+        head_dim=16,
+        state_size=16,
+        n_groups=1,
+        expand=2,
+    )
+    ids = torch.arange(20, device=DEVICE).view(1, 20) % 32
+    losses = []
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        for sharded in (False, True):
+            model = Mamba2LM(config).to(DEVICE)
+            if sharded:
+                for layer in model.backbone.layers:
+                    fully_shard(layer, mesh=init_device_mesh(DEVICE, (1,)))
+                fully_shard(model, mesh=init_device_mesh(DEVICE, (1,)))
+            loss = model(ids, ids)
+            loss.backward()
+            gradient = model.backbone.layers[0].mixer.dt_bias.grad
+            losses.append((loss.detach(), gradient.full_tensor() if sharded else gradient))
+    finally:
+        dist.destroy_process_group()
+    assert all(torch.equal(a, b) for a, b in zip(*losses))
 
 
 def test_autotuning_measures_once_and_remembers(monkeypatch, tmp_path):

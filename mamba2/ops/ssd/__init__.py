@@ -3,7 +3,7 @@
     h_t = exp(dt_t A) h_{t-1} + dt_t x_t ⊗ B_t        y_t = h_t C_t + D x_t        optionally y_t · silu(z_t)
 
 `reference.py` runs it token by token and is the oracle; `chunked.py` computes the same by chunks with matrix products
-(Dao & Gu 2024, arXiv:2405.21060, section 6).
+(Dao & Gu 2024, arXiv:2405.21060, section 6); `triton_*.py` are kernels for GPUs, put together in `triton_op.py`.
 """
 
 import math
@@ -41,7 +41,8 @@ def ssd(
         dt: (b, l, h) step before bias and activation; the step used is clamp(softplus(dt + dt_bias), *dt_limit).
         A: (h,) decay rate per unit of dt, negative.
         B, C: (b, l, g, n) input and output projections; head i uses group i // (h / g).
-        chunk_size: tokens per chunk, at least 1. Changes rounding and cost, not the result.
+        chunk_size: tokens per chunk, at least 1. Changes rounding and cost, not the result; the Triton kernels choose
+            their own.
         D: (h,) or (h, p) skip weight, or None.
         z: (b, l, h, p) gate, or None: the result is multiplied by silu(z).
         dt_bias: (h,) added to dt, or None.
