@@ -21,6 +21,7 @@ def multiprocessors(device: torch.device) -> int:
     """How many programs run at once at least."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
+
 # Float32 elements per thread: half a megabyte, half of a second-level cache of today.
 CACHED_ELEMENTS = 2**17
 

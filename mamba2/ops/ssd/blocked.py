@@ -63,7 +63,7 @@ def ssd_blocked(
 
 
 def best_chunk(headdim: int, d_state: int) -> int:
-    """Chunk length with the least to move: scores q h per token, states h p n / q; the power of two at their balance."""
+    """Chunk length with the least to move: scores q h per token, states h p n / q; their balance as a power of two."""
     return 1 << max(4, round(math.log2(headdim * d_state) / 2))
 
 
@@ -264,9 +264,7 @@ def backward_op(
         dchunk = dt.new_empty(b, block.stop - block.start, h)  # α <dS', S>
         for i in reversed(range(block.stop - block.start)):
             dafter[:, i] = dstate
-            dchunk[:, i] = torch.linalg.vecdot(
-                dstate.flatten(2), states[:, block.start + i].to(wide).flatten(2)
-            )
+            dchunk[:, i] = torch.linalg.vecdot(dstate.flatten(2), states[:, block.start + i].to(wide).flatten(2))
             dstate.mul_(t.decay_chunk[:, i]).add_(read[:, i])
         dchunk *= t.decay_chunk[..., 0, 0]
         dafter = dafter.view(-1, r * p, n)
@@ -304,7 +302,7 @@ def backward_op(
 
 @backward_op.register_fake
 def _(dy, dfinal, states, x, dt, a, B, C, D, seq_idx, q):
-    b, l, h, p = x.shape
+    b, _, h, p = x.shape
     grads = (t.new_empty(t.shape) for t in (x, dt, a, B, C))
     return (*grads, dt.new_empty((h, p) if D is not None else 0), dt.new_empty(b, h, p, B.shape[-1]))
 
