@@ -202,12 +202,3 @@ def test_registration():
     x, weight, bias, initial = (tensor.detach() for tensor in tensors)
     dys = [checks.normal(1, 9, width) for width in (2, 4)]
     checks.check_registration(triton_op._backward_op, dys, None, x, weight, bias, seq_idx, initial, True)
-
-
-def test_reference_names_the_torch_form(monkeypatch):
-    x, weight = checks.normal(2, 9, 6), checks.normal(6, 4)
-    results = []
-    for backend in ("torch", "reference"):
-        monkeypatch.setenv("MAMBA2_BACKEND", backend)
-        results.append(causal_conv1d(x, weight))
-    assert torch.equal(*results)

@@ -175,11 +175,3 @@ def test_registration_of_gated_norm():
     x, z, weight = make_gated(9, 24).values()
     checks.check_registration(triton_op._gated_backward_op, x, x, z, weight, EPS, 3, False)
     checks.check_registration(triton_op._gated_forward_op, x.requires_grad_(), z, weight, EPS, 3, True)
-
-
-def test_reference_names_the_torch_form(monkeypatch):
-    results = []
-    for backend in ("torch", "reference"):
-        monkeypatch.setenv("MAMBA2_BACKEND", backend)
-        results.append((add(**make_add(9, 24))[0], gated(2)(**make_gated(9, 24))))
-    assert all(map(torch.equal, *results))

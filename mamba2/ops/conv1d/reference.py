@@ -42,10 +42,22 @@ def causal_conv1d_reference(
         y = F.silu(y)
 
     ys = y.to(x.dtype).split(splits, dim=-1)
-    if not return_final_state:
-        return ys, None
-    final_state = padded[:, l:]
-    if seq_idx is not None:
-        same = document[:, l:] == document[:, -1:]
-        final_state = torch.where(same[:, :, None], final_state, torch.zeros_like(final_state))
-    return ys, final_state
+    return ys, last_inputs(x, window, initial_state, seq_idx) if return_final_state else None
+
+
+def last_inputs(
+    x: torch.Tensor,  # (b, l, d)
+    window: int,
+    initial_state: torch.Tensor | None,  # (b, window, d)
+    seq_idx: torch.Tensor | None,  # (b, l)
+) -> torch.Tensor:
+    """The last inputs of each sequence, (b, window, d), those of documents before the last token's set to zero."""
+    b, l, d = x.shape
+    kept = x[:, max(0, l - window) :]
+    if l < window:
+        earlier = x.new_zeros(b, window - l, d) if initial_state is None else initial_state[:, l:].to(x.dtype)
+        kept = torch.cat([earlier, kept], dim=1)
+    if seq_idx is None:
+        return kept
+    document = F.pad((seq_idx[:, 1:] != seq_idx[:, :-1]).cumsum(dim=1), (window + 1, 0))[:, l:]  # (b, window)
+    return torch.where((document == document[:, -1:])[:, :, None], kept, torch.zeros_like(kept)) if window else kept

@@ -8,9 +8,14 @@ from collections.abc import Callable
 
 import torch
 
+from mamba2.ops.device import block_elements
+
 # Logits of one chunk, in float32. Not smaller, because every chunk also reads and writes the whole gradient of the
 # weight: with this size, at a vocabulary of 50 280 in 16 bits, half of what the products and the softmax move.
 CHUNK_BYTES = 128 * 2**20
+
+# On a processor, in the logits' own dtype: its memory is slower to obtain than to read.
+CPU_CHUNK_BYTES = 64 * 2**20
 
 # (logits (t, v), targets (t,), ignore_index, z_loss, whether the gradient is wanted) -> losses (t,), at least float32,
 # and the gradient of their sum in the logits, in the logits' dtype, or None. May overwrite the logits.
@@ -20,22 +25,31 @@ Softmax = Callable[[torch.Tensor, torch.Tensor, int, float, bool], tuple[torch.T
 def torch_softmax(
     logits: torch.Tensor, targets: torch.Tensor, ignore_index: int, z_loss: float, want_gradient: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    dtype = logits.dtype
+    tokens, vocab = logits.shape
+    wide = torch.promote_types(logits.dtype, torch.float32)
     kept = targets != ignore_index
-    logits = logits.to(torch.promote_types(dtype, torch.float32))
-    lse = torch.logsumexp(logits, dim=-1)  # (t,)
-    safe = torch.where(kept, targets, 0)[:, None]
-    losses = lse - logits.gather(1, safe)[:, 0] + z_loss * lse.square()
-    losses = torch.where(kept, losses, torch.zeros_like(losses))
-    if not want_gradient:
-        return losses, None
-    # d loss / d logits = softmax · (1 + 2 z_loss lse) - onehot, written over the logits
-    grad = logits.sub_(lse[:, None]).exp_()  # (t, v)
-    if z_loss:
-        grad.mul_(1.0 + 2.0 * z_loss * lse[:, None])
-    grad.scatter_add_(1, safe, torch.full_like(safe, -1, dtype=grad.dtype))
-    grad.masked_fill_(~kept[:, None], 0.0)
-    return losses, grad.to(dtype)
+    safe = torch.where(kept, targets, 0)[:, None]  # (t, 1)
+    lse, picked = (torch.empty(tokens, 1, dtype=wide, device=logits.device) for _ in range(2))
+    # A few rows at a time, whose wide copy stays in cache for all that is done to it.
+    rows = max(1, block_elements(logits.device) // vocab)
+    for start in range(0, tokens, rows):
+        part = slice(start, start + rows)
+        values = logits[part].to(wide)  # (rows, v); the logits themselves where they are wide
+        torch.gather(values, 1, safe[part], out=picked[part])
+        largest = values.amax(dim=-1, keepdim=True)
+        exponentials = values.sub_(largest).exp_()
+        total = exponentials.sum(dim=-1, keepdim=True)
+        torch.add(total.log(), largest, out=lse[part])
+        if want_gradient:
+            # d loss / d logits = softmax · (1 + 2 z_loss lse) - onehot, written over the logits
+            scale = (1.0 + 2.0 * z_loss * lse[part]) / total
+            onehot = kept[part].to(wide)[:, None]
+            exponentials.mul_(scale * onehot).scatter_add_(1, safe[part], -onehot)
+            if values.dtype != logits.dtype:
+                logits[part] = exponentials
+    lse = lse[:, 0]
+    losses = torch.where(kept, lse - picked[:, 0] + z_loss * lse.square(), 0.0)
+    return losses, logits if want_gradient else None
 
 
 def losses_and_gradients(
@@ -64,15 +78,29 @@ def losses_and_gradients(
         losses[rows], grad = softmax(logits, targets[rows], ignore_index, z_loss, need_hidden or need_weight)
         if need_hidden:
             torch.mm(grad, narrow_weight, out=grad_hidden[rows])
-        if need_weight and hidden.dtype == wide:
-            grad_weight.addmm_(grad.t(), hidden[rows])
-        elif need_weight:
-            grad_weight += grad.t() @ hidden[rows]
+        if need_weight:
+            _add_product(grad_weight, grad, hidden[rows])
     return losses, grad_hidden, grad_weight
 
 
+def _add_product(result: torch.Tensor, grad: torch.Tensor, hidden: torch.Tensor) -> None:
+    """result (v, d) += gradᵀ hidden, for grad (t, v) and hidden (t, d): summed over the chunks in result's dtype."""
+    if result.dtype == hidden.dtype:
+        result.addmm_(grad.t(), hidden)
+        return
+    # A product in 16 bits is made where it stays in cache until it is added.
+    rows = max(1, block_elements(result.device) // result.shape[1])
+    for start in range(0, result.shape[0], rows):
+        part = slice(start, start + rows)
+        result[part] += grad[:, part].t() @ hidden
+
+
 def _chunks(hidden: torch.Tensor, weight: torch.Tensor) -> list[slice]:
-    step = max(16, CHUNK_BYTES // (4 * weight.shape[0]))
+    if hidden.device.type == "cpu":
+        step = CPU_CHUNK_BYTES // (hidden.element_size() * weight.shape[0])
+    else:
+        step = CHUNK_BYTES // (4 * weight.shape[0])
+    step = max(16, step)
     if step > 128:
         step -= step % 128  # matrix products come in tiles of that many rows
     return [slice(start, start + step) for start in range(0, hidden.shape[0], step)]

@@ -9,18 +9,18 @@ gated_rms_norm:  u = x · silu(z) per group,       y = weight · u / rms(u)     
 import torch
 
 from mamba2.ops.backend import choose_backend
+from mamba2.ops.norm.blocked import add_rms_norm_blocked, gated_rms_norm_blocked
 from mamba2.ops.norm.reference import add_rms_norm_reference, gated_rms_norm_reference
 from mamba2.ops.norm.triton_op import add_rms_norm_triton, gated_rms_norm_triton
 
-# The torch forms are short enough to be the references as well.
 ADD_IMPLEMENTATIONS = {
     "reference": add_rms_norm_reference,
-    "torch": add_rms_norm_reference,
+    "torch": add_rms_norm_blocked,
     "triton": add_rms_norm_triton,
 }
 GATED_IMPLEMENTATIONS = {
     "reference": gated_rms_norm_reference,
-    "torch": gated_rms_norm_reference,
+    "torch": gated_rms_norm_blocked,
     "triton": gated_rms_norm_triton,
 }
 

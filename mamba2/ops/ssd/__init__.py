@@ -11,11 +11,11 @@ import math
 import torch
 
 from mamba2.ops.backend import choose_backend
-from mamba2.ops.ssd.chunked import ssd_chunked
+from mamba2.ops.ssd.blocked import ssd_blocked
 from mamba2.ops.ssd.reference import ssd_reference
 from mamba2.ops.ssd.triton_op import ssd_triton
 
-IMPLEMENTATIONS = {"reference": ssd_reference, "torch": ssd_chunked, "triton": ssd_triton}
+IMPLEMENTATIONS = {"reference": ssd_reference, "torch": ssd_blocked, "triton": ssd_triton}
 
 
 def ssd(

@@ -1,0 +1,169 @@
+"""Both norms for speed in plain torch: the mathematics of `reference.py`, rows in blocks that stay in cache.
+
+Kept for the backward are the inputs alone. With û = u / rms(u), v = dy · weight:
+
+    du = (v - û mean(v û)) / rms(u)        dweight = Σ_rows dy û
+"""
+
+import torch
+import torch.nn.functional as F
+
+from mamba2.ops.device import block_elements
+from mamba2.ops.norm.reference import add_rms_norm_reference, gated_rms_norm_reference
+
+
+def add_rms_norm_blocked(
+    x: torch.Tensor,  # (..., d)
+    residual: torch.Tensor | None,  # (..., d)
+    weight: torch.Tensor,  # (d,)
+    eps: float,
+    dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See `mamba2.ops.add_rms_norm`."""
+    if torch.compiler.is_compiling():
+        # The compiler fuses the readable form by itself.
+        return add_rms_norm_reference(x, residual, weight, eps, dtype)
+    stream = x if residual is None else residual + x.to(residual.dtype)
+    return norm_op(stream, weight, eps, dtype), stream
+
+
+def gated_rms_norm_blocked(
+    x: torch.Tensor,  # (..., d)
+    z: torch.Tensor,  # (..., d)
+    weight: torch.Tensor,  # (d,)
+    eps: float,
+    ngroups: int,
+    norm_before_gate: bool,
+) -> torch.Tensor:
+    """See `mamba2.ops.gated_rms_norm`; `norm_before_gate`, which no model here asks for, runs in the readable form."""
+    if norm_before_gate or torch.compiler.is_compiling():
+        return gated_rms_norm_reference(x, z, weight, eps, ngroups, norm_before_gate)
+    return gated_op(x, z, weight, eps, ngroups)
+
+
+def _blocks(rows: torch.Tensor) -> list[slice]:
+    """Blocks of rows (t, d)."""
+    size = max(1, block_elements(rows.device) // rows.shape[1])
+    return [slice(start, start + size) for start in range(0, rows.shape[0], size)]
+
+
+def _wide(tensor: torch.Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def _inverse_rms(u: torch.Tensor, eps: float) -> torch.Tensor:
+    """(..., d) -> (..., 1)"""
+    return u.square().mean(dim=-1, keepdim=True).add_(eps).rsqrt_()
+
+
+def _norm_backward(
+    dy: torch.Tensor, u: torch.Tensor, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients of u (t, g, d) and of weight (g, d)."""
+    inverse = _inverse_rms(u, eps)  # (t, g, 1)
+    unit = u * inverse
+    dweight = (dy * unit).sum(dim=0)
+    v = dy * weight
+    mean = (v * unit).mean(dim=-1, keepdim=True)
+    return v.sub_(unit.mul_(mean)).mul_(inverse), dweight
+
+
+@torch.library.custom_op("mamba2::rms_norm_blocked", mutates_args=())
+def norm_op(x: torch.Tensor, weight: torch.Tensor, eps: float, dtype: torch.dtype) -> torch.Tensor:
+    """weight · x / rms(x), (..., d) in `dtype`."""
+    y = x.new_empty(x.shape, dtype=dtype)
+    rows, results, scale = x.reshape(-1, x.shape[-1]), y.view(-1, x.shape[-1]), weight.to(_wide(x))
+    for block in _blocks(rows):
+        u = rows[block].to(scale.dtype)
+        results[block] = (u * _inverse_rms(u, eps)).mul_(scale)
+    return y
+
+
+@norm_op.register_fake
+def _(x, weight, eps, dtype):
+    return x.new_empty(x.shape, dtype=dtype)
+
+
+@torch.library.custom_op("mamba2::rms_norm_blocked_backward", mutates_args=())
+def norm_backward_op(
+    dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    dx, dweight = x.new_empty(x.shape), torch.zeros_like(weight, dtype=_wide(x))
+    d, scale = x.shape[-1], weight.to(dweight.dtype)
+    rows, drows, results = x.reshape(-1, d), dy.reshape(-1, d), dx.view(-1, d)
+    for block in _blocks(rows):
+        du, part = _norm_backward(
+            drows[block].to(scale.dtype)[:, None], rows[block].to(scale.dtype)[:, None], scale, eps
+        )
+        results[block] = du[:, 0]
+        dweight += part[0]
+    return dx, dweight.to(weight.dtype)
+
+
+@norm_backward_op.register_fake
+def _(dy, x, weight, eps):
+    return x.new_empty(x.shape), torch.empty_like(weight)
+
+
+def _norm_setup(ctx, inputs, output):
+    x, weight, ctx.eps, _ = inputs
+    ctx.save_for_backward(x, weight)
+
+
+norm_op.register_autograd(
+    lambda ctx, dy: (*norm_backward_op(dy, *ctx.saved_tensors, ctx.eps), None, None), setup_context=_norm_setup
+)
+
+
+@torch.library.custom_op("mamba2::gated_rms_norm_blocked", mutates_args=())
+def gated_op(x: torch.Tensor, z: torch.Tensor, weight: torch.Tensor, eps: float, ngroups: int) -> torch.Tensor:
+    """weight · u / rms(u) per group, u = x · silu(z), (..., d) in x's dtype."""
+    y = x.new_empty(x.shape)
+    d, scale = x.shape[-1], weight.to(_wide(x)).view(ngroups, -1)
+    rows, gates, results = x.reshape(-1, d), z.reshape(-1, d), y.view(-1, d)
+    for block in _blocks(rows):
+        u = F.silu(gates[block].to(scale.dtype)).mul_(rows[block]).unflatten(1, (ngroups, -1))  # (t, g, d / g)
+        results[block] = u.mul_(_inverse_rms(u, eps)).mul_(scale).flatten(1)
+    return y
+
+
+@gated_op.register_fake
+def _(x, z, weight, eps, ngroups):
+    return x.new_empty(x.shape)
+
+
+@torch.library.custom_op("mamba2::gated_rms_norm_blocked_backward", mutates_args=())
+def gated_backward_op(
+    dy: torch.Tensor, x: torch.Tensor, z: torch.Tensor, weight: torch.Tensor, eps: float, ngroups: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    dx, dz = x.new_empty(x.shape), z.new_empty(z.shape)
+    d, scale = x.shape[-1], weight.to(_wide(x)).view(ngroups, -1)
+    dweight = torch.zeros_like(scale)
+    rows, gates, drows = (t.reshape(-1, d) for t in (x, z, dy))
+    for block in _blocks(rows):
+        values, before = rows[block].to(scale.dtype), gates[block].to(scale.dtype)
+        gate = F.silu(before)
+        u = (values * gate).unflatten(1, (ngroups, -1))  # (t, g, d / g)
+        du, part = _norm_backward(drows[block].to(scale.dtype).unflatten(1, (ngroups, -1)), u, scale, eps)
+        dweight += part
+        du = du.flatten(1)
+        dx.view(-1, d)[block] = gate.mul_(du)
+        dz.view(-1, d)[block] = torch.ops.aten.silu_backward(du.mul_(values), before)
+    return dx, dz, dweight.flatten().to(weight.dtype)
+
+
+@gated_backward_op.register_fake
+def _(dy, x, z, weight, eps, ngroups):
+    return x.new_empty(x.shape), z.new_empty(z.shape), torch.empty_like(weight)
+
+
+def _gated_setup(ctx, inputs, output):
+    *tensors, ctx.eps, ctx.ngroups = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _gated_backward(ctx, dy):
+    return *gated_backward_op(dy, *ctx.saved_tensors, ctx.eps, ctx.ngroups), None, None
+
+
+gated_op.register_autograd(_gated_backward, setup_context=_gated_setup)
