@@ -163,3 +163,79 @@ def test_cross_entropy_of_bfloat16_scales_both_gradients_alike():
 def test_a_bad_argument_is_named(message, call):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def values_and_gradients(function, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    outputs = function(*tensors)
+    weights = [torch.arange(t.numel(), dtype=torch.float64).view(t.shape).sin().to(t.dtype) for t in outputs]
+    loss = sum((t * w).sum() for t, w in zip(outputs, weights))
+    return [*outputs, *torch.autograd.grad(loss, tensors)]
+
+
+def assert_forms_agree(monkeypatch, function, tensors: list[torch.Tensor], dtype: torch.dtype) -> None:
+    """The fast form in `dtype` against the readable one in float64 on the same values, in blocks of few rows."""
+    from mamba2.ops import device
+
+    monkeypatch.setattr(device, "CACHED_ELEMENTS", 40)
+    narrow = [t.to(dtype).requires_grad_() for t in tensors]
+    monkeypatch.setenv("MAMBA2_BACKEND", "reference")
+    expected = values_and_gradients(function, [t.detach().double().requires_grad_() for t in narrow])
+    monkeypatch.setenv("MAMBA2_BACKEND", "torch")
+    tolerance = {torch.bfloat16: 2e-2, torch.float32: 1e-5, torch.float64: 1e-12}[dtype]
+    for actual, exact in zip(values_and_gradients(function, narrow), expected, strict=True):
+        assert (actual.double() - exact).norm() <= tolerance * exact.norm().clamp(min=1e-12)
+
+
+FAST_DTYPES = [torch.bfloat16, torch.float32, torch.float64]
+
+
+@pytest.mark.parametrize("dtype", FAST_DTYPES)
+@pytest.mark.parametrize("activation", [False, True])
+@pytest.mark.parametrize("with_documents", [False, True])
+@pytest.mark.parametrize(("length", "width"), [(1, 4), (2, 4), (23, 4), (23, 1), (23, 2)])
+def test_fast_convolution_equals_the_readable_form(monkeypatch, length, width, with_documents, activation, dtype):
+    generator = torch.Generator().manual_seed(length)
+    shapes = [(2, length, 9), (9, width), (9,), (2, width - 1, 9)]
+    tensors = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+    seq_idx = (torch.rand(2, length, generator=generator) < 0.3).cumsum(dim=1) if with_documents else None
+
+    def function(x, weight, bias, *initial):
+        pieces, final = causal_conv1d(
+            x, weight, bias, seq_idx, *(initial or [None]), activation, return_final_state=True, splits=(4, 2, 3)
+        )
+        return (*pieces, final)
+
+    assert_forms_agree(monkeypatch, function, tensors if width > 1 else tensors[:3], dtype)
+
+
+@pytest.mark.parametrize("dtype", FAST_DTYPES)
+@pytest.mark.parametrize("ngroups", [1, 3])
+def test_fast_norms_equal_the_readable_forms(monkeypatch, ngroups, dtype):
+    generator = torch.Generator().manual_seed(ngroups)
+    x, z = (torch.randn(2, 7, 12, generator=generator, dtype=torch.float64) for _ in range(2))
+    weight = torch.randn(12, generator=generator, dtype=torch.float64)
+
+    def gated(x, z, weight):
+        return (gated_rms_norm(x, z[..., :12], weight, 1e-5, ngroups),)
+
+    assert_forms_agree(monkeypatch, gated, [x, torch.cat([z, z], dim=-1), weight], dtype)
+    assert_forms_agree(monkeypatch, lambda x, z, w: add_rms_norm(x, z, w, 1e-5), [x, z, weight], dtype)
+    assert_forms_agree(monkeypatch, lambda x, w: add_rms_norm(x, None, w, 1e-5)[:1], [x, weight], dtype)
+
+
+def test_cross_entropy_in_blocks_equals_one_block(monkeypatch):
+    from mamba2.ops import device
+
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(40, 8, generator=generator), torch.randn(50, 8, generator=generator)
+    targets = torch.randint(50, (40,), generator=generator)
+    targets[3] = -100
+    for dtype, tolerance in ((torch.float32, 1e-6), (torch.bfloat16, 1e-2)):
+        results = []
+        for elements, chunk in ((2**17, chunked.CPU_CHUNK_BYTES), (70, 1)):
+            monkeypatch.setattr(device, "CACHED_ELEMENTS", elements)
+            monkeypatch.setattr(chunked, "CPU_CHUNK_BYTES", chunk)
+            arguments = (chunked.torch_softmax, hidden.to(dtype), weight, targets, -100, 0.1, True, True)
+            results.append(chunked.losses_and_gradients(*arguments))
+        for one, many in zip(*results):
+            torch.testing.assert_close(many, one, rtol=tolerance, atol=tolerance)

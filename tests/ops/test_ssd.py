@@ -206,3 +206,57 @@ def test_an_unknown_backend_is_named(monkeypatch):
     monkeypatch.setenv("MAMBA2_BACKEND", "cuda")
     with pytest.raises(ValueError, match="MAMBA2_BACKEND='cuda' is unknown; choose one of reference, torch, triton"):
         ssd(**make_inputs(1, 3, 2, 2, 1, 2), chunk_size=2)
+
+
+FAST_SHAPES = [(2, 70, 6, 4, 3, 5), (1, 1, 2, 3, 1, 2), (1, 129, 4, 8, 4, 142), (3, 33, 3, 5, 1, 1)]
+FAST_CASES = {
+    "plain": {"optional": ()},
+    "everything": {"optional": NAMES[5:], "documents": True, "D_per_channel": True},
+    "documents": {"optional": ("D", "dt_bias"), "documents": True},
+    "initial states": {"optional": ("D", "initial_states")},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", FAST_SHAPES)
+@pytest.mark.parametrize("case", FAST_CASES)
+def test_the_fast_form_equals_the_readable_one(monkeypatch, case, shape, dtype):
+    """Values and all gradients, in several blocks of chunks, the last of them partly padding."""
+    from mamba2.ops import device
+    from mamba2.ops.ssd.chunked import ssd_chunked
+
+    monkeypatch.setattr(device, "CACHED_ELEMENTS", 3 * shape[2] * 16 * 16)
+    settings = dict(FAST_CASES[case])
+    options = {"chunk_size": 16, "dt_limit": (0.01, 1.5)}
+    if settings.pop("documents", False):
+        options["seq_idx"] = documents(*shape[:2])
+    exact = make_inputs(*shape, **settings)
+    inputs = {name: t.detach().to(dtype).requires_grad_() for name, t in exact.items()}
+
+    def readable(chunk_size, seq_idx=None, return_final_states=True, dt_softplus=True, dt_limit=None, **tensors):
+        optional = [tensors.get(name) for name in ("D", "z", "dt_bias", "initial_states")]
+        five = [tensors[name] for name in NAMES[:5]]
+        return ssd_chunked(*five, chunk_size, *optional, seq_idx, dt_softplus, dt_limit, return_final_states)
+
+    # In 16 bits both forms round: each is compared with the exact result for the same inputs.
+    expected = run(readable, {name: t.detach().double().requires_grad_() for name, t in inputs.items()}, **options)
+    tolerance = {torch.bfloat16: 3e-2, torch.float32: 2e-5, torch.float64: 1e-12}[dtype]
+    assert_close(run(ssd, inputs, **options), expected, tolerance)
+
+
+def test_the_fast_form_repeats_its_bits():
+    inputs = make_inputs(1, 200, 4, 8, 2, 16, dtype=torch.float32)
+    first, second = (run(ssd, inputs, chunk_size=64) for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_the_registered_ops_have_the_outputs_they_announce():
+    from mamba2.ops.ssd.blocked import forward_op
+
+    inputs = make_inputs(1, 20, 4, 3, 2, 5)
+    D = inputs["D"].detach()[:, None].expand(-1, 3).contiguous().requires_grad_()
+    seq_idx = documents(1, 20)
+    x, dt, B, C, initial = (inputs[name] for name in ("x", "dt", "B", "C", "initial_states"))
+    torch.library.opcheck(
+        forward_op, (x, dt, dt.detach().neg().requires_grad_(), B, C, D, initial, seq_idx, 16), raise_exception=True
+    )

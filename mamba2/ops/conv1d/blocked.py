@@ -54,8 +54,7 @@ class Taps:
                 [document[k : k + length] == document[self.window :] for k in range(self.window + 1)]
             )
             self.reaches = self.reaches.unsqueeze(-1)
-        # The backward holds about four tensors of a block at once.
-        self.size = max(self.window, 1, block_elements(x.device) // 2 // self.x.shape[1])
+        self.size = max(self.window, 1, block_elements(x.device) // self.x.shape[1])
 
     def blocks(self) -> list[slice]:
         length = self.x.shape[0]

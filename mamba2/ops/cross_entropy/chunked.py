@@ -15,7 +15,7 @@ from mamba2.ops.device import block_elements
 CHUNK_BYTES = 128 * 2**20
 
 # On a processor, in the logits' own dtype: its memory is slower to obtain than to read.
-CPU_CHUNK_BYTES = 64 * 2**20
+CPU_CHUNK_BYTES = 50 * 2**20
 
 # (logits (t, v), targets (t,), ignore_index, z_loss, whether the gradient is wanted) -> losses (t,), at least float32,
 # and the gradient of their sum in the logits, in the logits' dtype, or None. May overwrite the logits.
