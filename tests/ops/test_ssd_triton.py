@@ -1,7 +1,7 @@
 """The Triton kernels of ssd: in the interpreter where there is no GPU, compiled where there is one.
 
 Rule for every value and gradient: the error against the float64 recurrence is at most twice that of the plain torch
-backend in the same dtype (with a floor of a few roundings for quantities that torch gets exactly right).
+form (`chunked.py`) in the same dtype (with a floor of a few roundings for quantities that torch gets exactly right).
 """
 
 import itertools
@@ -19,7 +19,8 @@ from torch.utils.checkpoint import checkpoint
 
 from mamba2 import Mamba2Config, Mamba2LM
 from mamba2.ops import autotune, ssd
-from mamba2.ops.ssd import triton_launch, triton_op
+from mamba2.ops.ssd import IMPLEMENTATIONS, triton_launch, triton_op
+from mamba2.ops.ssd.chunked import ssd_chunked
 from tests.ops.kernel_checks import check_registration
 from tests.ops.test_ssd import (
     MAMBA_SSM_CASES,
@@ -44,6 +45,7 @@ def errors(actual: dict, expected: dict) -> dict[str, float]:
 
 
 def check(monkeypatch, inputs: dict, **options) -> None:
+    monkeypatch.setitem(IMPLEMENTATIONS, "torch", ssd_chunked)  # the plain form, not the fast one
     wide = {name: tensor.detach().double().requires_grad_() for name, tensor in inputs.items()}
     results = {}
     for backend, tensors in (("reference", wide), ("torch", inputs), ("triton", inputs)):
