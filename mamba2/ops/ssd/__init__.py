@@ -3,7 +3,8 @@
     h_t = exp(dt_t A) h_{t-1} + dt_t x_t ⊗ B_t        y_t = h_t C_t + D x_t        optionally y_t · silu(z_t)
 
 `reference.py` runs it token by token and is the oracle; `chunked.py` computes the same by chunks with matrix products
-(Dao & Gu 2024, arXiv:2405.21060, section 6); `triton_*.py` are kernels for GPUs, put together in `triton_op.py`.
+(Dao & Gu 2024, arXiv:2405.21060, section 6) and is the form to read; `blocked.py` is that form made fast, which runs;
+`triton_*.py` are kernels for GPUs, put together in `triton_op.py`.
 """
 
 import math
