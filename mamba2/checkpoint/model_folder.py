@@ -10,19 +10,17 @@
     backbone.norm_f.weight                            (d,)
     lm_head.weight                                    (v, d), left out when tied to the embeddings
 
-Nothing is ever half written: a file or a folder is made under a temporary name, flushed to the disk, then renamed.
+The file appears whole or not at all, and config.json after it.
 """
 
 import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from mamba2.checkpoint.files import flush
 from mamba2.config import Mamba2Config
 
 WEIGHTS = "model.safetensors"
@@ -74,7 +72,7 @@ def write_model(path: str | os.PathLike, config: Mamba2Config, tensors: dict[str
     temporary = path / f".{WEIGHTS}.{os.getpid()}.tmp"
     try:
         save_file(stored, temporary, metadata={"format": "pt"})
-        _flush(temporary)
+        flush(temporary)
         os.replace(temporary, path / WEIGHTS)
     except SafetensorError as error:
         raise OSError(f"cannot write {path / WEIGHTS}: {error}") from error
@@ -82,30 +80,6 @@ def write_model(path: str | os.PathLike, config: Mamba2Config, tensors: dict[str
         temporary.unlink(missing_ok=True)
     config.save(path)
     return path
-
-
-@contextmanager
-def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
-    """Yield a temporary folder beside `path` to fill; it becomes `path` on success and vanishes on any failure.
-
-    Raises FileExistsError if `path` is there already: nothing is overwritten.
-    """
-    path = Path(path)
-    if path.exists():
-        raise FileExistsError(f"{path} exists already and is not overwritten; remove it, or choose another place")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    try:
-        yield temporary
-        for file in temporary.rglob("*"):
-            _flush(file)
-        _flush(temporary)
-        os.rename(temporary, path)
-        _flush(path.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _our_name(key: str) -> str:
@@ -149,12 +123,3 @@ def tensor_shapes(config: Mamba2Config) -> dict[str, tuple[int, ...]]:
             shapes[layer + "mixer.in_proj.bias"] = (config.d_in_proj,)
             shapes[layer + "mixer.out_proj.bias"] = (d,)
     return shapes
-
-
-def _flush(path: Path) -> None:
-    """fsync a file or a folder: a rename must not reach the disk before what it names."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
