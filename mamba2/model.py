@@ -53,13 +53,31 @@ class Linear(nn.Linear):
         pass
 
 
+class SplitLinear(Linear):
+    """One weight whose result comes in pieces (..., width), each a product of its own.
+
+    Split after one product, the gradients of the pieces would be joined again before its backward: twice the width of
+    all pieces, read and written for every token.
+    """
+
+    def __init__(self, in_features: int, widths: tuple[int, ...], bias: bool):
+        super().__init__(in_features, sum(widths), bias)
+        self.widths = widths
+
+    def forward(self, u: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        weights = self.weight.split(self.widths)
+        biases = (None,) * len(weights) if self.bias is None else self.bias.split(self.widths)
+        return tuple(F.linear(u, weight, bias) for weight, bias in zip(weights, biases))
+
+
 class Mamba2Mixer(nn.Module):
     """Projection in, causal convolution, SSD, gated norm, projection out: (b, l, d) -> (b, l, d)."""
 
     def __init__(self, config: Mamba2Config):
         super().__init__()
         self.config = config
-        self.in_proj = Linear(config.hidden_size, config.d_in_proj, bias=config.use_bias)
+        widths = config.d_inner, config.conv_dim, config.num_heads
+        self.in_proj = SplitLinear(config.hidden_size, widths, bias=config.use_bias)
         self.conv1d = Parameters(config.conv_dim, 1, config.conv_kernel, bias=config.use_conv_bias)
         self.dt_bias = nn.Parameter(torch.empty(config.num_heads))
         self.A_log = nn.Parameter(torch.empty(config.num_heads))
@@ -73,7 +91,7 @@ class Mamba2Mixer(nn.Module):
         """Mix u (b, l, d) along the sequence, starting from `state` (zeros if None). Returns (b, l, d), new state."""
         cfg = self.config
         bc = cfg.n_groups * cfg.state_size
-        z, xBC, dt = self.in_proj(u).split([cfg.d_inner, cfg.conv_dim, cfg.num_heads], dim=-1)
+        z, xBC, dt = self.in_proj(u)  # (b, l, d_inner), (b, l, d_inner + 2 g n), (b, l, h)
         (x, B, C), conv_state = causal_conv1d(
             xBC,
             self.conv1d.weight.squeeze(1),

@@ -4,7 +4,8 @@ Kept for the backward are the inputs alone. With a the sum before SiLU and da = 
 
     dx_t = Σ_k weight_k da_{t+K-1-k}        dweight_k = Σ_t da_t x_{t-(K-1)+k}        dbias = Σ_t da_t
 
-where a term between two documents is left out.
+where a term between two documents is left out. The first K - 1 tokens, which read what was before the sequence, are a
+block of their own; all others read x as it lies.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 
 from mamba2.ops.conv1d.reference import causal_conv1d_reference, last_inputs
 from mamba2.ops.device import block_elements
+from mamba2.ops.fusion import fusable, is_fused
 
 
 def causal_conv1d_blocked(
@@ -43,45 +45,96 @@ class Taps:
         self.x = x[sequence, :, channels]  # (l, c)
         self.weight = weight[channels].to(wide).t().contiguous()  # (K, c)
         self.bias = None if bias is None else bias[channels].to(wide)
-        self.initial = None if initial is None else initial[sequence, :, channels]  # (K - 1, c)
+        before = self.x.new_zeros(self.window, self.x.shape[1]) if initial is None else initial[sequence, :, channels]
+        self.start = torch.cat([before.to(x.dtype), self.x[: self.window]])  # (2 (K - 1), c) or shorter
         self.reaches = None
+        length = self.x.shape[0]
         if seq_idx is not None:
             changes = (seq_idx[sequence, 1:] != seq_idx[sequence, :-1]).cumsum(dim=0)
-            document = F.pad(changes, (self.window + 1, 0))  # (window + l,), the window belongs to the first token's
-            length = self.x.shape[0]
-            # (K, l, 1): does tap k of token t see a token of t's own document?
-            self.reaches = torch.stack(
-                [document[k : k + length] == document[self.window :] for k in range(self.window + 1)]
-            )
-            self.reaches = self.reaches.unsqueeze(-1)
-        self.size = max(self.window, 1, block_elements(x.device) // self.x.shape[1])
+            # The window before the sequence belongs to the first token's document; nothing is after the end.
+            document = F.pad(F.pad(changes, (self.window + 1, 0)), (0, self.window), value=-1)
+            # (l + window, K, 1): does tap k of token t see a token of t's own document?
+            taps = [document[k : k + length] == document[self.window :][:length] for k in range(self.window + 1)]
+            self.reaches = F.pad(torch.stack(taps, dim=1), (0, 0, 0, self.window)).unsqueeze(-1)
 
     def blocks(self) -> list[slice]:
-        length = self.x.shape[0]
-        return [slice(start, min(start + self.size, length)) for start in range(0, length, self.size)]
+        length, c = self.x.shape
+        size = max(self.window, 1, block_elements(self.x.device) * (8 if is_fused() else 1) // c)
+        count = -(-(length - self.window) // size)
+        size = -(-(length - self.window) // max(1, count))  # as equal as can be
+        first = [slice(0, min(self.window, length))] if self.window else []
+        return first + [slice(i, min(i + size, length)) for i in range(self.window, length, max(1, size))]
 
-    def load(self, block: slice) -> torch.Tensor:
-        """Inputs of the block's tokens and of the window before, (window + rows, c), wide."""
-        inputs = self.weight.new_empty(self.window + block.stop - block.start, self.x.shape[1])
-        missing = max(0, self.window - block.start)
-        if missing:
-            inputs[:missing] = 0.0 if self.initial is None else self.initial[self.window - missing :]
-        inputs[missing:] = self.x[block.start - self.window + missing : block.stop]
-        return inputs
+    def inputs(self, block: slice) -> torch.Tensor:
+        """Inputs of the block's tokens and of the window before, (window + rows, c)."""
+        return self.start if block.start < self.window else self.x[block.start - self.window : block.stop]
 
-    def own(self, k: int, block: slice, values: torch.Tensor) -> torch.Tensor:
-        """`values` (rows, c) of tap k, zero where the tap reaches into another document."""
-        if self.reaches is None or k == self.window:
-            return values
-        return torch.where(self.reaches[k, block], values, 0.0)
 
-    def sums(self, inputs: torch.Tensor, block: slice) -> torch.Tensor:
-        """Σ_k weight_k x_{t-(K-1)+k} + bias, (rows, c)."""
-        rows = block.stop - block.start
-        total = inputs[self.window :] * self.weight[self.window]
-        for k in range(self.window):
-            total.addcmul_(self.own(k, block, inputs[k : k + rows]), self.weight[k])
-        return total if self.bias is None else total.add_(self.bias)
+def _sums(
+    inputs: torch.Tensor,  # (K - 1 + rows, c) wide
+    weight: torch.Tensor,  # (K, c) wide
+    bias: torch.Tensor | None,  # (c,) wide
+    reaches: torch.Tensor | None,  # (rows, K, 1)
+) -> torch.Tensor:
+    """Σ_k weight_k x_{t-(K-1)+k} + bias, (rows, c)."""
+    window = weight.shape[0] - 1
+    rows = inputs.shape[0] - window
+    total = inputs[window:] * weight[window]
+    for k in range(window):
+        seen = inputs[k : k + rows]
+        total.addcmul_(seen if reaches is None else torch.where(reaches[:, k], seen, 0.0), weight[k])
+    return total if bias is None else total.add_(bias)
+
+
+@fusable
+def _convolve(
+    y: torch.Tensor,  # (rows, c), written
+    inputs: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    reaches: torch.Tensor | None,
+    activation: bool,
+) -> None:
+    sums = _sums(inputs.to(weight.dtype), weight, bias, reaches)
+    y.copy_(F.silu(sums, inplace=True) if activation else sums)
+
+
+@fusable
+def _sum_gradients(
+    da: torch.Tensor,  # (rows, c) wide, written
+    dy: torch.Tensor,  # (rows, c)
+    inputs: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    reaches: torch.Tensor | None,
+    activation: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """da, and the block's share of dweight (K, c) and dbias (c,)."""
+    inputs, rows = inputs.to(weight.dtype), dy.shape[0]
+    gradient = dy.to(weight.dtype)
+    if activation:
+        gradient = torch.ops.aten.silu_backward(gradient, _sums(inputs, weight, bias, reaches))
+    da.copy_(gradient)
+    shares = []
+    for k in range(weight.shape[0]):
+        share = gradient * inputs[k : k + rows]
+        shares.append((share if reaches is None else torch.where(reaches[:, k], share, 0.0)).sum(dim=0))
+    return torch.stack(shares), gradient.sum(dim=0)
+
+
+@fusable
+def _input_gradients(
+    dx: torch.Tensor,  # (rows, c), written
+    da: torch.Tensor,  # (rows + K - 1, c) wide, of the block's tokens and those after
+    weight: torch.Tensor,
+    reaches: torch.Tensor | None,  # (rows + K - 1, K, 1)
+) -> None:
+    window, rows = weight.shape[0] - 1, dx.shape[0]
+    total = da[:rows] * weight[window]
+    for k in range(window):
+        later = slice(window - k, window - k + rows)
+        total.addcmul_(da[later] if reaches is None else torch.where(reaches[later, k], da[later], 0.0), weight[k])
+    dx.copy_(total)
 
 
 def _pieces(batch: int, splits: Sequence[int]) -> Iterator[tuple[int, int, slice]]:
@@ -108,8 +161,8 @@ def conv_op(
     for piece, sequence, channels in _pieces(x.shape[0], splits):
         taps = Taps(x, weight, bias, seq_idx, initial, sequence, channels)
         for block in taps.blocks():
-            sums = taps.sums(taps.load(block), block)
-            ys[piece][sequence, block] = F.silu(sums, inplace=True) if activation else sums
+            reaches = None if taps.reaches is None else taps.reaches[block]
+            _convolve(ys[piece][sequence, block], taps.inputs(block), taps.weight, taps.bias, reaches, activation)
     return ys
 
 
@@ -135,26 +188,27 @@ def conv_backward_op(
     dweight, dbias = weight.new_zeros(weight.shape[::-1], dtype=wide), weight.new_zeros(weight.shape[0], dtype=wide)
     for piece, sequence, channels in _pieces(x.shape[0], [dy.shape[2] for dy in dys]):
         taps = Taps(x, weight, bias, seq_idx, initial, sequence, channels)
-        window = taps.window
-        # What the tokens of the block after give to the last inputs of this one.
-        carried = taps.weight.new_zeros(window, taps.x.shape[1])
-        for block in reversed(taps.blocks()):
+        window, blocks = taps.window, taps.blocks()
+        buffer = taps.weight.new_empty(max(block.stop - block.start for block in blocks) + window, taps.x.shape[1])
+        after = taps.weight.new_zeros(window, taps.x.shape[1])  # da of the K - 1 tokens after the block
+        for block in reversed(blocks):
             rows = block.stop - block.start
-            inputs = taps.load(block)
-            da = dys[piece][sequence, block].to(wide)  # (rows, c)
-            if activation:
-                da = torch.ops.aten.silu_backward(da, taps.sums(inputs, block))
-            dinputs = da.new_zeros(inputs.shape)  # (window + rows, c)
-            dinputs[rows:] = carried
-            for k in range(window + 1):
-                own = taps.own(k, block, da)
-                dinputs[k : k + rows].addcmul_(own, taps.weight[k])
-                dweight[k, channels] += (own * inputs[k : k + rows]).sum(dim=0)
-            dbias[channels] += da.sum(dim=0)
-            dx[sequence, block, channels] = dinputs[window:]
-            carried = dinputs[:window]
-        if initial is not None:
-            dinitial[sequence, :, channels] = carried
+            da = buffer[: rows + window]
+            da[rows:] = after
+            reaches = later = None
+            if taps.reaches is not None:
+                reaches, later = taps.reaches[block], taps.reaches[block.start : block.stop + window]
+            shares = _sum_gradients(
+                da[:rows], dys[piece][sequence, block], taps.inputs(block), taps.weight, taps.bias, reaches, activation
+            )
+            dweight[:, channels] += shares[0]
+            dbias[channels] += shares[1]
+            _input_gradients(dx[sequence, block, channels], da, taps.weight, later)
+            after = da[:window].clone()
+        if initial is not None and window:
+            reaches = None if taps.reaches is None else F.pad(taps.reaches[:window], (0, 0, 0, 0, window, 0))
+            da = F.pad(after, (0, 0, window, 0))  # nothing came out before the first token
+            _input_gradients(dinitial[sequence, :, channels], da, taps.weight, reaches)
     outputs[1].copy_(dweight.t())
     if bias is not None:
         outputs[2].copy_(dbias)

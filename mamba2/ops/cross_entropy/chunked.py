@@ -9,6 +9,7 @@ from collections.abc import Callable
 import torch
 
 from mamba2.ops.device import block_elements
+from mamba2.ops.fusion import fusable, is_fused
 
 # Logits of one chunk, in float32. Not smaller, because every chunk also reads and writes the whole gradient of the
 # weight: with this size, at a vocabulary of 50 280 in 16 bits, half of what the products and the softmax move.
@@ -29,27 +30,34 @@ def torch_softmax(
     wide = torch.promote_types(logits.dtype, torch.float32)
     kept = targets != ignore_index
     safe = torch.where(kept, targets, 0)[:, None]  # (t, 1)
-    lse, picked = (torch.empty(tokens, 1, dtype=wide, device=logits.device) for _ in range(2))
-    # A few rows at a time, whose wide copy stays in cache for all that is done to it.
-    rows = max(1, block_elements(logits.device) // vocab)
+    lse = torch.empty(tokens, 1, dtype=wide, device=logits.device)
+    narrow_picked = torch.empty(tokens, 1, dtype=logits.dtype, device=logits.device)
+    # A few rows at a time, whose wide copy stays in cache for all that is done to it; fused, there is no such copy.
+    rows = tokens if is_fused() else max(1, block_elements(logits.device) // vocab)
     for start in range(0, tokens, rows):
         part = slice(start, start + rows)
-        values = logits[part].to(wide)  # (rows, v); the logits themselves where they are wide
-        torch.gather(values, 1, safe[part], out=picked[part])
-        largest = values.amax(dim=-1, keepdim=True)
-        exponentials = values.sub_(largest).exp_()
-        total = exponentials.sum(dim=-1, keepdim=True)
-        torch.add(total.log(), largest, out=lse[part])
-        if want_gradient:
-            # d loss / d logits = softmax · (1 + 2 z_loss lse) - onehot, written over the logits
-            scale = (1.0 + 2.0 * z_loss * lse[part]) / total
-            onehot = kept[part].to(wide)[:, None]
-            exponentials.mul_(scale * onehot).scatter_add_(1, safe[part], -onehot)
-            if values.dtype != logits.dtype:
-                logits[part] = exponentials
-    lse = lse[:, 0]
-    losses = torch.where(kept, lse - picked[:, 0] + z_loss * lse.square(), 0.0)
+        torch.gather(logits[part], 1, safe[part], out=narrow_picked[part])
+        lse[part] = _softmax_rows(logits[part], kept[part, None], z_loss, want_gradient)
+    picked = narrow_picked.to(wide)
+    if want_gradient:
+        # Where the softmax is near 1 its difference from 1 is not to be rounded before.
+        target = torch.exp(picked - lse) * (1.0 + 2.0 * z_loss * lse) - 1.0
+        logits[torch.arange(tokens, device=logits.device), safe[:, 0]] = (target[:, 0] * kept).to(logits.dtype)
+    losses = torch.where(kept, (lse - picked)[:, 0] + z_loss * lse[:, 0].square(), 0.0)
     return losses, logits if want_gradient else None
+
+
+@fusable
+def _softmax_rows(logits: torch.Tensor, kept: torch.Tensor, z_loss: float, want_gradient: bool) -> torch.Tensor:
+    """log Σ exp of rows (t, v), (t, 1); the rows become softmax · (1 + 2 z_loss lse), or 0 where not `kept` (t, 1)."""
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    largest = logits.amax(dim=-1, keepdim=True).to(wide)
+    exponentials = (logits.to(wide) - largest).exp_()
+    total = exponentials.sum(dim=-1, keepdim=True)
+    lse = total.log() + largest
+    if want_gradient:
+        logits.copy_(exponentials.mul_((1.0 + 2.0 * z_loss * lse) * kept / total))
+    return lse
 
 
 def losses_and_gradients(

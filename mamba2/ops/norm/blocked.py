@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from mamba2.ops.device import block_elements
+from mamba2.ops.fusion import fusable, is_fused
 from mamba2.ops.norm.reference import add_rms_norm_reference, gated_rms_norm_reference
 
 
@@ -43,7 +44,7 @@ def gated_rms_norm_blocked(
 
 def _blocks(rows: torch.Tensor) -> list[slice]:
     """Blocks of rows (t, d)."""
-    size = max(1, block_elements(rows.device) // rows.shape[1])
+    size = max(1, block_elements(rows.device) * (8 if is_fused() else 1) // rows.shape[1])
     return [slice(start, start + size) for start in range(0, rows.shape[0], size)]
 
 
@@ -115,6 +116,34 @@ norm_op.register_autograd(
 )
 
 
+@fusable
+def _gate_and_norm(y: torch.Tensor, x: torch.Tensor, z: torch.Tensor, weight: torch.Tensor, eps: float) -> None:
+    """Write `y` (t, d) from x and z (t, d) and weight (g, d / g)."""
+    u = F.silu(z.to(weight.dtype)).mul_(x).unflatten(1, weight.shape)
+    y.copy_(u.mul_(_inverse_rms(u, eps)).mul_(weight).flatten(1))
+
+
+@fusable
+def _gated_gradients(
+    dx: torch.Tensor,  # (t, d), written
+    dz: torch.Tensor,  # (t, d), written
+    dy: torch.Tensor,  # (t, d)
+    x: torch.Tensor,  # (t, d)
+    z: torch.Tensor,  # (t, d)
+    weight: torch.Tensor,  # (g, d / g)
+    eps: float,
+) -> torch.Tensor:
+    """The rows' share of the gradient of weight, (g, d / g)."""
+    x, z, dy = (tensor.to(weight.dtype) for tensor in (x, z, dy))
+    gate = F.silu(z)
+    u = (x * gate).unflatten(1, weight.shape)
+    du, dweight = _norm_backward(dy.unflatten(1, weight.shape), u, weight, eps)
+    du = du.flatten(1)
+    dx.copy_(gate.mul_(du))
+    dz.copy_(torch.ops.aten.silu_backward(du.mul_(x), z))
+    return dweight
+
+
 @torch.library.custom_op("mamba2::gated_rms_norm_blocked", mutates_args=())
 def gated_op(x: torch.Tensor, z: torch.Tensor, weight: torch.Tensor, eps: float, ngroups: int) -> torch.Tensor:
     """weight · u / rms(u) per group, u = x · silu(z), (..., d) in x's dtype."""
@@ -122,8 +151,7 @@ def gated_op(x: torch.Tensor, z: torch.Tensor, weight: torch.Tensor, eps: float,
     d, scale = x.shape[-1], weight.to(_wide(x)).view(ngroups, -1)
     rows, gates, results = x.reshape(-1, d), z.reshape(-1, d), y.view(-1, d)
     for block in _blocks(rows):
-        u = F.silu(gates[block].to(scale.dtype)).mul_(rows[block]).unflatten(1, (ngroups, -1))  # (t, g, d / g)
-        results[block] = u.mul_(_inverse_rms(u, eps)).mul_(scale).flatten(1)
+        _gate_and_norm(results[block], rows[block], gates[block], scale, eps)
     return y
 
 
@@ -141,14 +169,8 @@ def gated_backward_op(
     dweight = torch.zeros_like(scale)
     rows, gates, drows = (t.reshape(-1, d) for t in (x, z, dy))
     for block in _blocks(rows):
-        values, before = rows[block].to(scale.dtype), gates[block].to(scale.dtype)
-        gate = F.silu(before)
-        u = (values * gate).unflatten(1, (ngroups, -1))  # (t, g, d / g)
-        du, part = _norm_backward(drows[block].to(scale.dtype).unflatten(1, (ngroups, -1)), u, scale, eps)
-        dweight += part
-        du = du.flatten(1)
-        dx.view(-1, d)[block] = gate.mul_(du)
-        dz.view(-1, d)[block] = torch.ops.aten.silu_backward(du.mul_(values), before)
+        results = dx.view(-1, d)[block], dz.view(-1, d)[block]
+        dweight += _gated_gradients(*results, drows[block], rows[block], gates[block], scale, eps)
     return dx, dz, dweight.flatten().to(weight.dtype)
 
 
