@@ -39,7 +39,6 @@ SPACES_SPLIT = (
 
 # Stands between documents that are encoded together; tiktoken gives it the id of end of text.
 SEPARATOR = "<|end of document|>"
-SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class Tokenizer:
@@ -106,8 +105,11 @@ class Tokenizer:
         """
         joined = "".join(self._normalise(text) + SEPARATOR for text in texts)
         plain = joined.count(SEPARATOR) == len(texts) and not (self._atoms and self._atoms.search(joined))
-        if plain and not SURROGATE.search(joined):
-            return self._encoding.encode_to_numpy(joined, allowed_special={SEPARATOR}, disallowed_special=())
+        if plain:
+            try:
+                return self._encoding.encode_to_numpy(joined, allowed_special={SEPARATOR}, disallowed_special=())
+            except UnicodeEncodeError:
+                pass  # a lone surrogate, which `encode` replaces
         return np.array([i for text in texts for i in (*self.encode(text), self.eot_id)], dtype=np.uint32)
 
     def _normalise(self, text: str) -> str:

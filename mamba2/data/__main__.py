@@ -42,12 +42,14 @@ def main() -> None:
     if args.workers is not None and args.workers < 1:
         parser.error(f"--workers must be at least 1, not {args.workers}")
 
+    output = Path(args.output)
+    if Path(args.source).is_dir() and output.resolve().is_relative_to(Path(args.source).resolve()):
+        raise ValueError(f"{output} lies inside the source {args.source}, which it would change; choose another place")
     tokenizer = None if args.tokenizer is None else get_tokenizer(args.tokenizer)
     sources = {"train": open_source(args.source, args.split, args.config, args.revision)}
     if validation := find_validation(args):
         sources["val"] = validation
     plan = Plan(sources, tokenizer, args.validation_share or 0.0, args.validation_documents or 0)
-    output = Path(args.output)
     started = time.perf_counter()
     prepare(output, plan, args.workers)
     seconds = time.perf_counter() - started
