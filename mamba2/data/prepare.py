@@ -194,6 +194,7 @@ def _make(work: Path, plan: Plan, workers: int) -> None:
     state = _read_journal(work, plan)
     with ExitStack() as stack:
         files = {name: stack.enter_context(TokenFile(work, name, state.files[name], plan.dtype)) for name in plan.files}
+        _commit(work, plan, state, files)  # from here on the folder says whose it is
         for stage, source in list(enumerate(plan.sources.values()))[state.stage :]:
             if stage > state.stage:
                 state.stage, state.place, state.seen, state.read = stage, (0, 0), 0, 0
@@ -404,8 +405,10 @@ def _commit(work: Path, plan: Plan, state: State, files: dict[str, TokenFile]) -
 
 
 def _read_journal(work: Path, plan: Plan) -> State:
-    """The state to go on from; the beginning if there is no journal."""
+    """The state to go on from; the beginning, in an emptied folder, if there is no journal."""
     if not (work / JOURNAL).exists():
+        for file in work.iterdir():
+            file.unlink()
         return State(files={name: {"tokens": 0, "documents": 0, "largest": 0} for name in plan.files})
     content = json.loads((work / JOURNAL).read_text(encoding="utf-8"))
     if content.pop("plan") != plan.record():

@@ -472,6 +472,35 @@ def test_the_work_of_another_source_or_tokenizer_is_not_touched(tmp_path, monkey
     assert "train.bin" in contents(make(tmp_path, file))
 
 
+def test_progress_counts_the_bytes_of_files(tmp_path, monkeypatch):
+    file = write_jsonl(tmp_path / "a.jsonl", texts_of(50))
+    bars = []
+
+    class Bar:
+        def __init__(self, total, initial, **_):
+            self.total, self.n = total, initial
+            bars.append(self)
+
+        def update(self, n):
+            self.n += n
+
+        def close(self):
+            pass
+
+    monkeypatch.setattr(module, "tqdm", Bar)
+    make(tmp_path, file)
+    assert bars[0].total == bars[0].n == file.stat().st_size
+
+
+def test_what_was_left_without_a_journal_is_not_taken_over(tmp_path):
+    file = write_jsonl(tmp_path / "a.jsonl", ["one"])
+    work = tmp_path / ".out.preparing"
+    work.mkdir()
+    for name in ("train.bin", "val.bin", "other"):
+        (work / name).write_bytes(b"left over")
+    assert contents(make(tmp_path, file)) == contents(make(tmp_path, file, "expected"))
+
+
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     file = write_jsonl(tmp_path / "a.jsonl", ["one"])
     with pytest.raises(OSError, match="/proc/"):
