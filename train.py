@@ -42,7 +42,11 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--model-path", nargs="+", help="folder of a model from init.py, or several")
-    add("--dataset-path", default=STDLIB, help="see mamba2/data.py for what it takes [the Python standard library]")
+    add(
+        "--dataset-path",
+        default=STDLIB,
+        help="see mamba2/data for what it takes [the Python standard library]",
+    )
     add("--output-dir", help="where the results go")
     add("--batch-size", type=int, default=58, help="windows at a time [58]")
     add("--gradient-accumulation-steps", type=int, default=17, help="batches per step [17]")

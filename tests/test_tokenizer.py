@@ -154,6 +154,24 @@ def test_a_lone_surrogate_counts_as_the_replacement_character(name):
     assert tokenizer.decode(tokenizer.encode("a\ud800b")) == "a\ufffdb"
 
 
+DOCUMENTS = [
+    "a  b",
+    "\u0338 begins with a mark that would join",
+    "<|end of document|>",
+    "x<|padding|>  y",
+    "b\ud800",
+    " " * 49,
+]
+
+
+@pytest.mark.parametrize("documents", [DOCUMENTS, DOCUMENTS[:2], *([text] for text in DOCUMENTS), []])
+@pytest.mark.parametrize("name", ["bytes", "gpt2", "gpt-neox-20b"])
+def test_documents_encoded_together_get_the_ids_of_each(name, documents):
+    tokenizer = get_tokenizer(name)
+    expected = [i for text in documents for i in (*tokenizer.encode(text), tokenizer.eot_id)]
+    assert tokenizer.encode_documents(documents).tolist() == expected
+
+
 def test_an_unknown_id_is_named():
     with pytest.raises(ValueError, match="id 300 is not in the vocabulary of bytes"):
         get_tokenizer("bytes").decode([65, 300])

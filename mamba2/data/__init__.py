@@ -1,0 +1,41 @@
+"""Text to documents, documents to files of tokens, tokens to batches.
+
+    python -m mamba2.data SOURCE --tokenizer gpt-neox-20b --output FOLDER       prepare once,
+    python train.py --dataset-path FOLDER ...                                   train as often as wanted
+    python train.py --dataset-path SOURCE ...                                   or both at once, through the cache
+
+A SOURCE is one of
+    stdlib                      the source of the Python standard library that runs this: real text on every machine
+    a .txt, .jsonl, .json or .parquet file (text and JSON also .gz or .zst), or a folder of them; each text file is one
+                                document, and a file's or folder's name says its split (train, validation, val, test)
+    a folder laid out as the hub's, NAME/CONFIG/SPLIT-*.parquet
+    a folder written by `datasets`' save_to_disk
+    NAME or NAME:CONFIG         a data set of the hub
+with the column `text`, or `input_ids` that are taken as they are. Besides, --dataset-path takes as they are
+    FOLDER                      from `python -m mamba2.data`: train.bin, val.bin, where documents start, tokens.json
+    a .bin file, or a folder with train.bin and val.bin     of nanoGPT (uint16)
+    a folder with *_train_*.bin and *_val_*.bin             shards of llm.c and modded-nanogpt (gpt2)
+
+Documents are encoded, each followed by end-of-text, into one flat file, and cut into windows of T + 1 tokens that start
+every T tokens. A new document inside a window starts with an empty state (`seq_idx`).
+"""
+
+from mamba2.data.load import load_tokens, load_validation
+from mamba2.data.prepare import Plan, prepare
+from mamba2.data.sources import STDLIB, VALIDATION_SPLITS, open_source, read_documents, wikitext_articles
+from mamba2.data.tokens import Tokens
+from mamba2.data.windows import Windows
+
+__all__ = [
+    "STDLIB",
+    "VALIDATION_SPLITS",
+    "Plan",
+    "Tokens",
+    "Windows",
+    "load_tokens",
+    "load_validation",
+    "open_source",
+    "prepare",
+    "read_documents",
+    "wikitext_articles",
+]

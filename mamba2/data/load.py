@@ -1,0 +1,43 @@
+"""From what --dataset-path names to tokens: as they are, or prepared once into the cache."""
+
+import hashlib
+import os
+from pathlib import Path
+
+from mamba2.data.foreign import find_files, open_foreign
+from mamba2.data.prepare import Plan, prepare
+from mamba2.data.sources import VALIDATION_SPLITS, fingerprint, open_source
+from mamba2.data.tokens import SIDECAR, Tokens, open_tokens
+from mamba2.tokenizer import Tokenizer
+
+
+def load_tokens(source: str | os.PathLike, split: str, tokenizer: Tokenizer | None) -> Tokens:
+    """Tokens of a split: of a prepared folder or others' token files by memory map; else from the cache if the source
+    has not changed, else encoded now.
+
+    The cache is $MAMBA2_CACHE, by default ~/.cache/mamba2. Encoding streams: memory does not grow with the source.
+    Raises ValueError when the split is empty, was made with another tokenizer, or holds text and `tokenizer` is None.
+    """
+    path = Path(source)
+    if (path / SIDECAR).is_file():
+        return open_tokens(path, split, tokenizer)
+    cache = Path(os.environ.get("MAMBA2_CACHE") or Path.home() / ".cache" / "mamba2")
+    if files := find_files(path, split):
+        return open_foreign(files, cache, tokenizer)
+    identity = "none" if tokenizer is None else tokenizer.identity
+    key = "\n".join(["tokens 2", split, identity, fingerprint(source)])
+    folder = cache / hashlib.sha256(key.encode()).hexdigest()[:24]
+    if not folder.exists():
+        prepare(folder, Plan({split: open_source(source, split)}, tokenizer), wait=True)
+    return open_tokens(folder, split, tokenizer)
+
+
+def load_validation(source: str | os.PathLike, tokenizer: Tokenizer | None) -> Tokens | None:
+    """Tokens of the first of the splits validation, val, test that the source has, or None."""
+    for split in VALIDATION_SPLITS:
+        try:
+            return load_tokens(source, split, tokenizer)
+        except ValueError as error:
+            if "has no split" not in str(error):
+                raise
+    return None
