@@ -21,13 +21,13 @@ Both libraries choose by the number of multiprocessors: 1 stands for a training 
 this one sequence alone on an H100. Loss and gradient of logits are counted on a few rows: they have no state.
 """
 
+import dataclasses
 import importlib
 import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
 from unittest import mock
 
 import torch
@@ -36,10 +36,11 @@ TOKENS, D_MODEL, D_INNER, GROUPS, D_STATE, HEADS, WIDTH = 512, 256, 768, 8, 142,
 SPLITS = (D_INNER, GROUPS * D_STATE, GROUPS * D_STATE)  # of the convolution's result: x, B, C
 CONV = sum(SPLITS)
 VOCABULARY, LOSS_TOKENS = 50280, 8
+RECOMPUTED = "mamba2-rs"  # Mamba2Mixer.recompute_scan
 EPS = 1e-5
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Case:
     """One op on its inputs, to be run forward and backward."""
 
@@ -50,7 +51,7 @@ class Case:
     reread: Callable[[tuple[torch.Tensor, ...]], tuple[torch.Tensor, ...]]
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Cost:
     """Of one pass, per token."""
 
@@ -271,7 +272,7 @@ def print_traffic() -> None:
         print(f"{title:44} {numbers}", flush=True)
 
     for count in (1, 132):
-        block = {who: {"forward": [], "backward": []} for who in ("mamba2", "mamba-ssm")}
+        block = {who: {"forward": [], "backward": []} for who in ("mamba2", RECOMPUTED, "mamba-ssm")}
         kept_by = dict.fromkeys(block, 0.0)
         for who, case in (
             ("mamba2", add_norm_case()),
@@ -290,8 +291,14 @@ def print_traffic() -> None:
             if case.name == "conv":
                 at_floor = [Cost(1, cost.floor, cost.floor, cost.floor) for cost in (forward, backward)]
                 block["mamba-ssm"]["forward"].append(at_floor[0])
-                again = Cost(1, at_floor[0].dram, at_floor[0].dram, 0.0)
-                block["mamba-ssm"]["backward"] += [at_floor[1], again]
+                block["mamba-ssm"]["backward"] += [at_floor[1], dataclasses.replace(at_floor[0], floor=0.0)]
+            if who == "mamba2":
+                block[RECOMPUTED]["forward"].append(forward)
+                block[RECOMPUTED]["backward"].append(backward)
+                if case.name in ("conv", "ssd"):
+                    block[RECOMPUTED]["backward"].append(dataclasses.replace(forward, floor=0.0))
+                # Of the SSD's inputs dt alone is not made again from the convolution's.
+                kept_by[RECOMPUTED] += 2 * HEADS if case.name == "ssd" else kept
         # in_proj's output, y and the stream; in_proj's input is the product's own.
         kept_by["mamba-ssm"] = 2 * (2 * D_INNER + CONV + HEADS) + 4 * D_MODEL
         for who, parts in block.items():

@@ -1,12 +1,13 @@
 """What one training step of the study's model costs, beside other implementations.
 
-    python -m benchmarks.train_step              # the table: about ten minutes on two cores
-    python -m benchmarks.train_step --quick      # batch 1, length 1024, fewer repetitions
-    python -m benchmarks.train_step --compile    # adds bf16 under torch.compile: minutes of compilation
+    python -m benchmarks.train_step                # the table: about ten minutes on two cores
+    python -m benchmarks.train_step --quick        # batch 1, length 1024, fewer repetitions
+    python -m benchmarks.train_step --no-compile   # without a C++ compiler
 
 A step is forward, backward and AdamW, on random ids. Each contender runs in its own process, which reports its best
 step and its largest resident memory (on a GPU: the allocator's peak). Share of peak: FLOPs of the model (config.py's
-count, the same for every contender) by time, over the best matrix product measured in the same dtype.
+count, the same for every contender) by time, over the best matrix product measured in the same dtype. "compiled": on a
+processor `mamba2.ops.fusion.fuse`, on a GPU torch.compile of the model.
 """
 
 import argparse
@@ -26,7 +27,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from mamba2.config import Mamba2Config
+from mamba2.host_memory import keep_freed_memory
 from mamba2.model import Mamba2LM
+from mamba2.ops.fusion import fuse
 from mamba2.training import autocast, choose_device, make_optimizer
 
 CONFIG = Path(__file__).parent.parent / "configs" / "config.json"
@@ -146,7 +149,8 @@ CONTENDERS = {
     "minimal": Contender("minimal PyTorch, float32", build_minimal),
     "ours": Contender("mamba2, float32", build_ours),
     "ours-bf16": Contender("mamba2, bf16 autocast", build_ours, torch.bfloat16),
-    "ours-bf16-compiled": Contender("mamba2, bf16, torch.compile", build_ours, torch.bfloat16, compile=True),
+    "ours-compiled": Contender("mamba2, float32, compiled", build_ours, compile=True),
+    "ours-bf16-compiled": Contender("mamba2, bf16, compiled", build_ours, torch.bfloat16, compile=True),
 }
 
 
@@ -159,8 +163,13 @@ def measure(contender: Contender, batch: int, length: int, seconds: float) -> di
     device, config = choose_device(), Mamba2Config.from_json(CONFIG)
     model, loss_of = contender.build(config)
     model.to(device).train()
+    if contender.build is build_ours:
+        keep_freed_memory()  # as train.py does
     if contender.compile:
-        loss_of = torch.compile(loss_of)
+        if device.type == "cpu":
+            fuse()
+        else:
+            loss_of = torch.compile(loss_of)
     optimizer = make_optimizer(model, 1e-4, (0.9, 0.95), 0.1)
     ids = torch.randint(config.vocab_size, (batch, length + 1), device=device)
 
@@ -224,7 +233,7 @@ def in_a_process(*arguments: object) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="batch 1 at length 1024 alone, fewer repetitions")
-    parser.add_argument("--compile", action="store_true", help="also bf16 under torch.compile")
+    parser.add_argument("--no-compile", action="store_true", help="leave out what needs a compiler")
     parser.add_argument(
         "--threads", type=int, default=None, help="of torch, in every process; torch's own choice if left out"
     )
@@ -250,7 +259,7 @@ def main() -> None:
     print(f"matrix products: {', '.join(f'{name} {peak / 1e9:,.0f} GFLOP/s' for name, peak in peaks.items())}")
     print(f"model: {config.num_parameters():,} parameters, {flops / 1e6:.0f} MFLOP per token and step\n")
     seconds = 5.0 if args.quick else 15.0
-    names = [name for name in CONTENDERS if args.compile or not CONTENDERS[name].compile]
+    names = [name for name in CONTENDERS if not (args.no_compile and CONTENDERS[name].compile)]
     print(f"{'':30}{'batch':>6}{'length':>8}{'tokens/s':>10}{'ratio':>8}{'memory':>10}{'of peak':>9}", flush=True)
     speeds: dict[tuple[str, int, int], float] = {}
     for batch, length in ((1, 1024),) if args.quick else ((1, 1024), (4, 1024), (1, 16384)):

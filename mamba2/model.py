@@ -76,6 +76,7 @@ class Mamba2Mixer(nn.Module):
     def __init__(self, config: Mamba2Config):
         super().__init__()
         self.config = config
+        self.recompute_scan = False
         widths = config.d_inner, config.conv_dim, config.num_heads
         self.in_proj = SplitLinear(config.hidden_size, widths, bias=config.use_bias)
         self.conv1d = Parameters(config.conv_dim, 1, config.conv_kernel, bias=config.use_conv_bias)
@@ -90,8 +91,25 @@ class Mamba2Mixer(nn.Module):
     ) -> tuple[torch.Tensor, MixerState]:
         """Mix u (b, l, d) along the sequence, starting from `state` (zeros if None). Returns (b, l, d), new state."""
         cfg = self.config
-        bc = cfg.n_groups * cfg.state_size
         z, xBC, dt = self.in_proj(u)  # (b, l, d_inner), (b, l, d_inner + 2 g n), (b, l, h)
+        if self.training and self.recompute_scan:
+            y, state = checkpoint(self.scan, xBC, dt, seq_idx, state, use_reentrant=False)
+        else:
+            y, state = self.scan(xBC, dt, seq_idx, state)
+        # Each group is normalised by itself, in training and evaluation alike.
+        y = gated_rms_norm(y, z, self.norm.weight, cfg.layer_norm_epsilon, ngroups=cfg.n_groups)
+        return self.out_proj(y), state
+
+    def scan(
+        self,
+        xBC: torch.Tensor,  # (b, l, d_inner + 2 g n)
+        dt: torch.Tensor,  # (b, l, h)
+        seq_idx: torch.Tensor | None,
+        state: MixerState | None,
+    ) -> tuple[torch.Tensor, MixerState]:
+        """All that looks along the sequence: convolution and SSD. Returns (b, l, d_inner), new state."""
+        cfg = self.config
+        bc = cfg.n_groups * cfg.state_size
         (x, B, C), conv_state = causal_conv1d(
             xBC,
             self.conv1d.weight.squeeze(1),
@@ -116,9 +134,7 @@ class Mamba2Mixer(nn.Module):
             dt_limit=cfg.time_step_limit,
             return_final_states=True,
         )
-        # Each group is normalised by itself, in training and evaluation alike.
-        y = gated_rms_norm(y.flatten(-2), z, self.norm.weight, cfg.layer_norm_epsilon, ngroups=cfg.n_groups)
-        return self.out_proj(y), MixerState(conv_state, ssm_state)
+        return y.flatten(-2), MixerState(conv_state, ssm_state)
 
 
 class Mamba2Block(nn.Module):
@@ -181,6 +197,8 @@ class Mamba2LM(nn.Module):
 
     Attributes:
         config: the Mamba2Config, which also records how dt_bias was initialised.
+        backbone.layers[i].mixer.recompute_scan: keep the inputs of convolution and SSD alone and compute both again in
+            the backward pass: little more than half of the activations, for a few percent of the time.
         backbone.checkpoint_every: activation checkpointing. 0 keeps all activations; k recomputes every k-th block in
             the backward pass (1: every block), which trades time for memory.
     """

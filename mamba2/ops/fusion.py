@@ -28,10 +28,14 @@ def fusable(function: Callable) -> Callable:
 
     Each set of shapes is compiled by itself; after as many as `SHAPES`, others run as written.
     """
-    compiled = torch.compile(function, dynamic=False, recompile_limit=SHAPES)
+
+    @functools.cache
+    def compiled() -> Callable:
+        # Not before it is asked for: the compiler takes a second and a tenth of a gigabyte to import.
+        return torch.compile(function, dynamic=False, recompile_limit=SHAPES)
 
     @functools.wraps(function)
     def call(*args):
-        return (compiled if _fused else function)(*args)
+        return (compiled() if _fused else function)(*args)
 
     return call
