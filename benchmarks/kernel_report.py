@@ -1,6 +1,6 @@
 """What the kernels of ssd cost, without a GPU: traffic counted in the interpreter, resources read off compilations.
 
-    python -m benchmarks.kernel_report                        both tables, some minutes
+    python -m benchmarks.kernel_report                        both tables, then `benchmarks.block_report`: some minutes
     python -m benchmarks.kernel_report --traffic [SHAPE …]    the first
     python -m benchmarks.kernel_report --resources [SHAPE …]  the second; exit code 1 if a kernel spills, asks for more
                                                               shared memory than the device has, or multiplies without
@@ -58,8 +58,8 @@ def main() -> None:
         print(flush=True)
         # Kernels decorated under the interpreter cannot be compiled: that needs a process of its own.
         environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-        command = [sys.executable, "-m", "benchmarks.kernel_report", "--resources"]
-        sys.exit(subprocess.run(command, env=environment).returncode)
+        reports = (["benchmarks.kernel_report", "--resources"], ["benchmarks.block_report"])
+        sys.exit(max(subprocess.run([sys.executable, "-m", *report], env=environment).returncode for report in reports))
 
 
 def make_arguments(

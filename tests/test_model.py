@@ -214,6 +214,30 @@ def test_activation_checkpointing_changes_no_gradient_and_recomputes(every):
     assert calls == [3, 3 + len(range(0, 3, every))]
 
 
+def test_recomputing_the_scan_changes_no_gradient_and_leaves_the_projections_alone(monkeypatch):
+    ids = torch.arange(80).view(2, 40) % 61
+    gradients, calls = [], []
+    for recompute in (False, True):
+        model = Mamba2LM(small_config())
+        count = {"scan": 0, "in_proj": 0}
+        for layer in model.backbone.layers:
+            layer.mixer.recompute_scan = recompute
+
+            def scan(*args, count=count, original=layer.mixer.scan):
+                count["scan"] += 1
+                return original(*args)
+
+            monkeypatch.setattr(layer.mixer, "scan", scan)
+            layer.mixer.in_proj.register_forward_hook(
+                lambda *_, count=count: count.__setitem__("in_proj", count["in_proj"] + 1)
+            )
+        model(ids, ids.roll(-1, dims=1)).backward()
+        gradients.append([p.grad for p in model.parameters()])
+        calls.append(count)
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+    assert calls == [{"scan": 3, "in_proj": 3}, {"scan": 6, "in_proj": 3}]
+
+
 def test_autocast_keeps_the_stream_the_state_and_the_loss_in_float32():
     model = Mamba2LM(small_config())
     ids = torch.arange(80).view(2, 40) % 61
