@@ -220,7 +220,7 @@ def main() -> None:
         raise ValueError("--interactive carries one text on: --samples must be 1")
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = get_tokenizer(args.tokenizer) if args.tokenizer else load_tokenizer(args.model)
-    model = Mamba2LM.from_pretrained(args.model, device).to(getattr(torch, args.dtype)).eval()
+    model = Mamba2LM.from_pretrained(args.model, device, getattr(torch, args.dtype)).eval()
     sampling = Sampling(
         repetition_penalty=args.repetition_penalty,
         temperature=0.0 if args.greedy else args.temperature,

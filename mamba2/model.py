@@ -404,9 +404,11 @@ class Mamba2LM(nn.Module):
     # ---------------------------------------------------------------------------------------------------------- storage
 
     @classmethod
-    def from_pretrained(cls, path: str | os.PathLike, device: str | torch.device = "cpu") -> Self:
-        """Load a model folder (see `mamba2.checkpoint.read_model` for the layouts and the errors), in float32."""
-        config, tensors = read_model(path)
+    def from_pretrained(
+        cls, path: str | os.PathLike, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+    ) -> Self:
+        """Load a model folder (see `mamba2.checkpoint.read_model` for the layouts and the errors)."""
+        config, tensors = read_model(path, dtype)
         with torch.device("meta"):
             model = cls(config)
         model.load_state_dict(tensors, strict=True, assign=True)

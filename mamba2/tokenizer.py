@@ -37,6 +37,8 @@ class Tokenizer:
         identity: equal for tokenizers that give equal ids: the built-in's name, or the file's sha256.
         vocab_size: one more than the largest id. A model may have more rows (GPT-NeoX: 50 277 ids, 50 280 rows).
         eot_id: the id that ends a document.
+        tokens: the bytes of each id; extra: the id of each token that is not the result of merging.
+        nfc: whether text is normalised to NFC first.
     """
 
     def __init__(
@@ -54,17 +56,19 @@ class Tokenizer:
         taken out of the text before, or that stands in no text at all (end of text)."""
         extra = extra or {}
         self.name, self.identity, self.eot_id, self.file = name, identity, eot_id, file
-        self._nfc = nfc
+        self.nfc = nfc
         self._encoding = tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
-        self._bytes = {i: token for token, i in (ranks | extra).items()}
-        self.vocab_size = max(*self._bytes, eot_id) + 1
+        # Some bytes have two ids: a run of spaces can be merged, which no text comes to, but a model may draw it.
+        self.extra = extra
+        self.tokens = {i: token for some in (ranks, extra) for token, i in some.items()}
+        self.vocab_size = max(*self.tokens, eot_id) + 1
         atoms = sorted((t.decode() for t, i in extra.items() if i != eot_id), key=len, reverse=True)
         self._atoms = re.compile("|".join(map(re.escape, atoms))) if atoms else None
         self._atom_ids = {token.decode(): i for token, i in extra.items()}
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, nothing added. A lone surrogate, which UTF-8 cannot hold, counts as U+FFFD."""
-        if self._nfc and not text.isascii():
+        if self.nfc and not text.isascii():
             text = unicodedata.normalize("NFC", text)
         if self._atoms is None:
             return self._encoding.encode_ordinary(text)
@@ -82,7 +86,7 @@ class Tokenizer:
     def decode_bytes(self, ids: list[int]) -> bytes:
         """The bytes behind `ids`; end of text is the empty string. Raises ValueError naming an id that is unknown."""
         try:
-            return b"".join(b"" if i == self.eot_id else self._bytes[i] for i in map(int, ids))
+            return b"".join(b"" if i == self.eot_id else self.tokens[i] for i in map(int, ids))
         except KeyError as error:
             raise ValueError(f"id {error.args[0]} is not in the vocabulary of {self.name}") from None
 
@@ -97,7 +101,7 @@ class ByteTokenizer(Tokenizer):
     def __init__(self):
         self.name = self.identity = "bytes"
         self.eot_id, self.vocab_size, self.file = 256, 257, None
-        self._bytes = {i: bytes([i]) for i in range(256)}
+        self.extra, self.nfc, self.tokens = {}, False, {i: bytes([i]) for i in range(256)}
 
     def encode(self, text: str) -> list[int]:
         """The bytes of `text`; a lone surrogate counts as U+FFFD, as in the other tokenizers."""

@@ -154,6 +154,12 @@ def test_a_lone_surrogate_counts_as_the_replacement_character(name):
     assert tokenizer.decode(tokenizer.encode("a\ud800b")) == "a\ufffdb"
 
 
+@pytest.mark.parametrize("name", ["bytes", "gpt2", "gpt-neox-20b"])
+def test_every_id_has_its_bytes(name):
+    tokenizer = get_tokenizer(name)
+    assert all(tokenizer.decode_bytes([i]) or i == tokenizer.eot_id for i in range(tokenizer.vocab_size))
+
+
 def test_an_unknown_id_is_named():
     with pytest.raises(ValueError, match="id 300 is not in the vocabulary of bytes"):
         get_tokenizer("bytes").decode([65, 300])
