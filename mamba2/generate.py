@@ -90,13 +90,12 @@ def make_decoder(model: Mamba2LM, state: list[MixerState]) -> Decoder | GraphDec
     """What advances `state` fastest: prepared buffers on a processor, a CUDA graph on a GPU. MAMBA2_BACKEND=reference
     asks for the readable form."""
     weight = model.lm_head.weight
-    if choose_backend(weight, ("reference", "torch", "triton")) == "reference" or torch.is_autocast_enabled(
-        weight.device.type
-    ):
+    backend = choose_backend(weight, ("reference", "torch", "triton"))
+    if backend == "reference" or torch.is_autocast_enabled(weight.device.type):
         return PlainDecoder(model, state)
     if weight.is_cuda:
         return GraphDecoder(model, state)
-    return Decoder(model, state)
+    return Decoder(model, state) if backend == "torch" else PlainDecoder(model, state)
 
 
 @torch.no_grad()

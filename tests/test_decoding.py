@@ -81,12 +81,18 @@ def test_other_dtypes_decode_too(dtype, batch):
     assert decoder.state()[0].ssm.dtype == torch.promote_types(dtype, torch.float32)
 
 
-def test_the_readable_form_serves_where_it_is_asked_for(monkeypatch):
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_the_form_that_is_asked_for_serves(monkeypatch, backend):
     model = make_model()
-    _, state = model.prefill(random_ids(model, 1, 3))
+    ids = random_ids(model, 2, 8)
+    with torch.no_grad():
+        expected = model(ids)
+    _, state = model.prefill(ids[:, :5])
     assert isinstance(make_decoder(model, state), Decoder)
-    monkeypatch.setenv("MAMBA2_BACKEND", "reference")
-    assert isinstance(make_decoder(model, state), PlainDecoder)
+    monkeypatch.setenv("MAMBA2_BACKEND", backend)
+    decoder = make_decoder(model, state)
+    assert isinstance(decoder, PlainDecoder)
+    assert all(relative_error(decoder.step(ids[:, t]), expected[:, t]) < 1e-5 for t in range(5, 8))
 
 
 @pytest.mark.parametrize("segment", [1, 2, 7, 64])

@@ -11,8 +11,10 @@ import torch
 
 from mamba2.ops.backend import choose_backend
 from mamba2.ops.step.reference import causal_conv1d_step_reference, ssd_step_reference
+from mamba2.ops.step.triton_op import ssd_step_triton
 
-IMPLEMENTATIONS = {"reference": ssd_step_reference, "torch": ssd_step_reference}
+# Token by token the plain form is also the one that runs; `mamba2.decoder` has a faster one for a whole model.
+IMPLEMENTATIONS = {"reference": ssd_step_reference, "torch": ssd_step_reference, "triton": ssd_step_triton}
 
 
 @torch.no_grad()
@@ -36,7 +38,7 @@ def ssd_step(
         x: (b, h, p); dt: (b, h) before bias and activation; B, C: (b, g, n).
         A, D, z, dt_bias, dt_softplus, dt_limit: as in `mamba2.ops.ssd`, z being (b, h, p).
 
-    Raises ValueError naming the argument whose shape does not fit.
+    Raises ValueError naming the argument whose shape does not fit, or dtype where the backend is Triton.
     """
     if x.dim() != 3 or 0 in x.shape or B.dim() != 3 or 0 in B.shape:
         raise ValueError(f"x must be (batch, nheads, headdim) and B (batch, ngroups, d_state), not {_shapes(x, B)}")
