@@ -1,12 +1,11 @@
 """Token after token on a processor, at the speed at which the weights can be read.
 
 `Mamba2LM.step` is bound by starting operations. Here everything is laid out beforehand, and a layer is two dozen
-operations on buffers that stay in cache:
+operations on buffers that stay in cache, each between views that were made once:
 
 - Weights stay where they are and are multiplied by vectors with `bmm` over a few equal pieces of their rows, which
   threads share (the gemv behind `mv` and `linear` runs on one); in bfloat16 a copy in oneDNN's own order is kept.
-- The convolution's window is a ring of in_proj's last K outputs. A token overwrites the oldest, and the weights turn
-  with it: nothing is moved. One more row holds ones and stands for the bias.
+- The convolution's window is a ring of in_proj's last K outputs: a token overwrites the oldest, nothing is moved.
 - The SSM state is (b, g, n, r p), r = h / g heads of a group side by side, so that reading it is a product of a row
   vector by a matrix, which streams. Steps and decays are laid out along r p as well.
 """
@@ -30,25 +29,26 @@ class Decoder:
     @torch.no_grad()
     def __init__(self, model: Mamba2LM, state: list[MixerState]):
         """Start from `state` (as `Mamba2LM.prefill` returns it), which is copied."""
-        cfg = model.config
-        self.batch = len(state[0].ssm)
+        cfg, b = model.config, len(state[0].ssm)
         self.embeddings = model.backbone.embeddings.weight.detach()
         head = model.lm_head.weight.detach()
-        self.dtype, wide = head.dtype, torch.promote_types(head.dtype, torch.float32)
-        self.stream_dtype = wide if cfg.residual_in_fp32 else self.dtype
+        wide = torch.promote_types(head.dtype, torch.float32)
+        self.stream = head.new_empty(b, cfg.hidden_size, dtype=wide if cfg.residual_in_fp32 else head.dtype)
         layers = zip(model.backbone.layers, state, strict=True)
-        self.layers = [_BlockDecoder(layer, layer_state, wide) for layer, layer_state in layers]
-        self.norm_f = _Norm(model.backbone.norm_f.weight, self.batch, 1, cfg.layer_norm_epsilon, wide)
-        self.head = row_product(head, None, self.batch)
-        self.logits = head.new_empty(self.batch, cfg.vocab_size)
+        self.layers = [_BlockDecoder(layer, layer_state, self.stream, wide) for layer, layer_state in layers]
+        self.norm_f = _Norm(model.backbone.norm_f.weight, self.stream, 1, cfg.layer_norm_epsilon, wide)
+        self.logits = head.new_empty(b, cfg.vocab_size)
+        self.head = row_product(head, None, self.norm_f.y, self.logits)
 
     @torch.inference_mode()
     def step(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Take one token per row, (b,) int64; returns logits (b, v), which the next call overwrites."""
-        stream = F.embedding(input_ids, self.embeddings).to(self.stream_dtype)  # (b, d)
+        self.stream.copy_(F.embedding(input_ids, self.embeddings))
         for layer in self.layers:
-            layer.step(stream)
-        return self.head(self.norm_f(stream), self.logits)
+            layer.step()
+        self.norm_f()
+        self.head()
+        return self.logits
 
     def state(self) -> list[MixerState]:
         """A copy of the state, as `Mamba2LM.prefill` and `forward` take it."""
@@ -56,36 +56,28 @@ class Decoder:
 
 
 class _BlockDecoder:
-    """One block; `step` adds its output to the stream in place."""
+    """One block; `step` adds its output to the stream."""
 
-    def __init__(self, block: Mamba2Block, state: MixerState, wide: torch.dtype):
+    def __init__(self, block: Mamba2Block, state: MixerState, stream: torch.Tensor, wide: torch.dtype):
         mixer, cfg = block.mixer, block.mixer.config
         b, K, g, n, h, p = len(state.ssm), cfg.conv_kernel, cfg.n_groups, cfg.state_size, cfg.num_heads, cfg.head_dim
         inner, conv, width = cfg.d_inner, cfg.conv_dim, cfg.d_inner // cfg.n_groups
         self.kernel, self.limit = K, cfg.time_step_limit
-        self.norm = _Norm(block.norm.weight, b, 1, cfg.layer_norm_epsilon, wide)
-        self.gated_norm = _Norm(mixer.norm.weight, b, g, cfg.layer_norm_epsilon, wide)
-        self.in_proj = row_product(mixer.in_proj.weight.detach(), mixer.in_proj.bias, b)
-        self.out_proj = row_product(mixer.out_proj.weight.detach(), mixer.out_proj.bias, b)
-
-        def per_channel(parameter: torch.Tensor) -> torch.Tensor:  # (h,) -> (h, p)
-            return parameter.detach().to(wide)[:, None].expand(h, p).contiguous()
-
-        self.A, self.dt_bias, self.D = -per_channel(mixer.A_log).exp(), per_channel(mixer.dt_bias), per_channel(mixer.D)
+        self.A, self.dt_bias = -mixer.A_log.detach().to(wide).exp(), mixer.dt_bias.detach().to(wide)
+        self.D = mixer.D.detach().to(wide)[:, None].expand(h, p).contiguous()
 
         # Row i of the ring holds the token whose position is i modulo K.
-        self.phase = K - 1
-        ring = torch.zeros(K + 1, b, cfg.d_in_proj, dtype=wide)
+        ring = torch.zeros(K, b, cfg.d_in_proj, dtype=wide)
         ring[: K - 1, :, inner : inner + conv] = state.conv.transpose(0, 1)
-        ring[K] = 1.0
-        self.inputs = ring[..., inner : inner + conv]  # (K + 1, b, conv)
-        self.rows = list(ring[:K])
-        self.gates = list(ring[:K, :, :inner].unflatten(-1, (g, width)).unbind(0))  # K of (b, g, r p)
-        self.dts = list(ring[:K, :, inner + conv :, None].unbind(0))  # K of (b, h, 1)
-        weight = mixer.conv1d.weight.detach().squeeze(1).t().to(wide)  # (K, conv), the last row meets the newest token
-        bias = weight.new_zeros(conv) if mixer.conv1d.bias is None else mixer.conv1d.bias.detach().to(wide)
-        self.taps = [torch.cat([weight.roll(phase + 1, dims=0), bias[None]])[:, None] for phase in range(K)]
-        self.products = ring.new_empty(K + 1, b, conv)
+        self.phase = K - 1
+        self.inputs = ring[..., inner : inner + conv]  # (K, b, conv)
+        self.rows = list(self.inputs.unbind(0))
+        self.gates = list(ring[..., :inner].unflatten(-1, (g, width)).unbind(0))  # K of (b, g, r p)
+        self.dts = list(ring[..., inner + conv :].unbind(0))  # K of (b, h)
+        taps = mixer.conv1d.weight.detach().squeeze(1).t().to(wide)  # (K, conv), the last row meets the newest token
+        self.taps = list(taps.contiguous().unbind(0))
+        bias = mixer.conv1d.bias
+        self.conv_bias = taps.new_zeros(conv) if bias is None else bias.detach().to(wide)
 
         self.ssm = ring.new_empty(b, g, n, width)
         self.by_head = self.ssm.view(b, g, n, h // g, p)
@@ -94,79 +86,119 @@ class _BlockDecoder:
         self.xBC = ring.new_empty(b, conv)
         self.x = self.xBC[:, :inner].unflatten(-1, (h, p))
         self.B = self.xBC[:, inner : inner + g * n].view(b, g, n, 1)
-        self.C = self.xBC[:, inner + g * n :].view(b, g, 1, n)
-        self.dt, self.dtx, self.y = (ring.new_empty(b, h, p) for _ in range(3))
-        self.decay_by_group, self.dtx_by_group = (t.view(b, g, 1, width) for t in (self.dt, self.dtx))
+        self.C = self.xBC[:, inner + g * n :].unflatten(-1, (g, n))
+        self.C_rows = self.C.reshape(b * g, 1, n)  # with one row of the batch a view
+        self.dt, self.decay = ring.new_empty(b, h), ring.new_empty(b, h)
+        self.dt_by_head, self.decay_by_head = self.dt[..., None], self.decay[..., None]
+        self.dtx, self.decays, self.y = (ring.new_empty(b, h, p) for _ in range(3))
+        self.decays_by_group, self.dtx_by_group = (t.view(b, g, 1, width) for t in (self.decays, self.dtx))
         self.y_by_group, self.y_gated = self.y.view(b * g, 1, width), self.y.view(b, g, width)
 
-    def step(self, stream: torch.Tensor) -> None:  # (b, d)
+        self.norm = _Norm(block.norm.weight, stream, 1, cfg.layer_norm_epsilon, wide)
+        self.gated_norm = _Norm(mixer.norm.weight, self.y_gated, g, cfg.layer_norm_epsilon, wide)
+        weight, bias = mixer.in_proj.weight.detach(), mixer.in_proj.bias
+        self.in_proj = row_product(weight, bias, self.norm.y, *ring.unbind(0))
+        weight, bias = mixer.out_proj.weight.detach(), mixer.out_proj.bias
+        self.out_proj = row_product(weight, bias, self.gated_norm.y, stream, accumulate=True)
+
+    def step(self) -> None:
         phase = self.phase
-        self.in_proj(self.norm(stream), self.rows[phase])
-        torch.mul(self.inputs, self.taps[phase], out=self.products)
-        torch.sum(self.products, 0, out=self.xBC)
+        self.norm()
+        self.in_proj(phase)
+        torch.addcmul(self.conv_bias, self.rows[phase], self.taps[-1], out=self.xBC)
+        for back in range(1, self.kernel):
+            self.xBC.addcmul_(self.rows[phase - back], self.taps[-1 - back])
         F.silu(self.xBC, inplace=True)
 
-        dt = torch.add(self.dts[phase], self.dt_bias, out=self.dt)  # (b, h, p)
+        dt = torch.add(self.dts[phase], self.dt_bias, out=self.dt)  # (b, h)
         torch._C._nn.softplus(dt, out=dt)
         if self.limit != (0.0, math.inf):
             dt.clamp_(*self.limit)
-        torch.mul(self.x, dt, out=self.dtx)
-        dt.mul_(self.A).exp_()
-        self.ssm.mul_(self.decay_by_group).addcmul_(self.dtx_by_group, self.B)
-        torch.bmm(self.C.reshape(-1, 1, self.C.shape[-1]), self.by_group, out=self.y_by_group)
+        torch.mul(self.x, self.dt_by_head, out=self.dtx)
+        torch.mul(dt, self.A, out=self.decay).exp_()
+        self.decays.copy_(self.decay_by_head)
+        self.ssm.mul_(self.decays_by_group).addcmul_(self.dtx_by_group, self.B)
+        if len(dt) > 1:
+            self.C_rows.view_as(self.C).copy_(self.C)
+        torch.bmm(self.C_rows, self.by_group, out=self.y_by_group)
         self.y.addcmul_(self.x, self.D)
 
-        self.out_proj(self.gated_norm(self.y_gated.mul_(F.silu(self.gates[phase]))), stream, accumulate=True)
+        self.y_gated.mul_(F.silu(self.gates[phase]))
+        self.gated_norm()
+        self.out_proj()
         self.phase = (phase + 1) % self.kernel
 
     def state(self) -> MixerState:
-        window = self.inputs[: self.kernel].roll(-self.phase, dims=0)[1:]  # oldest first, without the oldest of K
+        window = self.inputs.roll(-self.phase, dims=0)[1:]  # oldest first, without the oldest of K
         by_head = self.by_head.permute(0, 1, 3, 4, 2).flatten(1, 2)  # (b, h, p, n)
         return MixerState(window.transpose(0, 1).contiguous(), by_head.contiguous())
 
 
 class _Norm:
-    """weight · x / sqrt(mean(x²) + eps) over each of `ngroups` slices of the channels; to the dtype of the weight."""
+    """y = weight · x / sqrt(mean(x²) + eps) over each of `ngroups` slices of the channels, between fixed buffers.
 
-    def __init__(self, weight: torch.Tensor, batch: int, ngroups: int, eps: float, wide: torch.dtype):
-        self.dtype, self.wide, self.shape = weight.dtype, wide, (batch, weight.numel())
-        self.weight = weight.detach().to(wide)
+    x is (b, d) or (b, g, d / g); y (b, d) in the weight's dtype.
+    """
+
+    def __init__(self, weight: torch.Tensor, x: torch.Tensor, ngroups: int, eps: float, wide: torch.dtype):
         self.width = weight.numel() // ngroups
+        self.x, self.weight = x, weight.detach().to(wide)
         self.eps = torch.full((1, 1, 1), eps, dtype=wide)
+        # x itself where it is wide already, else a copy that each call fills
+        self.wide = x.view(-1, 1, self.width).to(wide)
+        self.copies = self.wide.data_ptr() != x.data_ptr()
+        self.column = self.wide.transpose(1, 2)
+        self.scale = torch.empty(len(self.wide), 1, 1, dtype=wide)
+        self.normed = torch.empty_like(self.wide)
+        self.rows = self.normed.view(x.shape[0], -1)  # (b, d)
+        self.y = torch.empty_like(self.rows, dtype=weight.dtype)
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:  # (b, d) or (b, g, d / g) -> (b, d)
-        x = x.to(self.wide).view(-1, 1, self.width)
-        mean_square = torch.baddbmm(self.eps, x, x.transpose(1, 2), alpha=1.0 / self.width)  # (b g, 1, 1)
-        return (x * mean_square.rsqrt_()).view(self.shape).mul_(self.weight).to(self.dtype)
+    def __call__(self) -> None:
+        if self.copies:
+            self.wide.copy_(self.x.view_as(self.wide))
+        torch.baddbmm(self.eps, self.wide, self.column, alpha=1.0 / self.width, out=self.scale)  # mean square + eps
+        torch.mul(self.wide, self.scale.rsqrt_(), out=self.normed)
+        torch.mul(self.rows, self.weight, out=self.y)
 
 
-def row_product(weight: torch.Tensor, bias: torch.Tensor | None, batch: int) -> Callable:
-    """A function `product(x, out, accumulate=False)` that writes, or adds, weight @ x + bias to out, and returns out.
+def row_product(
+    weight: torch.Tensor, bias: torch.Tensor | None, x: torch.Tensor, *outs: torch.Tensor, accumulate: bool = False
+) -> Callable[..., None]:
+    """A function of i (0 if left out) that writes, or adds, weight @ x + bias to outs[i].
 
-    x (batch, columns) and out (batch, rows), for a handful of rows of x, when reading the weight is all the cost.
+    x (batch, columns) and outs (batch, rows) are buffers that stay where they are; for a handful of rows of x, when
+    reading the weight is all the cost.
     """
     rows, columns = weight.shape
+    batch = len(x)
     bias = None if bias is None else bias.detach()
     if weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported():
         packed = torch.ops.mkldnn._reorder_linear_weight(weight, batch)
         linear = torch.ops.mkldnn._linear_pointwise.default
+        move = [out.add_ if accumulate else out.copy_ for out in outs]
 
-        def product(x: torch.Tensor, out: torch.Tensor, accumulate: bool = False) -> torch.Tensor:
-            y = linear(x, packed, bias, "none", [], "")
-            return out.add_(y) if accumulate else out.copy_(y)
+        def product(i: int = 0) -> None:
+            move[i](linear(x, packed, bias, "none", [], ""))
 
         return product
 
     pieces = next(k for k in range(min(rows, torch.get_num_threads()), 0, -1) if rows % k == 0)
-    split = weight.view(pieces, -1, columns)
+    split, vectors = weight.view(pieces, -1, columns), x.t().expand(pieces, columns, batch)
+    if batch == 1 and outs[0].dtype == weight.dtype:  # the product is laid out as the result is
+        targets = [out.view(pieces, -1, 1) for out in outs]
+    else:
+        targets, partial = None, torch.empty(pieces, rows // pieces, batch, dtype=weight.dtype)
+        result = partial.view(rows, batch).t()
 
-    def product(x: torch.Tensor, out: torch.Tensor, accumulate: bool = False) -> torch.Tensor:
-        vectors = x.t().expand(pieces, columns, batch)
-        if batch == 1 and out.dtype == weight.dtype:
-            out.view(pieces, -1, 1).baddbmm_(split, vectors, beta=float(accumulate))
+    def product(i: int = 0) -> None:
+        if targets is None:
+            torch.bmm(split, vectors, out=partial)
+            _ = outs[i].add_(result) if accumulate else outs[i].copy_(result)
+        elif accumulate:
+            targets[i].baddbmm_(split, vectors)
         else:
-            y = torch.bmm(split, vectors).view(rows, batch).t()
-            out = out.add_(y) if accumulate else out.copy_(y)
-        return out if bias is None else out.add_(bias)
+            torch.bmm(split, vectors, out=targets[i])
+        if bias is not None:
+            outs[i].add_(bias)
 
     return product
