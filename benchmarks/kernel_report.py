@@ -14,6 +14,9 @@ device, 132 for this one sequence alone on an H100. `torch` is what torch runs o
 casts, transposes): the number of operations, and the bytes of their arguments and results, which come on top of the
 other columns. Ours run none; `tests/ops/test_ssd_triton.py` looks inside the two custom operations.
 
+The rows "step" are one token of decoding, `ssd_step` beside mamba-ssm's `selective_state_update`: batch 8, activations
+in bfloat16, the state in float32, read and written. They are per sequence.
+
 The estimates divide bytes by bandwidth and operations by arithmetic peak and take the larger: a bound, not a timing.
 """
 
@@ -21,7 +24,12 @@ import argparse
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 from unittest import mock
+
+if TYPE_CHECKING:
+    from benchmarks.compilation import Compiled
 
 SHAPES = {"study": (512, 24, 32, 8, 142), "second": (512, 16, 64, 1, 128)}  # l, h, p, g, n
 
@@ -141,10 +149,70 @@ def print_traffic(shapes: list[str]) -> None:
                     )
                     bounds = [max(dram / bandwidth, flops / peak) * 1e9 for peak, bandwidth in DEVICES.values()]
                     estimates.append((row, bounds))
+    print_step_traffic(shapes)
     print("\nestimated ns per token (a bound from bandwidth and arithmetic peak; nothing was timed)")
     print(f"{'':44} " + " ".join(f"{name:>15}" for name in DEVICES))
     for row, bounds in estimates:
         print(f"{row:44} " + " ".join(f"{bound:15.1f}" for bound in bounds))
+
+
+STEP_BATCH = 8
+
+
+def make_step_arguments(l: int, h: int, p: int, g: int, n: int) -> dict:
+    """One token of STEP_BATCH sequences, x, B and C as the convolution leaves them."""
+    sequence = make_arguments(STEP_BATCH, h, p, g, n)
+    arguments = {name: t.detach() for name, t in sequence.items()}
+    for name in ("x", "dt", "B", "C"):
+        arguments[name] = arguments[name][0]
+    return {"state": arguments["x"].new_zeros(STEP_BATCH, h, p, n, dtype=sequence["A"].dtype), **arguments}
+
+
+def print_step_traffic(shapes: list[str]) -> None:
+    from benchmarks.interpreter import record
+    from mamba2.ops import ssd_step
+    from tests.oracles import mamba_ssm_state_update
+
+    for title in shapes:
+        arguments = make_step_arguments(*SHAPES[title])
+        b, h, p, n = arguments["state"].shape
+        x = arguments["x"]
+        read = sum(t.numel() * t.element_size() for t in arguments.values())
+        least = (read + arguments["state"].nbytes + x.numel() * x.element_size()) / b
+        expanded = {
+            **arguments,
+            "A": arguments["A"][:, None, None].expand(h, p, n),
+            "dt": arguments["dt"][..., None].expand(b, h, p),
+            "dt_bias": arguments["dt_bias"][:, None].expand(h, p),
+            "D": arguments["D"][:, None].expand(h, p),
+        }
+        for who, function, inputs in (
+            ("mamba2", ssd_step, arguments),
+            ("mamba-ssm", mamba_ssm_state_update(), expanded),
+        ):
+            with record() as launches:
+                function(**inputs, dt_softplus=True)
+            requested, dram = (sum(getattr(launch, key) for launch in launches) / b for key in ("requested", "dram"))
+            print(
+                f"{f'{title:7} {who:9}         step':44} {len(launches):8} {0:5} {0:7} {requested:10,.0f} {dram:8,.0f} "
+                f"{least:7,.0f} {0:7}   {dram / least:.2f} x floor",
+                flush=True,
+            )
+
+
+def step_resources(shapes: list[str]) -> "Iterator[tuple[str, Compiled]]":
+    """The kernel of one token compiled for every target, plain and with z."""
+    from benchmarks.compilation import TARGETS, captured, compile_launch
+    from mamba2.ops import ssd_step
+
+    os.environ["MAMBA2_BACKEND"], os.environ["TRITON_INTERPRET"] = "triton", "1"
+    for title in shapes:
+        arguments = make_step_arguments(*SHAPES[title])
+        for form, more in (("plain", {}), ("gate", {"z": arguments["x"]})):
+            for kernel, args, kwargs in captured(lambda a=arguments, m=more: ssd_step(**a, **m, dt_softplus=True)):
+                for target in TARGETS:
+                    c = compile_launch(kernel, args, kwargs, target)
+                    yield f"{title:6} {form:9} {kernel.fn.__name__:17} {target:7}", c
 
 
 def print_resources(shapes: list[str]) -> bool:
@@ -197,6 +265,9 @@ def print_resources(shapes: list[str]) -> bool:
                         f"  {matrix or '-'}{'' if fits else '   DOES NOT FIT'}",
                         flush=True,
                     )
+    for row, c in step_resources(shapes):
+        good &= c.fits
+        print(f"{row} {c.num_warps:5} {c.registers:9} {c.spills:6} {c.shared:7,} {c.programs:8}  -", flush=True)
     return good
 
 

@@ -1,8 +1,101 @@
-"""Text from a model: the prompt in one pass, then token after token with the state carried along."""
+"""Text from a model: the prompt in one pass, then token after token with the state carried along.
+
+    python -m mamba2.generate runs/tiny/trained/seed-42-uniform-final "def main"
+    echo "def main" | python -m mamba2.generate MODEL --temperature 0.8 --top-p 0.95 --samples 3
+    python -m mamba2.generate MODEL --interactive
+
+Time and memory per token do not depend on how many came before.
+"""
+
+import argparse
+import codecs
+import sys
+from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 
-from mamba2.model import Mamba2LM
+from mamba2.cli import run
+from mamba2.cuda_graph import GraphDecoder
+from mamba2.decoder import Decoder
+from mamba2.model import Mamba2LM, MixerState
+from mamba2.ops.backend import choose_backend
+from mamba2.sampling import Sampling
+from mamba2.tokenizer import Tokenizer, get_tokenizer, load_tokenizer
+
+
+class TokenStream:
+    """Draws the next id of every row, for as long as it is asked: an endless iterator of (b,) int64.
+
+    `state()` is the state before the ids that were drawn last, `last` (None before the first): going on from there
+    with these ids in front is the same as never having stopped.
+    """
+
+    def __init__(
+        self,
+        model: Mamba2LM,
+        input_ids: torch.Tensor,
+        sampling: Sampling,
+        generator: torch.Generator | None = None,
+        lengths: list[int] | None = None,
+        state: list[MixerState] | None = None,
+        samples: int = 1,
+    ):
+        """Read the prompts; arguments as `generate`'s. With `samples` each prompt is read once and continued so often:
+        row i of what is drawn continues prompt i // samples."""
+        self.sampling, self.generator, self.last = sampling, generator, None
+        self.logits, state = model.prefill(input_ids, lengths, state)
+        self.seen = None
+        if sampling.repetition_penalty != 1.0:
+            self.seen = torch.zeros_like(self.logits, dtype=torch.bool)
+            for row, ids in enumerate(input_ids):
+                self.seen[row, ids if lengths is None else ids[: lengths[row]]] = True
+        if samples > 1:
+            rows = [row for row in range(len(self.logits)) for _ in range(samples)]
+            self.logits, state = self.logits[rows], [s.rows(rows) for s in state]
+            self.seen = None if self.seen is None else self.seen[rows]
+        self._decoder = make_decoder(model, state)
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        return self
+
+    @torch.no_grad()
+    def __next__(self) -> torch.Tensor:
+        if self.last is not None:
+            self.logits = self._decoder.step(self.last)
+        self.last = self.sampling.draw(self.logits, self.seen, self.generator)
+        if self.seen is not None:
+            self.seen.scatter_(1, self.last[:, None], True)
+        return self.last
+
+    def state(self) -> list[MixerState]:
+        """A copy of the state before `last`."""
+        return self._decoder.state()
+
+
+class PlainDecoder:
+    """`Mamba2LM.step` with the state that it advances: any device, any backend."""
+
+    def __init__(self, model: Mamba2LM, state: list[MixerState]):
+        self.model, self._state = model, [s.rows(slice(None)) for s in state]
+
+    def step(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return self.model.step(input_ids, self._state)[0]
+
+    def state(self) -> list[MixerState]:
+        return [s.rows(slice(None)) for s in self._state]
+
+
+def make_decoder(model: Mamba2LM, state: list[MixerState]) -> Decoder | GraphDecoder | PlainDecoder:
+    """What advances `state` fastest: prepared buffers on a processor, a CUDA graph on a GPU. MAMBA2_BACKEND=reference
+    asks for the readable form."""
+    weight = model.lm_head.weight
+    backend = choose_backend(weight, ("reference", "torch", "triton"))
+    if backend == "reference" or torch.is_autocast_enabled(weight.device.type):
+        return PlainDecoder(model, state)
+    if weight.is_cuda:
+        return GraphDecoder(model, state)
+    return Decoder(model, state) if backend == "torch" else PlainDecoder(model, state)
 
 
 @torch.no_grad()
@@ -12,25 +105,187 @@ def generate(
     max_new_tokens: int,
     temperature: float = 1.0,
     generator: torch.Generator | None = None,
+    *,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+    lengths: list[int] | None = None,
+    eos_token_id: int | None = None,
+    vocab_size: int | None = None,
 ) -> torch.Tensor:
     """Continue each row of `input_ids` (b, l) by `max_new_tokens` ids. Returns (b, l + max_new_tokens) int64.
 
-    Samples from softmax(logits / temperature) with `generator` (on the model's device); temperature 0 takes the most
-    likely id. Memory and time per token do not depend on the length. Raises ValueError for a negative temperature.
+    Arguments:
+        temperature, top_k, top_p, min_p, repetition_penalty, vocab_size: see `mamba2.sampling.Sampling`; temperature 0
+            takes the most likely id.
+        generator: on the model's device; None draws from torch's global one.
+        lengths: tokens of each row that are its prompt, where they differ. The new ids follow the prompt directly, and
+            fill the row up to the longest result's length with eos_token_id, or 0.
+        eos_token_id: rows that drew it are filled up with it.
+
+    Memory and time per token do not depend on the length. Raises ValueError naming an id outside the vocabulary or an
+    option out of range.
     """
-    if temperature < 0:
-        raise ValueError(f"temperature must be at least 0, not {temperature}")
-    training = model.training
-    model.eval()
-    ids, state, step_ids = input_ids, None, input_ids
-    for _ in range(max_new_tokens):
-        logits, state = model(step_ids, state=state, return_state=True)
-        logits = logits[:, -1].float()  # (b, v)
-        if temperature == 0:
-            step_ids = logits.argmax(dim=-1, keepdim=True)  # (b, 1)
-        else:
-            probabilities = torch.softmax(logits / temperature, dim=-1)
-            step_ids = torch.multinomial(probabilities, 1, generator=generator)
-        ids = torch.cat([ids, step_ids], dim=1)
-    model.train(training)
-    return ids
+    if max_new_tokens < 0:
+        raise ValueError(f"max_new_tokens must be at least 0, not {max_new_tokens}")
+    sampling = Sampling(
+        repetition_penalty=repetition_penalty,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        vocab_size=vocab_size,
+    )
+    b, l = input_ids.shape
+    fill = 0 if eos_token_id is None else eos_token_id
+    result = input_ids.new_full((b, l + max_new_tokens), fill)
+    ends = torch.tensor([l] * b if lengths is None else lengths, device=input_ids.device)
+    in_prompt = torch.arange(l, device=input_ids.device) < ends[:, None]
+    result[:, :l] = torch.where(in_prompt, input_ids, fill)
+    if max_new_tokens == 0:
+        return result
+    ended = torch.zeros(b, dtype=torch.bool, device=input_ids.device)
+    rows = torch.arange(b, device=input_ids.device)
+    stream = TokenStream(model, input_ids, sampling, generator, lengths)
+    for count, ids in zip(range(max_new_tokens), stream):
+        if eos_token_id is not None:
+            ids = torch.where(ended, eos_token_id, ids)
+            ended |= ids == eos_token_id
+        result[rows, ends + count] = ids
+        if eos_token_id is not None and ended.all():
+            break
+    return result
+
+
+class TextStream:
+    """Ids in, text out, in pieces that never end inside a character, up to a stop string or the end of text."""
+
+    def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...] = ()):
+        self.tokenizer, self.stop = tokenizer, tuple(s for s in stop if s)
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._held = ""  # may be the beginning of a stop string
+        self.ended = False
+
+    def push(self, token_id: int) -> str:
+        """The text that is certain now; sets `ended` when a stop string, which is left out, or the end is reached."""
+        if token_id == self.tokenizer.eot_id:
+            return self.finish()
+        text = self._held + self._decoder.decode(self.tokenizer.decode_bytes([token_id]))
+        found = [at for s in self.stop if (at := text.find(s)) >= 0]
+        if found:
+            self.ended, self._held = True, ""
+            return text[: min(found)]
+        keep = max((k for s in self.stop for k in range(1, len(s)) if text.endswith(s[:k])), default=0)
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep]
+
+    def finish(self) -> str:
+        """What is still held back, when no more ids will come; half a character becomes U+FFFD."""
+        self.ended = True
+        text, self._held = self._held + self._decoder.decode(b"", final=True), ""
+        return text
+
+
+# ------------------------------------------------------------------------------------------------------ command line
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path, help="model folder, of any layout that `python -m mamba2.checkpoint` reads")
+    parser.add_argument("prompt", nargs="?", help="text to continue; standard input when left out")
+    parser.add_argument("--interactive", action="store_true", help="read prompts line by line; the state is carried on")
+    parser.add_argument("--max-new-tokens", type=int, default=200)
+    parser.add_argument("--greedy", action="store_true", help="the most likely token each time: --temperature 0")
+    parser.add_argument("--temperature", type=float, default=1.0)
+    parser.add_argument("--top-k", type=int, default=0, help="only the k most likely tokens; 0: all")
+    parser.add_argument("--top-p", type=float, default=1.0, help="the fewest tokens whose probabilities sum to p")
+    parser.add_argument("--min-p", type=float, default=0.0, help="only tokens p times as likely as the most likely")
+    parser.add_argument("--repetition-penalty", type=float, default=1.0, help="above 1: against tokens seen before")
+    parser.add_argument("--seed", type=int, default=None, help="draw the same text again; a new one when left out")
+    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before TEXT; may be repeated")
+    parser.add_argument("--samples", type=int, default=1, help="continuations, computed side by side")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights")
+    parser.add_argument("--device", default=None, help="cuda where there is one, else cpu")
+    parser.add_argument("--tokenizer", default=None, help="name or tokenizer.json, for a model that carries none")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse()
+    if args.samples < 1 or args.max_new_tokens < 0:
+        raise ValueError("--samples must be at least 1 and --max-new-tokens at least 0")
+    if args.interactive and args.samples > 1:
+        raise ValueError("--interactive carries one text on: --samples must be 1")
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    tokenizer = get_tokenizer(args.tokenizer) if args.tokenizer else load_tokenizer(args.model)
+    model = Mamba2LM.from_pretrained(args.model, device, getattr(torch, args.dtype)).eval()
+    sampling = Sampling(
+        repetition_penalty=args.repetition_penalty,
+        temperature=0.0 if args.greedy else args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        min_p=args.min_p,
+        vocab_size=min(tokenizer.vocab_size, model.config.vocab_size),
+    )
+    generator = torch.Generator(device)
+    if args.seed is None:
+        generator.seed()
+    else:
+        generator.manual_seed(args.seed)
+    if args.interactive:
+        interact(model, tokenizer, sampling, generator, args)
+        return
+    prompt = sys.stdin.read() if args.prompt is None else args.prompt
+    ids = torch.tensor([tokenizer.encode(prompt) or [tokenizer.eot_id]], device=device)
+    stream = TokenStream(model, ids, sampling, generator, samples=args.samples)
+    if args.samples == 1:
+        print_continuation(stream, tokenizer, prompt, args)
+        return
+    texts = [TextStream(tokenizer, args.stop) for _ in range(args.samples)]
+    pieces = [""] * args.samples
+    for _, drawn in zip(range(args.max_new_tokens), stream):
+        for i, token_id in enumerate(drawn.tolist()):
+            pieces[i] += "" if texts[i].ended else texts[i].push(token_id)
+        if all(text.ended for text in texts):
+            break
+    for i, text in enumerate(texts):
+        rest = "" if text.ended else text.finish()
+        print(f"--- sample {i + 1}\n{prompt}{pieces[i]}{rest}")
+
+
+def print_continuation(stream: TokenStream, tokenizer: Tokenizer, shown: str, args: argparse.Namespace) -> None:
+    """Print `shown` and what one row draws, as it comes."""
+    text = TextStream(tokenizer, args.stop)
+    print(shown, end="", flush=True)
+    for _, drawn in zip(range(args.max_new_tokens), stream):
+        print(text.push(int(drawn)), end="", flush=True)
+        if text.ended:
+            break
+    print("" if text.ended else text.finish(), flush=True)
+
+
+def interact(
+    model: Mamba2LM, tokenizer: Tokenizer, sampling: Sampling, generator: torch.Generator, args: argparse.Namespace
+) -> None:
+    """Continue each line that is typed, from the state that the text before it left. Ends with the input."""
+    state, unread = None, [tokenizer.eot_id]
+    print("a line of text to continue, /reset to forget all, end of input to leave", file=sys.stderr)
+    while True:
+        print("> ", end="", flush=True, file=sys.stderr)
+        line = sys.stdin.readline()
+        if not line:
+            return
+        line = line.rstrip("\n")
+        if line == "/reset":
+            state, unread = None, [tokenizer.eot_id]
+            continue
+        ids = torch.tensor([unread + tokenizer.encode(line)], device=model.lm_head.weight.device)
+        stream = TokenStream(model, ids, sampling, generator, state=state)
+        print_continuation(stream, tokenizer, "", args)
+        state, unread = stream.state(), [] if stream.last is None else stream.last.tolist()
+        unread += tokenizer.encode("\n")
+
+
+if __name__ == "__main__":
+    run(main)

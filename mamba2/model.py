@@ -23,10 +23,12 @@ from mamba2.initializers import DtParams, make_dt_bias, seed_stream
 from mamba2.ops import (
     add_rms_norm,
     causal_conv1d,
+    causal_conv1d_step,
     gated_rms_norm,
     linear_cross_entropy,
     linear_token_losses,
     ssd,
+    ssd_step,
 )
 
 
@@ -35,6 +37,14 @@ class MixerState(NamedTuple):
 
     conv: torch.Tensor  # (b, K - 1, d_inner + 2 g n), the last inputs of the convolution
     ssm: torch.Tensor  # (b, h, p, n), float32
+
+    def detach(self) -> Self:
+        """The same values, through which no gradient flows back: truncated back-propagation through time."""
+        return MixerState(self.conv.detach(), self.ssm.detach())
+
+    def rows(self, index: list[int] | slice) -> Self:
+        """A copy of some rows of the batch, in the order of `index`: any row may occur any number of times."""
+        return MixerState(self.conv[index].clone(), self.ssm[index].clone())
 
 
 class Parameters(nn.Module):
@@ -136,6 +146,28 @@ class Mamba2Mixer(nn.Module):
         )
         return y.flatten(-2), MixerState(conv_state, ssm_state)
 
+    def step(self, u: torch.Tensor, state: MixerState) -> torch.Tensor:
+        """`forward` for one token: u (b, d) -> (b, d), `state` advanced in place."""
+        cfg = self.config
+        bc = cfg.n_groups * cfg.state_size
+        z, xBC, dt = self.in_proj(u).split([cfg.d_inner, cfg.conv_dim, cfg.num_heads], dim=-1)
+        xBC = causal_conv1d_step(state.conv, xBC, self.conv1d.weight.squeeze(1), self.conv1d.bias)
+        x, B, C = xBC.split([cfg.d_inner, bc, bc], dim=-1)
+        y = ssd_step(
+            state.ssm,
+            x.unflatten(-1, (cfg.num_heads, cfg.head_dim)),  # (b, h, p)
+            dt,  # (b, h)
+            -self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32)).exp(),  # (h,)
+            B.unflatten(-1, (cfg.n_groups, cfg.state_size)),  # (b, g, n)
+            C.unflatten(-1, (cfg.n_groups, cfg.state_size)),
+            D=self.D,
+            dt_bias=self.dt_bias,
+            dt_softplus=True,
+            dt_limit=cfg.time_step_limit,
+        )
+        y = gated_rms_norm(y.flatten(-2), z, self.norm.weight, cfg.layer_norm_epsilon, ngroups=cfg.n_groups)
+        return self.out_proj(y)
+
 
 class Mamba2Block(nn.Module):
     """Add the last block's output to the residual stream, normalise, mix. The stream itself is never normalised."""
@@ -158,6 +190,14 @@ class Mamba2Block(nn.Module):
         normed, residual = add_rms_norm(x, residual, self.norm.weight, self.eps, dtype)
         x, state = self.mixer(normed, seq_idx, state)
         return x, residual, state
+
+    def step(
+        self, x: torch.Tensor, residual: torch.Tensor | None, state: MixerState
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`forward` for one token, x and residual (b, d), `state` advanced in place."""
+        dtype = _compute_dtype(self.norm.weight)
+        normed, residual = add_rms_norm(x, residual, self.norm.weight, self.eps, dtype)
+        return self.mixer.step(normed, state), residual
 
 
 class Mamba2Backbone(nn.Module):
@@ -190,6 +230,17 @@ class Mamba2Backbone(nn.Module):
         eps = self.config.layer_norm_epsilon
         hidden, _ = add_rms_norm(x, residual, self.norm_f.weight, eps, _compute_dtype(self.norm_f.weight))
         return hidden, new_state
+
+    def step(self, input_ids: torch.Tensor, state: list[MixerState]) -> torch.Tensor:
+        """`forward` for one token per row, (b,): hidden (b, d), `state` advanced in place."""
+        x = F.embedding(input_ids, self.embeddings.weight)  # (b, d)
+        if self.config.residual_in_fp32:
+            x = x.to(torch.promote_types(x.dtype, torch.float32))
+        residual = None
+        for layer, layer_state in zip(self.layers, state, strict=True):
+            x, residual = layer.step(x, residual, layer_state)
+        eps = self.config.layer_norm_epsilon
+        return add_rms_norm(x, residual, self.norm_f.weight, eps, _compute_dtype(self.norm_f.weight))[0]
 
 
 class Mamba2LM(nn.Module):
@@ -267,6 +318,63 @@ class Mamba2LM(nn.Module):
         hidden, new_state = self.backbone(input_ids, seq_idx, state)
         return linear_token_losses(hidden, self.lm_head.weight, targets), new_state
 
+    @torch.no_grad()
+    def prefill(
+        self,
+        input_ids: torch.Tensor,
+        lengths: list[int] | None = None,
+        state: list[MixerState] | None = None,
+        segment: int = 4096,
+    ) -> tuple[torch.Tensor, list[MixerState]]:
+        """Read prompts: logits (b, v) of the token after each, and the state after each. No gradient.
+
+        Arguments: input_ids (b, l) int64; lengths: tokens of each row that are its prompt, where they differ; what lies
+        beyond is never read. `state`: to go on from, left as it is; None starts empty. `segment`: tokens that go
+        through the model at a time, which bounds memory.
+
+        Rows run side by side up to the end of the shortest, then the others go on: nothing is padded.
+        Raises ValueError naming an id outside the vocabulary, or lengths that do not fit.
+        """
+        b, l = input_ids.shape
+        lengths = [l] * b if lengths is None else [int(length) for length in lengths]
+        if l == 0 or len(lengths) != b or not all(1 <= length <= l for length in lengths):
+            raise ValueError(
+                f"lengths must be {b} numbers from 1 to {l}, one for each row of the prompts, not {lengths}"
+            )
+        active = list(range(b))  # rows that have not ended
+        hidden: list[torch.Tensor] = [None] * b
+        ends: list[list[MixerState]] = [None] * b
+        start = 0
+        for end in sorted(set(lengths)):
+            for first in range(start, end, segment):
+                ids = input_ids[active, first : min(first + segment, end)]
+                self._check_ids(ids)
+                last, state = self.backbone(ids, state=state)
+            for place, row in enumerate(active):
+                if lengths[row] == end:
+                    hidden[row] = last[place, -1]
+                    ends[row] = [s.rows(slice(place, place + 1)) for s in state]
+            going = [place for place, row in enumerate(active) if lengths[row] > end]
+            state = [s.rows(going) for s in state]
+            active, start = [active[place] for place in going], end
+        layers = zip(*ends, strict=True)
+        state = [MixerState(*(torch.cat(parts) for parts in zip(*rows, strict=True))) for rows in layers]
+        return F.linear(torch.stack(hidden), self.lm_head.weight), state
+
+    @torch.no_grad()
+    def step(self, input_ids: torch.Tensor, state: list[MixerState]) -> tuple[torch.Tensor, list[MixerState]]:
+        """One token per row, (b,) int64: logits (b, v) of the next, and `state`, which is advanced in place.
+
+        The same on every device, in constant time and memory. `mamba2.decoder` is faster on a processor.
+        """
+        return F.linear(self.backbone.step(input_ids, state), self.lm_head.weight), state
+
+    def _check_ids(self, input_ids: torch.Tensor) -> None:
+        low, high = (int(bound) for bound in input_ids.aminmax())
+        if low < 0 or high >= self.config.vocab_size:
+            wrong = low if low < 0 else high
+            raise ValueError(f"the id {wrong} is outside the model's vocabulary of {self.config.vocab_size}")
+
     # --------------------------------------------------------------------------------------------------- initialisation
 
     @torch.no_grad()
@@ -332,9 +440,11 @@ class Mamba2LM(nn.Module):
     # ---------------------------------------------------------------------------------------------------------- storage
 
     @classmethod
-    def from_pretrained(cls, path: str | os.PathLike, device: str | torch.device = "cpu") -> Self:
-        """Load a model folder (see `mamba2.checkpoint.read_model` for the layouts and the errors), in float32."""
-        config, tensors = read_model(path)
+    def from_pretrained(
+        cls, path: str | os.PathLike, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+    ) -> Self:
+        """Load a model folder (see `mamba2.checkpoint.read_model` for the layouts and the errors)."""
+        config, tensors = read_model(path, dtype)
         with torch.device("meta"):
             model = cls(config)
         model.load_state_dict(tensors, strict=True, assign=True)

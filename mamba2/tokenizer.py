@@ -49,6 +49,8 @@ class Tokenizer:
         identity: equal for tokenizers that give equal ids: the built-in's name, or the file's sha256.
         vocab_size: one more than the largest id. A model may have more rows (GPT-NeoX: 50 277 ids, 50 280 rows).
         eot_id: the id that ends a document.
+        tokens: the bytes of each id; extra: the id of each token that is not the result of merging.
+        nfc: whether text is normalised to NFC first.
     """
 
     def __init__(
@@ -66,9 +68,11 @@ class Tokenizer:
         taken out of the text before, or that stands in no text at all (end of text)."""
         extra = extra or {}
         self.name, self.identity, self.eot_id, self.file = name, identity, eot_id, file
-        self._nfc = nfc
-        self._bytes = {i: token for token, i in (ranks | extra).items()}
-        self.vocab_size = max(*self._bytes, eot_id) + 1
+        self.nfc = nfc
+        # Some bytes have two ids: a run of spaces can be merged, which no text comes to, but a model may draw it.
+        self.extra = extra
+        self.tokens = {i: token for some in (ranks, extra) for token, i in some.items()}
+        self.vocab_size = max(*self.tokens, eot_id) + 1
         atoms = sorted((t.decode() for t, i in extra.items() if i != eot_id), key=len, reverse=True)
         runs = [atom for atom in atoms if set(atom) == {" "}]
         others = [atom for atom in atoms if set(atom) != {" "}]
@@ -113,12 +117,12 @@ class Tokenizer:
         return np.array([i for text in texts for i in (*self.encode(text), self.eot_id)], dtype=np.uint32)
 
     def _normalise(self, text: str) -> str:
-        return unicodedata.normalize("NFC", text) if self._nfc and not text.isascii() else text
+        return unicodedata.normalize("NFC", text) if self.nfc and not text.isascii() else text
 
     def decode_bytes(self, ids: list[int]) -> bytes:
         """The bytes behind `ids`; end of text is the empty string. Raises ValueError naming an id that is unknown."""
         try:
-            return b"".join(b"" if i == self.eot_id else self._bytes[i] for i in map(int, ids))
+            return b"".join(b"" if i == self.eot_id else self.tokens[i] for i in map(int, ids))
         except KeyError as error:
             raise ValueError(f"id {error.args[0]} is not in the vocabulary of {self.name}") from None
 
@@ -133,7 +137,7 @@ class ByteTokenizer(Tokenizer):
     def __init__(self):
         self.name = self.identity = "bytes"
         self.eot_id, self.vocab_size, self.file = 256, 257, None
-        self._bytes = {i: bytes([i]) for i in range(256)}
+        self.extra, self.nfc, self.tokens = {}, False, {i: bytes([i]) for i in range(256)}
 
     def encode(self, text: str) -> list[int]:
         """The bytes of `text`; a lone surrogate counts as U+FFFD, as in the other tokenizers."""

@@ -42,6 +42,38 @@ def mamba_ssm_environment(multiprocessors: int = 1):
         yield
 
 
+def mamba_ssm_classes() -> types.SimpleNamespace:
+    """mamba-ssm's `MambaConfig` and `MambaLMHeadModel`; call a model with `mamba_ssm_logits`."""
+    _import_mamba_ssm()
+    with mamba_ssm_environment():
+        config = importlib.import_module("mamba_ssm.models.config_mamba")
+        model = importlib.import_module("mamba_ssm.models.mixer_seq_simple")
+    _first_configuration("layer_norm", "layernorm_gated")
+    return types.SimpleNamespace(MambaConfig=config.MambaConfig, MambaLMHeadModel=model.MambaLMHeadModel)
+
+
+def mamba_ssm_logits(model: torch.nn.Module, input_ids: torch.Tensor) -> torch.Tensor:
+    """Logits of a MambaLMHeadModel, by its own kernels; its fused path needs an extension that is not built."""
+    for layer in model.backbone.layers:
+        layer.mixer.use_mem_eff_path = False
+    with torch.no_grad(), mamba_ssm_environment():
+        return model(input_ids).logits
+
+
+def mamba_ssm_state_update() -> Callable:
+    """mamba-ssm's `selective_state_update`."""
+    _import_mamba_ssm()
+    with mamba_ssm_environment():
+        function = importlib.import_module("mamba_ssm.ops.triton.selective_state_update").selective_state_update
+    _first_configuration("selective_state_update")
+
+    def update(*args, **kwargs):
+        with mamba_ssm_environment():
+            return function(*args, **kwargs)
+
+    return update
+
+
 def _import_mamba_ssm() -> types.ModuleType:
     if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
         raise RuntimeError("without a GPU mamba-ssm's kernels need TRITON_INTERPRET=1 before Triton is imported")
@@ -49,11 +81,17 @@ def _import_mamba_ssm() -> types.ModuleType:
     sys.modules.setdefault("selective_scan_cuda", types.ModuleType("selective_scan_cuda"))
     with mamba_ssm_environment():
         module = importlib.import_module("mamba_ssm.ops.triton.ssd_combined")
-    if not torch.cuda.is_available():
-        from triton.runtime.autotuner import Autotuner
-
-        for name in ("ssd_combined", "ssd_bmm", "ssd_chunk_scan", "ssd_chunk_state", "ssd_state_passing"):
-            for kernel in vars(importlib.import_module(f"mamba_ssm.ops.triton.{name}")).values():
-                if isinstance(kernel, Autotuner):
-                    kernel.configs = kernel.configs[:1]  # there is nothing to time with
+    _first_configuration("ssd_combined", "ssd_bmm", "ssd_chunk_scan", "ssd_chunk_state", "ssd_state_passing")
     return module
+
+
+def _first_configuration(*names: str) -> None:
+    """Without a GPU, leave each autotuner of these modules one configuration: there is nothing to time with."""
+    if torch.cuda.is_available():
+        return
+    from triton.runtime.autotuner import Autotuner
+
+    for name in names:
+        for kernel in vars(importlib.import_module(f"mamba_ssm.ops.triton.{name}")).values():
+            if isinstance(kernel, Autotuner):
+                kernel.configs = kernel.configs[:1]

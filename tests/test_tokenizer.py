@@ -172,6 +172,12 @@ def test_documents_encoded_together_get_the_ids_of_each(name, documents):
     assert tokenizer.encode_documents(documents).tolist() == expected
 
 
+@pytest.mark.parametrize("name", ["bytes", "gpt2", "gpt-neox-20b"])
+def test_every_id_has_its_bytes(name):
+    tokenizer = get_tokenizer(name)
+    assert all(tokenizer.decode_bytes([i]) or i == tokenizer.eot_id for i in range(tokenizer.vocab_size))
+
+
 def test_an_unknown_id_is_named():
     with pytest.raises(ValueError, match="id 300 is not in the vocabulary of bytes"):
         get_tokenizer("bytes").decode([65, 300])

@@ -13,51 +13,65 @@
 The file appears whole or not at all, and config.json after it.
 """
 
+import dataclasses
 import os
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from mamba2.checkpoint.files import flush
+from mamba2.checkpoint.foreign import read_config
+from mamba2.checkpoint.weights import (
+    EMBEDDINGS,
+    HEAD,
+    StoredTensor,
+    equals,
+    find_weights,
+    list_tensors,
+    read_tensors,
+)
 from mamba2.config import Mamba2Config
 
 WEIGHTS = "model.safetensors"
-EMBEDDINGS, HEAD = "backbone.embeddings.weight", "lm_head.weight"
-# Wrappers that put their own name in front of every key: torch.compile, DistributedDataParallel.
-PREFIXES = ("_orig_mod.", "module.", "model.")
 
 
-def read_model(path: str | os.PathLike) -> tuple[Mamba2Config, dict[str, torch.Tensor]]:
-    """Read a model folder: config, and the tensors in float32 under the names above (lm_head also when tied).
+def read_model(
+    path: str | os.PathLike, dtype: torch.dtype = torch.float32
+) -> tuple[Mamba2Config, dict[str, torch.Tensor]]:
+    """Read a model folder: config, and the tensors in `dtype` under the names above (lm_head also when tied).
 
-    Accepts the spelling `backbone.embedding.weight` and keys under `_orig_mod.`, `module.` or `model.`.
+    Accepts this layout, also sharded with an index and also as `pytorch_model.bin`; mamba-ssm's (state-spaces'
+    `mamba2-*`: its own config.json) and Codestral Mamba's (`params.json`, `consolidated.safetensors`); the spelling
+    `backbone.embedding.weight`, and keys under `_orig_mod.`, `module.` or `model.`. Tensors are read piece by piece:
+    peak memory is that of the result. No code in a pickle is ever run.
 
-    Raises FileNotFoundError when the folder or a file is missing, ValueError naming the file when it is damaged or
-    does not hold exactly the tensors, in the shapes, that the config asks for.
+    Raises FileNotFoundError when the folder, a file or a shard is missing, ValueError naming the file when it is
+    damaged or does not hold exactly the tensors, in the shapes, that the config asks for.
     """
     path = Path(path)
     if not path.is_dir():
         raise FileNotFoundError(f"no model folder at {path}")
-    config = Mamba2Config.from_json(path)
-    file = path / WEIGHTS
-    if not file.is_file():
-        raise FileNotFoundError(f"no {WEIGHTS} in {path}")
-    tensors = {}
-    try:
-        with safe_open(file, framework="pt") as opened:
-            for key in opened.keys():  # noqa: SIM118 (not a dict)
-                tensors[_our_name(key)] = opened.get_tensor(key).to(torch.float32)
-    except SafetensorError as error:
-        raise ValueError(f"{file} is not a readable safetensors file, perhaps cut short: {error}") from error
-    if config.tie_word_embeddings and EMBEDDINGS in tensors:
+    config = read_config(path)
+    files = find_weights(path)
+    stored = list_tensors(files)
+    check_tensors(files, config, stored)
+    tied_head = stored.pop(HEAD, None) if config.tie_word_embeddings else None
+    tensors = read_tensors(stored, dtype)
+    if config.tie_word_embeddings:
+        if tied_head is not None and not equals(tied_head, tensors[EMBEDDINGS]):
+            raise ValueError(f"{tied_head.file}: {HEAD} differs from the embeddings that its config ties it to")
         tensors[HEAD] = tensors[EMBEDDINGS]
-    _check_tensors(file, config, tensors)
     return config, tensors
 
 
-def write_model(path: str | os.PathLike, config: Mamba2Config, tensors: dict[str, torch.Tensor]) -> Path:
+def write_model(
+    path: str | os.PathLike,
+    config: Mamba2Config,
+    tensors: dict[str, torch.Tensor],
+    dtype: torch.dtype = torch.float32,
+) -> Path:
     """Write `tensors` (a Mamba2LM's state_dict) and `config` into the folder `path`, made if absent. Returns it.
 
     Raises OSError naming the file when it cannot be written; what was there before is then still there.
@@ -65,7 +79,7 @@ def write_model(path: str | os.PathLike, config: Mamba2Config, tensors: dict[str
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
     stored = {
-        key: tensor.detach().to("cpu", torch.float32).contiguous()
+        key: tensor.detach().to("cpu", dtype).contiguous()
         for key, tensor in tensors.items()
         if not (config.tie_word_embeddings and key == HEAD)
     }
@@ -78,30 +92,31 @@ def write_model(path: str | os.PathLike, config: Mamba2Config, tensors: dict[str
         raise OSError(f"cannot write {path / WEIGHTS}: {error}") from error
     finally:
         temporary.unlink(missing_ok=True)
-    config.save(path)
+    # An instruction for new weights, which transformers 5 also carries out on those that it has just loaded.
+    dataclasses.replace(config, rescale_prenorm_residual=False).save(path)
     return path
 
 
-def _our_name(key: str) -> str:
-    while prefix := next((p for p in PREFIXES if key.startswith(p)), None):
-        key = key.removeprefix(prefix)
-    return EMBEDDINGS if key == "backbone.embedding.weight" else key
-
-
-def _check_tensors(file: Path, config: Mamba2Config, tensors: dict[str, torch.Tensor]) -> None:
+def check_tensors(files: list[Path], config: Mamba2Config, stored: dict[str, StoredTensor]) -> None:
+    """Raise ValueError listing every tensor that is missing, that is not known, or whose shape is another."""
     wanted = tensor_shapes(config)
+    optional = {HEAD} if config.tie_word_embeddings else set()
     problems = [
         f"{word} {', '.join(sorted(keys))}"
-        for word, keys in (("missing", wanted.keys() - tensors.keys()), ("unexpected", tensors.keys() - wanted.keys()))
+        for word, keys in (
+            ("missing", wanted.keys() - stored.keys() - optional),
+            ("unexpected", stored.keys() - wanted.keys()),
+        )
         if keys
     ]
     problems += [
-        f"{key} has shape {tuple(tensor.shape)} instead of {wanted[key]}"
-        for key, tensor in tensors.items()
-        if key in wanted and tuple(tensor.shape) != wanted[key]
+        f"{key} has shape {tensor.shape} instead of {wanted[key]}"
+        for key, tensor in stored.items()
+        if key in wanted and tensor.shape != wanted[key]
     ]
     if problems:
-        raise ValueError(f"{file} does not fit its config.json: {'; '.join(problems)}")
+        place = files[0] if len(files) == 1 else files[0].parent
+        raise ValueError(f"{place} does not fit its config: {'; '.join(problems)}")
 
 
 def tensor_shapes(config: Mamba2Config) -> dict[str, tuple[int, ...]]:

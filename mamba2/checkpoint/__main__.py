@@ -1,0 +1,41 @@
+"""Look at a model folder, or write it in the layout of another project.
+
+    python -m mamba2.checkpoint inspect MODEL
+    python -m mamba2.checkpoint convert SOURCE TARGET --to transformers
+    python -m mamba2.checkpoint convert SOURCE TARGET --to mamba-ssm --dtype bfloat16
+
+Read are folders of this project, of transformers, of mamba-ssm (state-spaces' mamba2-*) and of Codestral Mamba.
+"""
+
+import argparse
+
+import torch
+
+from mamba2.checkpoint.convert import LAYOUTS, convert
+from mamba2.checkpoint.inspect import report
+from mamba2.cli import run
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    inspect = commands.add_parser("inspect", help="config, parameters, dt and half-lives")
+    inspect.add_argument("model", help="model folder")
+    conversion = commands.add_parser("convert", help="write a folder that another project loads")
+    conversion.add_argument("source", help="model folder of any layout")
+    conversion.add_argument("target", help="folder to write; must not exist")
+    conversion.add_argument("--to", choices=LAYOUTS, required=True)
+    conversion.add_argument("--tokenizer", help="name or tokenizer.json, for a source that carries none")
+    conversion.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="to store in"
+    )
+    args = parser.parse_args()
+    if args.command == "inspect":
+        print(report(args.model))
+        return
+    tokenizer = convert(args.source, args.target, args.to, args.tokenizer, getattr(torch, args.dtype))
+    print(f"wrote {args.target}, tokenizer {tokenizer.name if tokenizer else 'none: give one with --tokenizer'}")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,92 @@
+"""A tokenizer of ours written as transformers' AutoTokenizer reads it: tokenizer.json and tokenizer_config.json."""
+
+import itertools
+import json
+import shutil
+from pathlib import Path
+
+from mamba2.tokenizer import ByteTokenizer, Tokenizer, byte_characters
+
+END_OF_TEXT = "<|endoftext|>"
+
+
+def write_tokenizer_json(tokenizer: Tokenizer, folder: Path) -> None:
+    """Write both files. Text gets the ids that `tokenizer` gives it, except that theirs finds `<|endoftext|>` in it."""
+    file = folder / "tokenizer.json"
+    if tokenizer.file is not None:
+        if tokenizer.file.resolve() != file.resolve():
+            shutil.copyfile(tokenizer.file, file)
+    else:
+        file.write_text(json.dumps(describe(tokenizer), ensure_ascii=False) + "\n", encoding="utf-8")
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": END_OF_TEXT,
+        "eos_token": END_OF_TEXT,
+        "unk_token": END_OF_TEXT,
+        "clean_up_tokenization_spaces": False,
+    }
+    if tokenizer.file is not None:
+        names = {t["id"]: t["content"] for t in json.loads(file.read_text(encoding="utf-8"))["added_tokens"]}
+        for key in ("bos_token", "eos_token", "unk_token"):
+            settings[key] = names[tokenizer.eot_id]
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+
+def describe(tokenizer: Tokenizer) -> dict:
+    """The contents of tokenizer.json for a built-in tokenizer."""
+    character = {byte: c for c, byte in byte_characters().items()}
+
+    def visible(token: bytes) -> str:
+        return "".join(character[byte] for byte in token)
+
+    extra, not_merged = tokenizer.extra, set(tokenizer.extra.values())
+    ranks = {token: i for i, token in tokenizer.tokens.items() if i not in not_merged}
+    merges = [] if isinstance(tokenizer, ByteTokenizer) else find_merges(ranks)
+    vocabulary = {visible(token): i for token, i in ranks.items()} | {t.decode(): i for t, i in extra.items()}
+    vocabulary[END_OF_TEXT] = tokenizer.eot_id
+    added = [_added(tokenizer.eot_id, END_OF_TEXT, special=True)]
+    # Longest first, as they are matched; a token of spaces is text like any other, the rest are marks.
+    for token, i in sorted(extra.items(), key=lambda item: -len(item[0])):
+        if i != tokenizer.eot_id:
+            added.append(_added(i, token.decode(), special=not token.isspace()))
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": sorted(added, key=lambda token: token["id"]),
+        "normalizer": {"type": "NFC"} if tokenizer.nfc else None,
+        "pre_tokenizer": {**level, "use_regex": not isinstance(tokenizer, ByteTokenizer)},
+        "post_processor": None,
+        "decoder": {**level, "use_regex": True},
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "vocab": dict(sorted(vocabulary.items(), key=lambda item: item[1])),
+            "merges": [[visible(a), visible(b)] for a, b in merges],
+        },
+    }
+
+
+def find_merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
+    """The two tokens that each longer one was merged from, in order of rank: what its bytes come to when only the
+    merges before it are made."""
+    merges = []
+    for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
+        parts = [token[i : i + 1] for i in range(len(token))]
+        while len(parts) > 2:
+            _, at = min((ranks.get(a + b, rank), i) for i, (a, b) in enumerate(itertools.pairwise(parts)))
+            parts[at : at + 2] = [parts[at] + parts[at + 1]]
+        if len(parts) == 2:
+            merges.append((parts[0], parts[1]))
+    return merges
+
+
+def _added(i: int, content: str, special: bool) -> dict:
+    settings = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": not special}
+    return {"id": i, "content": content, **settings, "special": special}

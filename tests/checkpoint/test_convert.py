@@ -1,0 +1,387 @@
+"""Checkpoints of transformers, mamba-ssm and mistral-inference: equal logits here, files that load there strictly."""
+
+import json
+import os
+import pickle
+import random
+import resource
+import subprocess
+import sys
+import unicodedata
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, Mamba2ForCausalLM
+from transformers import Mamba2Config as TheirConfig
+
+from mamba2.checkpoint import read_model
+from mamba2.checkpoint.__main__ import main
+from mamba2.checkpoint.convert import convert
+from mamba2.checkpoint.foreign import from_codestral, from_mamba_ssm
+from mamba2.checkpoint.inspect import report
+from mamba2.config import Mamba2Config
+from mamba2.model import Mamba2LM
+from mamba2.tokenizer import get_tokenizer, load_tokenizer, save_tokenizer
+from tests.oracles import mamba_ssm_classes, mamba_ssm_logits
+from tests.test_decoding import make_model, random_ids
+from tests.test_model import relative_error, small_config
+from tests.test_tokenizer import random_texts
+
+
+def scatter(model: torch.nn.Module) -> torch.nn.Module:
+    """Random values in what every project initialises to one or zero."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 1 and "A_log" not in name and "dt_bias" not in name:
+                parameter += 0.3 * torch.randn(parameter.shape)
+    return model
+
+
+def mamba_ssm_model(groups: int, tied: bool, vocab: int = 61, multiple: int = 16, **ssm_cfg) -> torch.nn.Module:
+    classes = mamba_ssm_classes()
+    config = classes.MambaConfig(
+        d_model=32,
+        n_layer=2,
+        vocab_size=vocab,
+        ssm_cfg={"layer": "Mamba2", "headdim": 8, "d_state": 16, "ngroups": groups, "chunk_size": 16, **ssm_cfg},
+        tie_embeddings=tied,
+        pad_vocab_size_multiple=multiple,
+    )
+    torch.manual_seed(1)
+    return scatter(classes.MambaLMHeadModel(config))
+
+
+@pytest.mark.parametrize(("groups", "tied"), [(1, True), (8, False)])
+def test_a_checkpoint_of_mamba_ssm_loads_with_equal_logits_and_goes_back(tmp_path, groups, tied):
+    theirs = mamba_ssm_model(groups, tied)
+    theirs.save_pretrained(str(tmp_path / "theirs"))
+    ours = Mamba2LM.from_pretrained(tmp_path / "theirs")
+    assert ours.config.vocab_size == 64 and ours.config.n_groups == groups
+    ids = random_ids(ours, 2, 20)
+    expected = mamba_ssm_logits(theirs, ids)
+    with torch.no_grad():
+        assert relative_error(ours(ids), expected) < 1e-5
+
+    convert(tmp_path / "theirs", tmp_path / "back", "mamba-ssm")
+    back = mamba_ssm_classes().MambaLMHeadModel.from_pretrained(str(tmp_path / "back"))  # strict
+    for (name, a), (_, b) in zip(back.state_dict().items(), theirs.state_dict().items(), strict=True):
+        assert torch.equal(a, b), name
+
+    convert(tmp_path / "theirs", tmp_path / "hub", "transformers")
+    hub = AutoModelForCausalLM.from_pretrained(tmp_path / "hub")
+    assert isinstance(hub, Mamba2ForCausalLM)
+    with torch.no_grad():
+        assert relative_error(hub(ids).logits, expected) < 1e-5
+
+
+def test_the_options_of_mamba_ssm_arrive(tmp_path):
+    theirs = mamba_ssm_model(2, True, dt_limit=(0.01, 0.05), bias=True, conv_bias=False, d_conv=3, expand=4)
+    theirs.save_pretrained(str(tmp_path / "theirs"))
+    ours = Mamba2LM.from_pretrained(tmp_path / "theirs")
+    ids = random_ids(ours, 1, 20)
+    with torch.no_grad():
+        assert relative_error(ours(ids), mamba_ssm_logits(theirs, ids)) < 1e-5
+    convert(tmp_path / "theirs", tmp_path / "back", "mamba-ssm")
+    back = mamba_ssm_classes().MambaLMHeadModel.from_pretrained(str(tmp_path / "back"))
+    assert relative_error(mamba_ssm_logits(back, ids), mamba_ssm_logits(theirs, ids)) < 1e-6
+
+
+def test_the_layout_of_state_spaces_models_pads_the_vocabulary():
+    config = from_mamba_ssm(
+        {
+            "d_model": 768,
+            "n_layer": 24,
+            "vocab_size": 50277,
+            "ssm_cfg": {"layer": "Mamba2"},
+            "attn_layer_idx": [],
+            "rms_norm": True,
+            "residual_in_fp32": True,
+            "pad_vocab_size_multiple": 16,
+            "tie_embeddings": True,
+        }
+    )
+    shape = (config.vocab_size, config.num_heads, config.head_dim, config.n_groups, config.state_size)
+    assert shape == (50288, 24, 64, 1, 128)
+    assert config.tie_word_embeddings and config.eos_token_id == 0
+    assert config.num_parameters() == Mamba2Config.from_json("configs/130m.json").num_parameters()
+
+
+def test_codestrals_layout_loads(tmp_path):
+    """params.json beside tensors whose names mistral-inference prefixes, as its Mamba class holds mamba-ssm's model."""
+    classes = mamba_ssm_classes()
+    config = classes.MambaConfig(
+        d_model=64,
+        n_layer=2,
+        vocab_size=40,
+        ssm_cfg={"ngroups": 2, "layer": "Mamba2"},
+        pad_vocab_size_multiple=1,
+        tie_embeddings=False,
+    )
+    theirs = scatter(classes.MambaLMHeadModel(config))
+    tensors = {f"model.{key}": tensor.bfloat16() for key, tensor in theirs.state_dict().items()}
+    save_file(tensors, tmp_path / "consolidated.safetensors")
+    params = {
+        "dim": 64,
+        "n_layers": 2,
+        "vocab_size": 40,
+        "n_groups": 2,
+        "rms_norm": True,
+        "residual_in_fp32": True,
+        "fused_add_norm": True,
+        "pad_vocab_size_multiple": 1,
+        "tie_embeddings": False,
+        "model_type": "mamba",
+    }
+    (tmp_path / "params.json").write_text(json.dumps(params))
+    ours = Mamba2LM.from_pretrained(tmp_path)
+    ids = random_ids(ours, 1, 10)
+    theirs.load_state_dict({key.removeprefix("model."): t.float() for key, t in tensors.items()}, strict=True)
+    with torch.no_grad():
+        assert relative_error(ours(ids), mamba_ssm_logits(theirs, ids)) < 1e-5
+    half = Mamba2LM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert all(p.dtype == torch.bfloat16 for p in half.parameters())
+
+
+def test_transformers_leaves_the_weights_of_either_scheme_as_they_are(tmp_path):
+    model = Mamba2LM(small_config().with_weight_init("mamba_ssm"))
+    theirs = Mamba2ForCausalLM.from_pretrained(model.save_pretrained(tmp_path))
+    ours = model.state_dict()
+    assert all(torch.equal(tensor, ours[name]) for name, tensor in theirs.state_dict().items())
+
+
+@pytest.mark.parametrize(("groups", "tied"), [(1, True), (8, False)])
+def test_a_sharded_checkpoint_of_transformers_loads_and_goes_back(tmp_path, groups, tied):
+    small_config(n_groups=groups, tie_word_embeddings=tied).save(tmp_path)
+    torch.manual_seed(0)
+    theirs = scatter(Mamba2ForCausalLM(TheirConfig.from_pretrained(tmp_path)))
+    theirs.save_pretrained(tmp_path / "theirs", max_shard_size="10KB")
+    assert (tmp_path / "theirs" / "model.safetensors.index.json").is_file()
+    ours = Mamba2LM.from_pretrained(tmp_path / "theirs")
+    ids = random_ids(ours, 2, 20)
+    with torch.no_grad():
+        assert relative_error(ours(ids), theirs(ids).logits) < 1e-5
+    convert(tmp_path / "theirs", tmp_path / "back", "transformers")
+    config = TheirConfig.from_pretrained(tmp_path / "back")
+    loaded, info = Mamba2ForCausalLM.from_pretrained(tmp_path / "back", config=config, output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    tensors = load_file(tmp_path / "back" / "model.safetensors")
+    strict = Mamba2ForCausalLM(config)
+    strict.load_state_dict({**tensors, "lm_head.weight": loaded.lm_head.weight}, strict=True)
+    for (name, a), (_, b) in zip(loaded.state_dict().items(), theirs.state_dict().items(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_a_conversion_can_store_half_precision(tmp_path):
+    model = make_model()
+    model.save_pretrained(tmp_path / "model")
+    for layout, read in (
+        ("transformers", lambda folder: load_file(folder / "model.safetensors")),
+        ("mamba-ssm", lambda folder: torch.load(folder / "pytorch_model.bin", weights_only=True)),
+    ):
+        convert(tmp_path / "model", tmp_path / layout, layout, dtype=torch.bfloat16)
+        assert all(t.dtype == torch.bfloat16 for t in read(tmp_path / layout).values())
+        back = Mamba2LM.from_pretrained(tmp_path / layout)
+        assert torch.equal(back.lm_head.weight, model.lm_head.weight.bfloat16().float())
+
+
+@pytest.mark.parametrize("name", ["bytes", "gpt2", "gpt-neox-20b"])
+def test_a_folder_for_transformers_has_a_tokenizer_with_the_same_ids(tmp_path, name):
+    ours = get_tokenizer(name)
+    model = Mamba2LM(small_config(vocab_size=50304, hidden_size=8, num_heads=2, n_groups=1, num_hidden_layers=1))
+    model.save_pretrained(tmp_path / "model")
+    save_tokenizer(ours, tmp_path / "model")
+    assert convert(tmp_path / "model", tmp_path / "hub", "transformers") is ours
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "hub")
+    assert theirs.eos_token_id == ours.eot_id and len(theirs) == ours.vocab_size
+    generator = random.Random(1)
+    texts = random_texts(2000) + ["".join(chr(generator.randint(1, 0x2FFF)) for _ in range(20)) for _ in range(500)]
+    if ours.nfc:  # the library's tables of Unicode and Python's are not of one version
+        library = theirs.backend_tokenizer.normalizer
+        known = [text for text in texts if library.normalize_str(text) == unicodedata.normalize("NFC", text)]
+        assert len(known) > 0.99 * len(texts)
+        texts = known
+    for text, ids in zip(texts, theirs(texts)["input_ids"]):
+        assert ours.encode(text) == ids, repr(text)
+        assert theirs.decode(ids) == ours.decode(ids)
+    assert load_tokenizer(tmp_path / "hub") is ours
+    if name == "bytes":
+        return  # single bytes without a rule for words: a file that only the library reads
+    again = get_tokenizer(tmp_path / "hub")  # the file itself
+    assert all(again.encode(text) == ours.encode(text) for text in texts[:300])
+    convert(tmp_path / "hub", tmp_path / "again", "transformers", tokenizer=str(tmp_path / "hub"))
+    assert AutoTokenizer.from_pretrained(tmp_path / "again")("a  b")["input_ids"] == ours.encode("a  b")
+
+
+# ------------------------------------------------------------------------------------------------------------ bad input
+
+
+class Code:
+    def __reduce__(self):
+        return os.mkdir, (os.environ["MAMBA2_TEST_FOLDER"],)
+
+
+def save_bin(folder, tensors) -> None:
+    small_config().save(folder)
+    torch.save(tensors, folder / "pytorch_model.bin")
+
+
+def test_a_pickle_with_code_is_refused_and_not_run(tmp_path, monkeypatch):
+    monkeypatch.setenv("MAMBA2_TEST_FOLDER", str(tmp_path / "run"))
+    for write in (torch.save, lambda value, file: file.write_bytes(pickle.dumps(value))):
+        small_config().save(tmp_path)
+        write({"x": Code()}, tmp_path / "pytorch_model.bin")
+        with pytest.raises(ValueError, match=r"_model.bin (holds more than tensors and is refused|is not a read)"):
+            read_model(tmp_path)
+        assert not (tmp_path / "run").exists()
+
+
+def test_an_index_that_names_a_missing_shard_is_refused(tmp_path):
+    make_model().save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").rename(tmp_path / "model-1.safetensors")
+    index = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(FileNotFoundError, match=r"names the shard model-2\.safetensors, which is not in"):
+        read_model(tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(ValueError, match="is not an index of shards"):
+        read_model(tmp_path)
+
+
+def test_wrong_keys_and_shapes_in_a_bin_are_listed(tmp_path):
+    tensors = dict(make_model().state_dict())
+    del tensors["backbone.layers.0.mixer.D"], tensors["backbone.layers.2.norm.weight"]
+    tensors |= {"backbone.more": torch.zeros(1), "backbone.norm_f.weight": torch.zeros(5)}
+    save_bin(tmp_path, tensors)
+    with pytest.raises(ValueError) as error:
+        read_model(tmp_path)
+    for part in (
+        "missing backbone.layers.0.mixer.D, backbone.layers.2.norm.weight",
+        "unexpected backbone.more",
+        "backbone.norm_f.weight has shape (5,) instead of (32,)",
+    ):
+        assert part in str(error.value)
+
+
+@pytest.mark.parametrize("content", [[1, 2], {"x": "text"}])
+def test_a_bin_that_is_no_dictionary_of_tensors_is_refused(tmp_path, content):
+    save_bin(tmp_path, content)
+    with pytest.raises(ValueError, match="holds no dictionary of tensors"):
+        read_model(tmp_path)
+
+
+def test_one_tensor_under_two_names_is_refused(tmp_path):
+    tensors = dict(make_model().state_dict())
+    save_bin(tmp_path, {**tensors, "module.lm_head.weight": tensors["lm_head.weight"].clone()})
+    with pytest.raises(ValueError, match=r"holds lm_head.weight twice: as lm_head.weight and as module.lm_head.weight"):
+        read_model(tmp_path)
+
+
+def test_a_tied_head_that_differs_is_refused(tmp_path):
+    model = make_model(tie_word_embeddings=True)
+    folder = model.save_pretrained(tmp_path)
+    tensors = load_file(folder / "model.safetensors")
+    save_file({**tensors, "lm_head.weight": model.lm_head.weight.detach().clone()}, folder / "model.safetensors")
+    assert torch.equal(read_model(folder)[1]["lm_head.weight"], model.lm_head.weight)
+    save_file({**tensors, "lm_head.weight": model.lm_head.weight.detach() + 1}, folder / "model.safetensors")
+    with pytest.raises(ValueError, match=r"lm_head\.weight differs from the embeddings"):
+        read_model(folder)
+
+
+MAMBA_SSM = {"d_model": 32, "n_layer": 1, "vocab_size": 61, "ssm_cfg": {"layer": "Mamba2", "headdim": 8}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"ssm_cfg": {}}, "ssm_cfg.layer is 'Mamba1'"),
+        ({"attn_layer_idx": [1]}, r"attn_layer_idx is \[1\]"),
+        ({"d_intermediate": 64}, "d_intermediate is 64"),
+        ({"rms_norm": False}, "rms_norm is False"),
+        ({"ssm_cfg": {"layer": "Mamba2", "D_has_hdim": True}}, "ssm_cfg.D_has_hdim is True"),
+        ({"ssm_cfg": {"layer": "Mamba2", "new": 1}}, "keys that are not known: new"),
+        ({"ssm_cfg": {"layer": "Mamba2", "headdim": 7}}, r"num_heads \* head_dim"),
+    ],
+)
+def test_what_of_mamba_ssm_is_not_implemented_is_named(tmp_path, changes, message):
+    (tmp_path / "config.json").write_text(json.dumps({**MAMBA_SSM, **changes}))
+    with pytest.raises(ValueError, match=message) as error:
+        read_model(tmp_path)
+    assert "config.json" in str(error.value)
+
+
+def test_other_models_of_mistral_are_refused():
+    with pytest.raises(ValueError, match=r"model_type 'transformer', missing \['n_groups'\]"):
+        from_codestral({"dim": 8, "n_layers": 1, "vocab_size": 10, "model_type": "transformer"})
+
+
+def test_what_a_layout_cannot_say_is_refused_and_nothing_is_left(tmp_path):
+    Mamba2LM(small_config(layer_norm_epsilon=1e-6)).save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match="layer_norm_epsilon is 1e-06"):
+        convert(tmp_path / "model", tmp_path / "out", "mamba-ssm")
+    with pytest.raises(ValueError, match="tokenizer gpt2 has 50257 ids and the model only 61 rows"):
+        convert(tmp_path / "model", tmp_path / "out", "transformers", tokenizer="gpt2")
+    with pytest.raises(ValueError, match="layout 'gguf' is unknown"):
+        convert(tmp_path / "model", tmp_path / "out", "gguf")
+    assert [file.name for file in tmp_path.iterdir()] == ["model"]
+    with pytest.raises(FileExistsError):
+        convert(tmp_path / "model", tmp_path / "model", "transformers")
+
+
+# --------------------------------------------------------------------------------------------------- inspect, memory
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_inspect_prints_config_parameters_and_time_constants(tmp_path, monkeypatch, capsys, tied):
+    model = Mamba2LM(small_config(tie_word_embeddings=tied), initialization="halflife")
+    model.save_pretrained(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["checkpoint", "inspect", str(tmp_path)])
+    main()
+    text = capsys.readouterr().out
+    assert f"{model.config.num_parameters():,} parameters" in text
+    assert text.count(f"{model.config.num_parameters():,}\n") == 1  # the sum of the table
+    assert '"state_size": 14' in text and "half-life" in text and "initialised by: halflife" in text
+    assert "backbone.layers.*.mixer.in_proj.weight" in text
+    convert(tmp_path, tmp_path / "theirs", "mamba-ssm")
+    assert report(tmp_path / "theirs").splitlines()[-4:] == report(tmp_path).splitlines()[-4:]
+
+
+def test_convert_is_a_command(tmp_path, monkeypatch, capsys):
+    Mamba2LM(small_config(vocab_size=257)).save_pretrained(tmp_path / "a")
+    arguments = ["convert", str(tmp_path / "a"), str(tmp_path / "b"), "--to", "transformers", "--tokenizer", "bytes"]
+    monkeypatch.setattr(sys, "argv", ["checkpoint", *arguments])
+    main()
+    assert "tokenizer bytes" in capsys.readouterr().out
+    assert AutoTokenizer.from_pretrained(tmp_path / "b").eos_token_id == 256
+
+
+PEAK = """
+import resource, sys, torch
+from mamba2.model import Mamba2LM
+from mamba2.config import Mamba2Config
+def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+before = peak()
+model = Mamba2LM.from_pretrained(sys.argv[1], dtype=getattr(torch, sys.argv[2]))
+print((peak() - before) / sum(p.nbytes for p in model.parameters()))
+"""
+
+
+@pytest.mark.parametrize("layout", ["transformers", "mamba-ssm"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_loading_takes_little_more_memory_than_the_model(tmp_path, layout, dtype):
+    """Of a model of 260 MB in float32, the resident set while it is read, mapped pages included."""
+    assert resource.RUSAGE_SELF is not None
+    config = small_config(vocab_size=60_000, hidden_size=512, num_heads=128)
+    with torch.device("meta"):
+        model = Mamba2LM(config)
+    tensors = {key: torch.full(tensor.shape, 0.5) for key, tensor in model.state_dict().items()}
+    model.load_state_dict(tensors, assign=True)
+    model.save_pretrained(tmp_path / "model")
+    if layout == "mamba-ssm":
+        convert(tmp_path / "model", tmp_path / "theirs", layout)
+    folder = tmp_path / ("model" if layout == "transformers" else "theirs")
+    command = [sys.executable, "-c", PEAK, str(folder), dtype]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert float(result.stdout) < 1.1

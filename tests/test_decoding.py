@@ -1,0 +1,207 @@
+"""State as a value: prefill and step give what one forward pass gives, whatever the options, lengths and pieces."""
+
+import pytest
+import torch
+
+from mamba2.decoder import Decoder
+from mamba2.generate import PlainDecoder, make_decoder
+from mamba2.model import Mamba2LM
+from tests.test_model import relative_error, small_config
+
+OPTIONS = [
+    {},
+    {"n_groups": 1},
+    {"n_groups": 8},
+    {"tie_word_embeddings": True},
+    {"use_bias": True},
+    {"use_conv_bias": False},
+    {"residual_in_fp32": False},
+    {"conv_kernel": 1},
+    {"conv_kernel": 2},
+    {"conv_kernel": 7},
+    {"time_step_limit": (0.01, 0.05)},
+    {"expand": 3, "num_heads": 4, "head_dim": 24},
+    {"chunk_size": 5},
+    {"layer_norm_epsilon": 0.1},
+    {"state_size": 1},
+    {"vocab_size": 67},
+]
+
+
+def make_model(seed: int = 1, **changes) -> Mamba2LM:
+    """A model whose every parameter matters: D, norms and biases are drawn too."""
+    model = Mamba2LM(small_config(**changes), seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 1 and "A_log" not in name:
+                parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+def random_ids(model: Mamba2LM, *shape: int) -> torch.Tensor:
+    return torch.randint(model.config.vocab_size, shape, generator=torch.Generator().manual_seed(3))
+
+
+def assert_same_state(actual: list, expected: list) -> None:
+    for ours, theirs in zip(actual, expected, strict=True):
+        for a, b in zip(ours, theirs, strict=True):
+            assert a.shape == b.shape and (b.numel() == 0 or relative_error(a, b) < 1e-5)
+
+
+@pytest.mark.parametrize("make", [Decoder, PlainDecoder])
+@pytest.mark.parametrize("changes", OPTIONS, ids=str)
+def test_steps_after_a_prefill_equal_the_full_forward(changes, make):
+    model = make_model(**changes)
+    ids = random_ids(model, 2, 40)
+    with torch.no_grad():
+        expected, last = model(ids, return_state=True)
+    for start in (1, 2, 17):
+        logits, state = model.prefill(ids[:, :start])
+        assert relative_error(logits, expected[:, start - 1]) < 1e-5
+        decoder = make(model, state)
+        for t in range(start, 40):
+            assert relative_error(decoder.step(ids[:, t]), expected[:, t]) < 1e-5, t
+        assert_same_state(decoder.state(), last)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_other_dtypes_decode_too(dtype, batch):
+    model = make_model().to(dtype)
+    ids = random_ids(model, batch, 20)
+    with torch.no_grad():
+        expected = model(ids)
+    _, state = model.prefill(ids[:, :10])
+    decoder = make_decoder(model, state)
+    tolerance = 1e-12 if dtype == torch.float64 else 2e-2
+    for t in range(10, 20):
+        logits = decoder.step(ids[:, t])
+        assert logits.dtype == dtype and relative_error(logits, expected[:, t]) < tolerance
+    assert decoder.state()[0].ssm.dtype == torch.promote_types(dtype, torch.float32)
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_the_form_that_is_asked_for_serves(monkeypatch, backend):
+    model = make_model()
+    ids = random_ids(model, 2, 8)
+    with torch.no_grad():
+        expected = model(ids)
+    _, state = model.prefill(ids[:, :5])
+    assert isinstance(make_decoder(model, state), Decoder)
+    monkeypatch.setenv("MAMBA2_BACKEND", backend)
+    decoder = make_decoder(model, state)
+    assert isinstance(decoder, PlainDecoder)
+    assert all(relative_error(decoder.step(ids[:, t]), expected[:, t]) < 1e-5 for t in range(5, 8))
+
+
+@pytest.mark.parametrize("segment", [1, 2, 7, 64])
+def test_a_prefill_in_pieces_equals_one_in_one_piece(segment):
+    model = make_model()
+    ids = random_ids(model, 2, 33)
+    logits, state = model.prefill(ids)
+    pieces, end = model.prefill(ids, segment=segment)
+    assert relative_error(pieces, logits) < 1e-5
+    assert_same_state(end, state)
+    first = model.prefill(ids[:, :20])[1]
+    before = [s.rows(slice(None)) for s in first]
+    pieces, end = model.prefill(ids[:, 20:], state=first, segment=segment)
+    assert relative_error(pieces, logits) < 1e-5
+    assert_same_state(end, state)
+    assert all(torch.equal(a, b) for s, t in zip(first, before) for a, b in zip(s, t))  # left as it was
+
+
+def test_prompts_of_different_lengths_equal_each_by_itself():
+    model = make_model()
+    lengths = [5, 1, 12, 5, 2]
+    ids = random_ids(model, 5, 12)
+    for row, length in enumerate(lengths):
+        ids[row, length:] = 10**9  # is never looked at
+    more = random_ids(model, 5, 6)
+    logits, state = model.prefill(ids, lengths)
+    decoder = Decoder(model, state)
+    steps = [logits] + [decoder.step(more[:, t]).clone() for t in range(6)]
+    for row, length in enumerate(lengths):
+        alone = torch.cat([ids[row, :length], more[row]])[None]
+        with torch.no_grad():
+            expected = model(alone)[0, length - 1 :]
+        assert relative_error(torch.stack([s[row] for s in steps]), expected) < 1e-5
+
+
+def test_rows_do_not_touch_each_other():
+    """The same bits in row 0, whatever the other rows hold."""
+    model = make_model()
+    ids = random_ids(model, 3, 30)
+    other = ids.clone()
+    other[1:] = other[1:].flip(1)
+    results = []
+    for tokens in (ids, other):
+        decoder = Decoder(model, model.prefill(tokens[:, :10])[1])
+        results.append(torch.stack([decoder.step(tokens[:, t])[0].clone() for t in range(10, 30)]))
+    assert torch.equal(*results)
+
+
+def test_ten_thousand_tokens_later_a_step_still_equals_the_forward():
+    model = make_model(num_hidden_layers=2)
+    ids = random_ids(model, 1, 10_300)
+    with torch.no_grad():
+        expected, last = model(ids, return_state=True)
+    decoder = Decoder(model, model.prefill(ids[:, :50])[1])
+    worst = max(relative_error(decoder.step(ids[:, t]), expected[:, t]) for t in range(50, 10_300))
+    assert worst < 1e-5
+    assert_same_state(decoder.state(), last)
+
+
+def test_a_step_advances_the_state_it_is_given_and_a_decoder_its_own():
+    model = make_model()
+    ids = random_ids(model, 2, 5)
+    _, state = model.prefill(ids[:, :4])
+    before = [s.rows(slice(None)) for s in state]
+    Decoder(model, state).step(ids[:, 4])
+    assert_same_state(state, before)
+    _, same = model.step(ids[:, 4], state)
+    assert same is state and not torch.equal(state[0].ssm, before[0].ssm)
+
+
+def test_backpropagation_through_a_carried_state_equals_one_long_pass_and_detach_truncates_it():
+    model = make_model()
+    ids = random_ids(model, 2, 31)
+
+    def gradients(truncate: bool) -> list[torch.Tensor]:
+        model.zero_grad()
+        state, loss = None, 0.0
+        for start in (0, 10, 20):
+            piece = slice(start, start + 10)
+            more, state = model(ids[:, piece], ids[:, start + 1 : start + 11], state=state, return_state=True)
+            loss = loss + more
+            if truncate:
+                more.backward()
+                state = [s.detach() for s in state]
+        if not truncate:
+            loss.backward()
+        return [p.grad.clone() for p in model.parameters()]
+
+    carried, truncated = gradients(False), gradients(True)
+    model.zero_grad()
+    model(ids[:, :-1], ids[:, 1:]).backward()
+    names = [name for name, _ in model.named_parameters()]
+    for name, a, b, parameter in zip(names, carried, truncated, model.parameters(), strict=True):
+        assert relative_error(a, parameter.grad) < 1e-4, name
+        if "mixer.in_proj" in name:
+            assert relative_error(b, parameter.grad) > 1e-3, name
+
+
+@pytest.mark.parametrize(
+    ("ids", "lengths", "message"),
+    [
+        ([[1, 2, 61]], None, "the id 61 is outside the model's vocabulary of 61"),
+        ([[1, -1, 2]], None, "the id -1 is outside"),
+        ([[1, 2, 3]], [4], "lengths must be 1 numbers from 1 to 3"),
+        ([[1, 2, 3]], [0], "lengths must be"),
+        ([[1, 2, 3]], [1, 2], "lengths must be"),
+        ([[]], None, "lengths must be"),
+    ],
+)
+def test_prompts_that_do_not_fit_are_refused(ids, lengths, message):
+    with pytest.raises(ValueError, match=message):
+        make_model().prefill(torch.tensor(ids, dtype=torch.int64), lengths)
