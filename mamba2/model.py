@@ -150,7 +150,7 @@ class Mamba2Mixer(nn.Module):
         """`forward` for one token: u (b, d) -> (b, d), `state` advanced in place."""
         cfg = self.config
         bc = cfg.n_groups * cfg.state_size
-        z, xBC, dt = self.in_proj(u).split([cfg.d_inner, cfg.conv_dim, cfg.num_heads], dim=-1)
+        z, xBC, dt = self.in_proj(u)  # (b, d_inner), (b, d_inner + 2 g n), (b, h)
         xBC = causal_conv1d_step(state.conv, xBC, self.conv1d.weight.squeeze(1), self.conv1d.bias)
         x, B, C = xBC.split([cfg.d_inner, bc, bc], dim=-1)
         y = ssd_step(
