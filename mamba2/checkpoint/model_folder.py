@@ -18,9 +18,8 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
-from mamba2.checkpoint.files import flush
+from mamba2.checkpoint.files import flush, save_tensors
 from mamba2.config import Mamba2Config
 
 WEIGHTS = "model.safetensors"
@@ -71,10 +70,10 @@ def write_model(path: str | os.PathLike, config: Mamba2Config, tensors: dict[str
     }
     temporary = path / f".{WEIGHTS}.{os.getpid()}.tmp"
     try:
-        save_file(stored, temporary, metadata={"format": "pt"})
+        save_tensors(temporary, stored, metadata={"format": "pt"})
         flush(temporary)
         os.replace(temporary, path / WEIGHTS)
-    except SafetensorError as error:
+    except OSError as error:
         raise OSError(f"cannot write {path / WEIGHTS}: {error}") from error
     finally:
         temporary.unlink(missing_ok=True)
