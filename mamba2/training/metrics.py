@@ -14,6 +14,7 @@ from mamba2.checkpoint import flush
 from mamba2.initializers import half_life
 
 SECONDS_BETWEEN_LINES = 10.0
+WANDB_SECONDS = 30.0  # to reach its server at the start; a run waits no longer
 
 
 class MetricsLog:
@@ -76,7 +77,14 @@ class Tracker:
             import wandb
 
             self._run = wandb.init(
-                project=project, name=name, id=run_id, resume="allow", mode=mode, config=options, dir=str(folder)
+                project=project,
+                name=name,
+                id=run_id,
+                resume="allow",
+                mode=mode,
+                config=options,
+                dir=str(folder),
+                settings=wandb.Settings(init_timeout=WANDB_SECONDS),
             )
             self.run_id = self._run.id
         except Exception as error:  # wandb raises errors of its own and of the network; see above
