@@ -86,9 +86,9 @@ def memory_estimate(
     tokens, e = micro_batch * length, torch.finfo(dtype).bits // 8
     d, inner = config.hidden_size, config.d_inner
     between = d * (e + 4)  # output and residual stream: all that a recomputed block keeps
-    # Inputs of the norm, in_proj, convolution (twice with its output), gated norm and out_proj; dt; states of chunks.
+    # The residual stream; inputs and outputs of in_proj, convolution, scan and gated norm; dt; states between chunks.
     states = 4 * inner * config.state_size // min(config.chunk_size, length)
-    block = between + e * (d + 2 * config.d_in_proj + config.conv_dim + 2 * inner) + 4 * config.num_heads + states
+    block = 4 * d + e * (d + config.d_in_proj + config.conv_dim + 2 * inner) + 8 * config.num_heads + states
     recomputed = 0 if checkpoint_every == 0 else -(-config.num_hidden_layers // checkpoint_every)
     kept = recomputed * between + (config.num_hidden_layers - recomputed) * block + (block if recomputed else 0)
     logits = 8 * config.vocab_size * min(tokens, 1024)
