@@ -21,6 +21,7 @@ from typing import Any
 
 from mamba2.cli import parse_arguments, run, write_preset
 from mamba2.data import STDLIB
+from mamba2.distributed import PARALLEL, World
 from mamba2.initializers import dt_table
 from mamba2.training import (
     DECAYS,
@@ -34,7 +35,6 @@ from mamba2.training import (
     Tracker,
     dt_summary,
     memory_used,
-    peak_flops,
     versions,
 )
 
@@ -93,6 +93,7 @@ def parse() -> argparse.Namespace:
     every = "recompute every k-th block in backward, to need less memory; off, all, or k [all]"
     add("--checkpoint-every", type=checkpoint_interval, default=1, metavar="off|all|K", help=every)
     add("--dtype", choices=("auto", "bf16", "fp32"), default="auto", help="of matrix products [bf16 where it is fast]")
+    add("--parallel", choices=PARALLEL, default="ddp", help="under torchrun: copies, or shards of the model [ddp]")
     add("--compile", choices=("off", "blocks", "model"), default="off", help="torch.compile [off]")
     add("--cuda-visible-devices", help='GPUs to use ["0", unless CUDA_VISIBLE_DEVICES is set]')
     args = parse_arguments(parser, "train", required=("model_path", "output_dir"))
@@ -130,6 +131,12 @@ def check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
                 parser.error(f"--{name.replace('_', '-')} must be {domain}, not {value}")
     if not all(0 <= beta < 1 for beta in args.betas):
         parser.error(f"--betas must be from 0 to below 1, not {args.betas[0]} {args.betas[1]}")
+    if args.parallel == "fsdp" and "WORLD_SIZE" not in os.environ:
+        parser.error(
+            "--parallel fsdp needs processes to share the model among: torchrun --nproc-per-node N train.py ..."
+        )
+    if args.parallel == "fsdp" and args.compile == "model":
+        parser.error("--compile model does not go with --parallel fsdp, which gathers block by block; blocks does")
     if args.resume not in ("auto", "none") and len(args.model_path) > 1:
         parser.error("--resume PATH goes with one --model-path; auto finds the checkpoint of each")
 
@@ -139,7 +146,8 @@ def main() -> None:
     # Read by CUDA when it is first used, which is later than this.
     if args.cuda_visible_devices is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = args.cuda_visible_devices
-    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
+    if "WORLD_SIZE" not in os.environ:
+        os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
 
     outputs = {Path(path): Path(args.output_dir) for path in args.model_path}
     if len(outputs) > 1:
@@ -149,135 +157,168 @@ def main() -> None:
     for model_path in outputs:
         if not model_path.is_dir():
             raise FileNotFoundError(f"no model folder at {model_path}")
+    world, stopped = World.join(), 0
     for model_path, output in outputs.items():
-        folder = RunFolder(output, args.keep, args.keep_best, args.keep_early)
-        if folder.final.exists() and not args.overwrite and not args.dry_run:
-            print(f"{folder.final} is there: {model_path} is not trained again")
-            continue
-        job = Job(model_path, args)
-        if args.dry_run:
-            job.describe(output)
-            job.try_one_step()
-        else:
-            train(job, folder)
+        folder = RunFolder(output, args.keep, args.keep_best, args.keep_early, world)
+        if world.first(folder.final.exists) and not args.overwrite and not args.dry_run:
+            if world.is_main:
+                print(f"{folder.final} is there: {model_path} is not trained again")
+        elif args.dry_run:
+            Job(model_path, args, world).try_one_step(output)
+        elif stopped := train(Job(model_path, args, world), folder):
+            break
+    world.leave()
+    if stopped:
+        sys.exit(128 + stopped)
 
 
-def train(job: Job, folder: RunFolder) -> None:
-    """One model, from where its folder has got to, to its results."""
-    args, identity = job.args, job.identity()
-    lock = folder.lock()
+def train(job: Job, folder: RunFolder) -> int:
+    """One model, from where its folder has got to, to its results. Returns the signal that stopped it, or 0."""
+    args, world = job.args, job.world
+    identity = world.first(job.identity)
+    lock = world.first(folder.lock)
     try:
-        if args.overwrite and args.resume in ("auto", "none"):
-            folder.clear()
-        found = folder.find(args.resume)
-        counters, run_id = Counters(), None
-        if found is not None:
-            checkpoint, state = found
-            job.check_same(checkpoint, state, identity)
-            counters, run_id = Counters(**state["counters"]), state["wandb_run_id"]
-            later = [step for step in folder.checkpoints() if step > counters.step]
-            if later and not args.overwrite:
-                raise FileExistsError(f"{folder.path} holds later checkpoints ({later}); --overwrite removes them")
-            folder.clear(after=counters.step)
-        job.build(found and found[0])
+        checkpoint, state = world.first(lambda: starting_point(job, folder, identity))
+        counters = Counters(**state["counters"])
+        job.build(checkpoint, counters.updates)
         job.describe(folder.path)
-        if found is not None:
-            print(f"resumed from {found[0]}, step {counters.step} of {job.steps}", flush=True)
-        passing = ("preset", "resume", "overwrite", "dry_run", "wandb_token")
-        values = {key: value for key, value in vars(args).items() if key not in passing}
-        values |= {"model_path": [str(job.model_path)], "output_dir": str(folder.path)}
-        write_preset(folder.path / "train.toml", "train", values, f"resolved options of {folder.path}\n{versions()}")
-        tracker = Tracker(wandb_mode(args), args.wandb_project, folder.path.name, folder.path, values, run_id)
-        metrics = MetricsLog(folder.path / "metrics.jsonl", counters.step)
+        metrics = tracker = None
+        if world.is_main:
+            if checkpoint is not None:
+                print(f"resumed from {checkpoint}, step {counters.step} of {job.steps}", flush=True)
+            options = resolved_options(job, folder)
+            write_preset(folder.path / "train.toml", "train", options, f"options of {folder.path}\n{versions()}")
+            metrics = MetricsLog(folder.path / "metrics.jsonl", counters.step)
+            name, run_id = folder.path.name, state["wandb_run_id"]
+            tracker = Tracker(wandb_mode(args), args.wandb_project, name, folder.path, options, run_id)
         try:
-            loop(job, folder, counters, metrics, tracker, identity, resumed=found is not None)
+            stopped = loop(job, folder, counters, metrics, tracker, identity, resumed=checkpoint is not None)
         finally:
-            metrics.close()
-            tracker.finish()
-        print("dt after training:")
-        print(dt_table(job.model.dt_bias(), job.model.A()))
+            if metrics is not None:
+                metrics.close()
+                tracker.finish()
+        if stopped:
+            return stopped
+        dt_bias, A = job.dt()
         if not args.no_save_final:
             folder.save_final(job.write_model)
-            print(f"wrote {folder.final}", flush=True)
+        if world.is_main:
+            print(f"dt after training:\n{dt_table(dt_bias, A)}")
+            print(f"wrote {folder.path if args.no_save_final else folder.final}", flush=True)
+        return 0
     finally:
-        os.close(lock)
+        if world.is_main:
+            os.close(lock)
+
+
+def starting_point(job: Job, folder: RunFolder, identity: dict[str, Any]) -> tuple[Path | None, dict[str, Any]]:
+    """The checkpoint to go on from and its state, or None and the state of a run that begins. Runs on rank 0."""
+    args = job.args
+    if args.overwrite and args.resume in ("auto", "none"):
+        folder.clear()
+    found = folder.find(args.resume)
+    if found is None:
+        folder.clear()
+        return None, {"counters": {}, "wandb_run_id": None}
+    checkpoint, state = found
+    job.check_same(checkpoint, state, identity)
+    step = state["counters"]["step"]
+    later = [other for other in folder.checkpoints() if other > step]
+    if later and not args.overwrite:
+        raise FileExistsError(f"{folder.path} holds later checkpoints ({later}); --overwrite removes them")
+    folder.clear(after=step)
+    return checkpoint, state
+
+
+def resolved_options(job: Job, folder: RunFolder) -> dict[str, Any]:
+    """What was asked for or taken by default, for this model; not what only tells how to start."""
+    starting = ("preset", "resume", "overwrite", "dry_run", "wandb_token")
+    options = {name: value for name, value in vars(job.args).items() if name not in starting}
+    return {**options, "model_path": [str(job.model_path)], "output_dir": str(folder.path)}
 
 
 def loop(
     job: Job,
     folder: RunFolder,
     counters: Counters,
-    metrics: MetricsLog,
-    tracker: Tracker,
+    metrics: MetricsLog | None,
+    tracker: Tracker | None,
     identity: dict[str, Any],
     resumed: bool,
-) -> None:
-    """steps + 1 times: look at the model, save it, and train it once more but the last time."""
-    args, steps = job.args, job.steps
-    peak = peak_flops(job.device, job.dtype)
-    progress = Progress(steps, job.config.flops_per_token(), peak, metrics.seconds)
+) -> int:
+    """steps + 1 times: look at the model, save it, and train it once more but the last time.
+
+    Every process runs this; rank 0 has `metrics` and `tracker`, and speaks. Returns the signal that stopped it, or 0.
+    """
+    args, steps, world = job.args, job.steps, job.world
+    progress = Progress(steps, job.config.flops_per_token(), job.peak(), metrics.seconds if metrics else 0.0)
+
+    def say(text: str) -> None:
+        if world.is_main:
+            print(text, flush=True)
 
     def log(**values: Any) -> None:
-        row = {"step": counters.step, **values}
-        metrics.log(row)
-        tracker.log(row)
+        if world.is_main:
+            row = {"step": counters.step, **values}
+            metrics.log(row)
+            tracker.log(row)
 
     def due(every: int, early: bool = False) -> bool:
         step = counters.step
         return step % every == 0 or step == steps or (early and step & (step - 1) == 0)
 
+    def save() -> None:
+        state = {
+            "counters": dataclasses.asdict(counters),
+            "schedule": dataclasses.asdict(job.schedule),
+            "samples": job.samples,
+            "identity": identity,
+            "wandb_run_id": tracker and tracker.run_id,
+        }
+        if world.is_main:
+            metrics.flush()
+        say(f"wrote {folder.save(counters.step, state, counters.best_step, job.write_checkpoint)}")
+
     with Stop() as stop:
         while True:
+            # 1. Look at the model. A resumed run did that before it was stopped, and saved afterwards.
             step, is_best = counters.step, False
             if job.validation and due(args.eval_steps) and not resumed:
                 loss = job.evaluate()
                 log(validation_loss=loss if math.isfinite(loss) else None)
-                print(f"step {step:{len(str(steps))}} of {steps}   validation {loss:.4f} nats/token", flush=True)
-                is_best = math.isfinite(loss) and (counters.best_loss is None or loss < counters.best_loss)
-                counters.evaluations_since_best += 1
-                if is_best:
-                    counters.best_loss, counters.best_step, counters.evaluations_since_best = loss, step, 0
+                say(f"step {step:{len(str(steps))}} of {steps}   validation {loss:.4f} nats/token")
+                is_best = counters.evaluated(loss)
             ends = step == steps or (args.patience is not None and counters.evaluations_since_best >= args.patience)
-            stops = stop.signal
+            stops = world.max(stop.signal)
             if not resumed:
                 if due(args.dt_steps, early=True) or ends:
-                    log(**dt_summary(job.model.dt_bias(), job.model.A()))
+                    log(**dt_summary(*job.dt()))
                 if job.tokenizer and args.sample_tokens and (due(args.sample_steps) or ends):
                     text = job.sample()
                     log(sample=text)
-                    print(f"--- text at step {step}, temperature 0.8\n{text}\n---", flush=True)
+                    say(f"--- text at step {step}, temperature 0.8\n{text}\n---")
                 if due(args.save_steps, args.keep_early) or ends or stops or (is_best and args.keep_best):
-                    metrics.flush()
-                    state = {
-                        "counters": dataclasses.asdict(counters),
-                        "schedule": dataclasses.asdict(job.schedule),
-                        "samples": job.samples,
-                        "identity": identity,
-                        "wandb_run_id": tracker.run_id,
-                    }
-                    print(f"wrote {folder.save(step, state, counters.best_step, job.write_checkpoint)}", flush=True)
+                    save()
             resumed = False
             if ends:
                 if step < steps:
-                    print(f"stopped at step {step} of {steps}: {args.patience} evaluations without a better one")
-                return
+                    say(f"stopped at step {step} of {steps}: {args.patience} evaluations without a better one")
+                return 0
             if stops:
-                print(f"stopped by {signal.Signals(stops).name} at step {step} of {steps}; the same command goes on")
-                sys.exit(128 + stops)
+                say(f"stopped by {signal.Signals(stops).name} at step {step} of {steps}; the same command goes on")
+                return stops
 
+            # 2. Train it.
             progress.pause()
             row = job.step(step)
-            counters.step += 1
-            counters.tokens += row["tokens"]
+            counters.trained(row["tokens"], skipped=row["gradient_norm"] is None)
             measured = progress.measure(row["tokens"])
-            skipped = row["gradient_norm"] is None
-            counters.skipped_in_a_row = counters.skipped_in_a_row + 1 if skipped else 0
-            counters.skipped += skipped
             loss = row["loss"] if math.isfinite(row["loss"]) else None
             log(**{**row, "loss": loss, "tokens": counters.tokens, "skipped": counters.skipped}, **measured)
-            progress.line(counters.step, row["loss"], row["gradient_norm"], memory_used(job.device))
-            if skipped:
-                print(f"step {counters.step}: no finite gradient, so nothing was changed ({counters.skipped} so far)")
+            if world.is_main:
+                progress.line(counters.step, row["loss"], row["gradient_norm"], memory_used(job.device))
+            if row["gradient_norm"] is None:
+                say(f"step {counters.step}: no finite gradient, so nothing was changed ({counters.skipped} so far)")
             if counters.skipped_in_a_row == args.max_skipped:
                 raise ValueError(
                     f"{args.max_skipped} steps in a row had no finite gradient; lower --learning-rate "

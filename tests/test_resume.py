@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 
 import train
-from mamba2.checkpoint.training_state import OPTIMIZER, STATE, DamagedCheckpoint, read_state
+from mamba2.checkpoint.training_state import STATE, DamagedCheckpoint, read_state
 from mamba2.training import RunFolder
 from tests.runs import arguments, contents, interrupt_after, make_study, metrics, run_train
+
+MOMENTS = "optimizer/moments.safetensors"
 
 
 @pytest.fixture(scope="module")
@@ -155,7 +157,7 @@ def flip_a_bit(file: Path) -> None:
     ("name", "damage", "message"),
     [
         ("model.safetensors", truncate, "model.safetensors has"),
-        (OPTIMIZER, flip_a_bit, f"the contents of {OPTIMIZER} have changed"),
+        (MOMENTS, flip_a_bit, f"the contents of {MOMENTS} have changed"),
         ("config.json", Path.unlink, "config.json is missing"),
         (STATE, truncate, STATE),
         (STATE, Path.unlink, f"holds no {STATE}"),
@@ -267,12 +269,12 @@ def test_a_full_disk_ends_the_run_in_a_sentence_and_costs_no_checkpoint(study, w
 
     def write(job, folder):
         if "checkpoint-4" in folder.name:
-            size = (output / "checkpoint-2" / OPTIMIZER).stat().st_size
+            size = (output / "checkpoint-2" / MOMENTS).stat().st_size
             resource.setrlimit(resource.RLIMIT_FSIZE, (size - 1000, limits[1]))
         original(job, folder)
 
     try:
-        with monkeypatch.context() as patch, pytest.raises(OSError, match=f"cannot write .*{OPTIMIZER}"):
+        with monkeypatch.context() as patch, pytest.raises(OSError, match=f"cannot write .*{MOMENTS}"):
             patch.setattr(train.Job, "write_checkpoint", write)
             run_train(*arguments(study, output))
     finally:

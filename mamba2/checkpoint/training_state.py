@@ -9,17 +9,20 @@ checkpoint-N/   model.safetensors, config.json, the tokenizer      a model folde
 
 import hashlib
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from mamba2.checkpoint.files import save_tensors
 
 STATE = "trainer_state.json"
-OPTIMIZER = "optimizer.safetensors"
+OPTIMIZER = "optimizer"
 RNG = "rng.safetensors"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -76,55 +79,79 @@ def _sha256(file: Path) -> str:
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.AdamW) -> dict[str, torch.Tensor]:
-    """AdamW's moments under the parameters' names; empty before the first step."""
+    """AdamW's moments under the parameters' names; empty before the first update."""
+    if not optimizer.state:
+        return {}
     return {
         f"{moment}.{name}": optimizer.state[parameter][moment]
         for name, parameter in model.named_parameters()
-        if parameter in optimizer.state
         for moment in MOMENTS
     }
 
 
-def optimizer_step(optimizer: torch.optim.AdamW) -> int:
-    """Updates that AdamW has made, which its bias correction needs: the same number for every parameter."""
-    return max((int(state["step"].item()) for state in optimizer.state.values()), default=0)
+def save_optimizer(folder: Path, model: nn.Module, optimizer: torch.optim.AdamW) -> None:
+    """Write AdamW's moments, if it has made an update. Where they are sharded every process must call this."""
+    tensors = optimizer_tensors(model, optimizer)
+    if not tensors:
+        return
+    if any(isinstance(tensor, DTensor) for tensor in tensors.values()):
+        dcp.save(tensors, storage_writer=dcp.HuggingFaceStorageWriter(str(folder / OPTIMIZER), save_distributed=True))
+        return
+    (folder / OPTIMIZER).mkdir(exist_ok=True)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    save_tensors(folder / OPTIMIZER / "moments.safetensors", tensors)
 
 
-def start_moments(model: nn.Module, optimizer: torch.optim.AdamW, step: int) -> None:
-    """Give the optimizer moments of zero after `step` updates, to be filled from a checkpoint."""
+def sort_headers(folder: Path) -> None:
+    """Give what the shards' headers say about themselves an order, which safetensors leaves to chance: equal moments
+    are then equal files."""
+    for file in (folder / OPTIMIZER).glob("*.safetensors"):
+        with open(file, "r+b") as opened:
+            length = int.from_bytes(opened.read(8), "little")
+            header = json.loads(opened.read(length))
+            header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+            text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+            if len(text) > length:
+                raise ValueError(f"the header of {file} is not as safetensors writes it")
+            opened.seek(8)
+            opened.write(text.ljust(length))
+
+
+def load_optimizer(folder: Path, model: nn.Module, optimizer: torch.optim.AdamW, updates: int) -> None:
+    """Bring AdamW to where it was after `updates` updates, in whatever shards it was written and is to be now."""
+    if updates == 0:
+        return
     for parameter in model.parameters():
         zeros = {moment: torch.zeros_like(parameter) for moment in MOMENTS}
         # Where AdamW itself keeps it when it is fused: on the parameter's device, in float32.
-        optimizer.state[parameter] = {"step": torch.tensor(float(step), device=parameter.device), **zeros}
+        step = torch.tensor(float(updates), device=parameter.device)
+        optimizer.state[parameter] = {"step": step, **zeros}
+    tensors = optimizer_tensors(model, optimizer)
+    reader = dcp.HuggingFaceStorageReader(str(folder / OPTIMIZER))
+    sharded = any(isinstance(tensor, DTensor) for tensor in tensors.values())
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as is meant
+        dcp.load(tensors, storage_reader=reader, no_dist=not sharded)
 
 
-def save_optimizer(folder: Path, model: nn.Module, optimizer: torch.optim.AdamW) -> None:
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in optimizer_tensors(model, optimizer).items()}
-    save_tensors(folder / OPTIMIZER, {**tensors, "step": torch.tensor(optimizer_step(optimizer))})
-
-
-def load_optimizer(folder: Path, model: nn.Module, optimizer: torch.optim.AdamW) -> None:
-    tensors = load_file(folder / OPTIMIZER)
-    step = int(tensors.pop("step"))
-    if step == 0:
-        return
-    start_moments(model, optimizer, step)
-    wanted = optimizer_tensors(model, optimizer)
-    if wanted.keys() != tensors.keys():
-        raise ValueError(f"{folder / OPTIMIZER} does not fit the model: {sorted(wanted.keys() ^ tensors.keys())}")
-    for name, tensor in wanted.items():
-        tensor.copy_(tensors[name])
-
-
-def save_rng(folder: Path) -> None:
+def rng_tensors() -> dict[str, torch.Tensor]:
+    """The state of torch's generators in this process."""
     tensors = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         tensors["cuda"] = torch.cuda.get_rng_state()
+    return tensors
+
+
+def save_rng(folder: Path, of_ranks: list[dict[str, torch.Tensor]]) -> None:
+    """Write what `rng_tensors` gave in each process, by rank."""
+    tensors = {f"{name}.{rank}": tensor for rank, of_rank in enumerate(of_ranks) for name, tensor in of_rank.items()}
     save_tensors(folder / RNG, tensors)
 
 
-def load_rng(folder: Path) -> None:
+def load_rng(folder: Path, rank: int) -> None:
+    """Set this process's generators; one of a rank that did not exist then keeps what it has."""
     tensors = load_file(folder / RNG)
-    torch.set_rng_state(tensors["cpu"])
-    if "cuda" in tensors and torch.cuda.is_available():
-        torch.cuda.set_rng_state(tensors["cuda"])
+    if f"cpu.{rank}" in tensors:
+        torch.set_rng_state(tensors[f"cpu.{rank}"])
+    if f"cuda.{rank}" in tensors and torch.cuda.is_available():
+        torch.cuda.set_rng_state(tensors[f"cuda.{rank}"])

@@ -9,9 +9,17 @@ from typing import Any
 
 import torch
 
-from mamba2.checkpoint import WEIGHTS
-from mamba2.checkpoint.training_state import load_optimizer, load_rng, save_optimizer, save_rng
+from mamba2.checkpoint import WEIGHTS, write_model
+from mamba2.checkpoint.training_state import (
+    load_optimizer,
+    load_rng,
+    rng_tensors,
+    save_optimizer,
+    save_rng,
+    sort_headers,
+)
 from mamba2.data import Tokens, Windows, load_tokens, load_validation
+from mamba2.distributed import World, full, parallelize, reshard
 from mamba2.generate import generate
 from mamba2.initializers import dt_table
 from mamba2.model import Mamba2LM
@@ -50,21 +58,45 @@ class Counters:
     best_step: int | None = None
     evaluations_since_best: int = 0
 
+    @property
+    def updates(self) -> int:
+        """Steps that changed the model."""
+        return self.step - self.skipped
+
+    def trained(self, tokens: int, skipped: bool) -> None:
+        self.step += 1
+        self.tokens += tokens
+        self.skipped += skipped
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
+
+    def evaluated(self, loss: float) -> bool:
+        """Take note of an evaluation; whether it is the best so far."""
+        is_best = math.isfinite(loss) and (self.best_loss is None or loss < self.best_loss)
+        self.evaluations_since_best += 1
+        if is_best:
+            self.best_loss, self.best_step, self.evaluations_since_best = loss, self.step, 0
+        return is_best
+
 
 class Job:
     """All that the training of one model needs, loaded and derived; nothing is written yet."""
 
-    def __init__(self, model_path: Path, args: argparse.Namespace):
-        self.args, self.model_path = args, model_path
+    def __init__(self, model_path: Path, args: argparse.Namespace, world: World):
+        self.args, self.model_path, self.world = args, model_path, world
         torch.manual_seed(args.seed)
-        self.device = choose_device()
+        self.device = choose_device(world.local_rank)
         self.dtype = choose_dtype(args.dtype, self.device)
-        self.model = Mamba2LM.from_pretrained(model_path, self.device)
+        self.sharded = args.parallel == "fsdp"
+        self.model = self._load(model_path)
         self.config = self.model.config
         self.tokenizer = tokenizer_of(model_path)
 
-        self.train_tokens = load_tokens(args.dataset_path, "train", self.tokenizer)
-        self.validation_tokens = load_validation(args.dataset_path, self.tokenizer)
+        self.train_tokens, self.validation_tokens = world.in_turn_on_a_node(
+            lambda: (
+                load_tokens(args.dataset_path, "train", self.tokenizer),
+                load_validation(args.dataset_path, self.tokenizer),
+            )
+        )
         for tokens in (self.train_tokens, self.validation_tokens):
             if tokens is not None:
                 tokens.check_vocabulary(self.config.vocab_size)
@@ -89,23 +121,28 @@ class Job:
             args.schedule, steps, warmup, decay_steps, args.final_rate_ratio, args.warmup_from_zero
         )
 
-    def build(self, checkpoint: Path | None) -> None:
-        """Bring model, optimizer and generators to where `checkpoint` left them, or to the start."""
+    def _load(self, folder: Path) -> Mamba2LM:
+        # What is going to be sharded goes to the device block by block.
+        return Mamba2LM.from_pretrained(folder, "cpu" if self.sharded else self.device)
+
+    def build(self, checkpoint: Path | None, updates: int = 0) -> None:
+        """Bring model, optimizer and generators to where `checkpoint` left them after `updates`, or to the start."""
         args = self.args
         if checkpoint is not None:
-            self.model = Mamba2LM.from_pretrained(checkpoint, self.device)
+            self.model = self._load(checkpoint)
         self.model.backbone.checkpoint_every = args.checkpoint_every
         if args.compile == "model":
             self.model.compile()
         elif args.compile == "blocks":
             for layer in self.model.backbone.layers:
                 layer.compile()
+        self.parallel_model = parallelize(self.model, self.world, args.parallel, self.dtype)
         self.optimizer = make_optimizer(
             self.model, args.learning_rate, tuple(args.betas), args.weight_decay, args.eps, args.decay
         )
         if checkpoint is not None:
-            load_optimizer(checkpoint, self.model, self.optimizer)
-            load_rng(checkpoint)
+            load_optimizer(checkpoint, self.model, self.optimizer, updates)
+            load_rng(checkpoint, self.world.rank)
         self.model.train()
 
     # ------------------------------------------------------------------------------------------------------ one by one
@@ -119,12 +156,19 @@ class Job:
         with explain_out_of_memory(
             args.batch_size, args.max_length, args.gradient_accumulation_steps, args.checkpoint_every
         ):
-            loss, tokens = accumulate_gradients(self.model, self.windows, indices, args.batch_size, self.dtype)
+            loss, tokens = accumulate_gradients(
+                self.parallel_model, self.windows, indices, args.batch_size, self.dtype, self.world
+            )
             norm = update(self.model, self.optimizer, args.clip)
         return {"loss": loss, "learning_rate": rate, "gradient_norm": norm, "tokens": tokens}
 
     def evaluate(self) -> float:
-        return mean_loss(self.model, self.validation, self.args.eval_windows, self.args.batch_size, self.dtype)
+        args = self.args
+        return mean_loss(self.model, self.validation, args.eval_windows, args.batch_size, self.dtype, self.world)
+
+    def dt(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """dt_bias and A of every layer and head."""
+        return full(self.model.dt_bias()), full(self.model.A())
 
     def sample(self) -> str:
         """Text that the model writes from nothing, with the same draws at every call."""
@@ -132,18 +176,34 @@ class Job:
         start = torch.tensor([[self.tokenizer.eot_id]], device=self.device)
         with autocast(self.device, self.dtype):
             ids = generate(self.model, start, self.args.sample_tokens, temperature=0.8, generator=generator)[0, 1:]
+        reshard(self.model)
         # Rows that only fill up the vocabulary have no text.
         return self.tokenizer.decode([i for i in ids.tolist() if i < self.tokenizer.vocab_size])
 
     def write_model(self, folder: Path) -> None:
-        self.model.save_pretrained(folder)
-        if self.tokenizer is not None:
-            save_tokenizer(self.tokenizer, folder)
+        """Write the model as one file, however it is sharded."""
+        tensors = {}
+        for name, tensor in self.model.state_dict().items():
+            whole = full(tensor)
+            if self.world.is_main:
+                tensors[name] = whole.cpu()
+
+        def write() -> None:
+            write_model(folder, self.config, tensors)
+            if self.tokenizer is not None:
+                save_tokenizer(self.tokenizer, folder)
+
+        self.world.first(write)
 
     def write_checkpoint(self, folder: Path) -> None:
         self.write_model(folder)
-        save_optimizer(folder, self.model, self.optimizer)
-        save_rng(folder)
+        if self.sharded:
+            save_optimizer(folder, self.model, self.optimizer)
+            self.world.first(lambda: sort_headers(folder))
+        else:
+            self.world.first(lambda: save_optimizer(folder, self.model, self.optimizer))
+        generators = self.world.gather(rng_tensors())
+        self.world.first(lambda: save_rng(folder, generators))
 
     # ------------------------------------------------------------------------------------------------- what the run is
 
@@ -184,12 +244,22 @@ class Job:
             )
 
     def describe(self, output: Path) -> None:
-        """Print the derived quantities and the dt of every layer."""
+        """Print the derived quantities and the dt of every layer, on rank 0."""
+        dt_bias, A = self.dt()
+        if not self.world.is_main:
+            return
         args, held_out = self.args, self.validation_tokens
         held_out = f"{len(held_out.ids):,} held out" if held_out else "no validation split"
         train, tokens = self.train_tokens, self.steps * self.batch * args.max_length
         flops = tokens * self.config.flops_per_token()
-        memory = memory_estimate(self.config, args.batch_size, args.max_length, self.dtype, args.checkpoint_every)
+        memory = memory_estimate(
+            self.config,
+            args.batch_size,
+            args.max_length,
+            self.dtype,
+            args.checkpoint_every,
+            shards=self.world.size if self.sharded else 1,
+        )
         applied = self.config.dt_bias_init
         print(f"\n{self.model_path} -> {output}")
         print(f"parameters   {self.config.num_parameters():,}")
@@ -200,19 +270,28 @@ class Job:
         print(
             f"schedule     {args.schedule}, peak {args.learning_rate:g}, {self.schedule.warmup_steps} steps of warm-up"
         )
-        print(f"memory       about {memory / 1e9:.1f} GB")
-        print(f"runs on      {self.device}, {self.dtype}, {torch.get_num_threads()} threads")
+        print(f"memory       about {memory / 1e9:.1f} GB a device")
+        processes = f"{self.world.size} processes ({args.parallel}), " if self.world.size > 1 else ""
+        print(f"runs on      {processes}{self.device}, {self.dtype}, {torch.get_num_threads()} threads")
         print(f"with         {versions()}")
         print(f"dt           {applied['name'] if applied else 'of unrecorded origin'}")
-        print(dt_table(self.model.dt_bias(), self.model.A()), flush=True)
+        print(dt_table(dt_bias, A), flush=True)
 
-    def try_one_step(self) -> None:
+    def try_one_step(self, output: Path) -> None:
+        """Print the plan, make the first update, write nothing."""
         self.build(None)
-        progress = Progress(1, self.config.flops_per_token(), peak_flops(self.device, self.dtype), 0.0)
+        self.describe(output)
+        progress = Progress(1, self.config.flops_per_token(), self.peak(), 0.0)
         row = self.step(0)
         progress.measure(row["tokens"])
-        progress.line(1, row["loss"], row["gradient_norm"], memory_used(self.device))
-        print("dry run: nothing was written")
+        if self.world.is_main:
+            progress.line(1, row["loss"], row["gradient_norm"], memory_used(self.device))
+            print("dry run: nothing was written")
+
+    def peak(self) -> float | None:
+        """FLOP/s of all devices at best, None if unknown."""
+        peak = peak_flops(self.device, self.dtype)
+        return peak and peak * self.world.size
 
 
 def content_hash(tokens: Tokens) -> str:

@@ -7,6 +7,7 @@
 A checkpoint appears whole under its name or not at all, and disappears whole.
 """
 
+import contextlib
 import fcntl
 import os
 import re
@@ -17,17 +18,21 @@ from typing import Any
 
 from mamba2.checkpoint import atomic_folder
 from mamba2.checkpoint.training_state import DamagedCheckpoint, read_state, write_state
+from mamba2.distributed import ALONE, World
 
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 
 class RunFolder:
-    """Attributes: `path`, `final`."""
+    """Attributes: `path`, `final`. `save` and `save_final` are for every process of `world`, the rest for rank 0."""
 
-    def __init__(self, path: Path, keep: int = 5, keep_best: bool = True, keep_early: bool = False):
+    def __init__(
+        self, path: Path, keep: int = 5, keep_best: bool = True, keep_early: bool = False, world: World = ALONE
+    ):
         """`keep`: how many of the last checkpoints stay; `keep_best`: the best one too; `keep_early`: and those of
         steps 0, 1, 2, 4, 8, …"""
         self.path, self.final = path, path.with_name(path.name + "-final")
+        self._world = world
         self._keep, self._keep_best, self._keep_early = keep, keep_best, keep_early
 
     def checkpoints(self) -> dict[int, Path]:
@@ -107,9 +112,25 @@ class RunFolder:
     def save(self, step: int, state: dict[str, Any], best_step: int | None, write: Callable[[Path], None]) -> Path:
         """Write checkpoint-`step` with `write`, then `state`; move the links; remove what need not be kept."""
         folder = self.path / f"checkpoint-{step}"
-        with atomic_folder(folder) as temporary:
+
+        def write_all(temporary: Path) -> None:
             write(temporary)
-            write_state(temporary, state)
+            self._world.first(lambda: write_state(temporary, state))
+
+        self._together(folder, write_all)
+        self._world.first(lambda: self._tidy(folder, best_step))
+        return folder
+
+    def save_final(self, write: Callable[[Path], None]) -> None:
+        self._together(self.final, write)
+
+    def _together(self, folder: Path, write: Callable[[Path], None]) -> None:
+        """All processes fill one temporary folder, which then becomes `folder`."""
+        with contextlib.ExitStack() as stack:
+            write(self._world.first(lambda: stack.enter_context(atomic_folder(folder))))
+
+    def _tidy(self, folder: Path, best_step: int | None) -> None:
+        """After `folder` was saved: move the links, remove what need not be kept."""
         _link(self.path / "latest", folder.name)
         found = self.checkpoints()
         if best_step in found:
@@ -122,11 +143,6 @@ class RunFolder:
         for step, old in found.items():
             if step not in kept:
                 _remove(old)
-        return folder
-
-    def save_final(self, write: Callable[[Path], None]) -> None:
-        with atomic_folder(self.final) as temporary:
-            write(temporary)
 
 
 def _link(link: Path, target: str) -> None:
