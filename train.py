@@ -4,38 +4,40 @@
     python train.py --model-path MODEL --dataset-path DATA --output-dir OUT
     python train.py --model-path models/seed-*-* --output-dir OUT              each into OUT/<name of its folder>
 
-Writes {output-dir}/checkpoint-N while training, {output-dir}/metrics.jsonl, and {output-dir}-final at the end. A model
-whose -final folder is there is not trained again. Without --dataset-path the corpus is the Python standard library.
+Writes {output-dir}/checkpoint-N while training, {output-dir}/metrics.jsonl, and {output-dir}-final at the end. The same
+command again goes on from the last checkpoint, to the bit; a model whose -final folder is there is not trained again.
+SIGTERM, SIGINT or SIGUSR1: a checkpoint after the step under way, and exit code 128 + the signal's number.
+Without --dataset-path the corpus is the Python standard library.
 """
 
 import argparse
-import json
+import dataclasses
+import math
 import os
-import shutil
-import time
+import signal
+import sys
 from pathlib import Path
+from typing import Any
 
-import torch
-
-from mamba2.checkpoint import atomic_folder
-from mamba2.cli import parse_arguments, run
-from mamba2.data import STDLIB, Tokens, Windows, load_tokens, load_validation
+from mamba2.cli import parse_arguments, run, write_preset
+from mamba2.data import STDLIB
+from mamba2.distributed import PARALLEL, World
+from mamba2.host_memory import keep_freed_memory
 from mamba2.initializers import dt_table
-from mamba2.model import Mamba2LM
-from mamba2.tokenizer import Tokenizer, load_tokenizer, save_tokenizer
 from mamba2.training import (
-    accumulate_gradients,
-    choose_device,
-    choose_dtype,
-    learning_rate_factor,
-    make_optimizer,
-    mean_loss,
+    DECAYS,
+    SCHEDULES,
+    Counters,
+    Job,
+    MetricsLog,
+    Progress,
+    RunFolder,
+    Stop,
+    Tracker,
+    dt_summary,
+    memory_used,
+    versions,
 )
-
-BETAS = (0.9, 0.99)
-CLIP = 1.0
-KEPT_CHECKPOINTS = 5
-SKIPPED_IN_A_ROW = 10
 
 
 def parse() -> argparse.Namespace:
@@ -48,210 +50,295 @@ def parse() -> argparse.Namespace:
         help="see mamba2/data for what it takes [the Python standard library]",
     )
     add("--output-dir", help="where the results go")
-    add("--batch-size", type=int, default=58, help="windows at a time [58]")
-    add("--gradient-accumulation-steps", type=int, default=17, help="batches per step [17]")
-    add("--learning-rate", type=float, default=5e-4, help="peak [5e-4]")
-    add("--weight-decay", type=float, default=0.01, help="of matrices [0.01]")
-    add("--warmup-ratio", type=float, default=0.01, help="share of the steps [0.01]")
     add("--max-length", type=int, default=1024, help="tokens per window [1024]")
-    add("--num-epochs", type=float, default=1, help="passes over the data [1]")
-    add("--max-steps", type=int, help="optimizer steps instead of --num-epochs")
+    add("--no-reset", action="store_true", help="carry the state across documents inside a window")
     add("--seed", type=int, default=2163, help="of the order of the data [2163]")
-    add("--save-steps", type=int, default=1000, help="steps between checkpoints; the last 5 are kept [1000]")
+
+    add = parser.add_argument_group("the step").add_argument
+    add("--batch-size", type=int, default=58, help="windows at a time on a device [58]")
+    add("--gradient-accumulation-steps", type=int, default=17, help="batches per step, of all devices together [17]")
+    add("--num-epochs", "--epochs", type=float, default=1, help="passes over the data [1]")
+    add("--max-steps", type=int, help="optimizer steps instead of --num-epochs")
+    add("--learning-rate", type=float, default=5e-4, help="peak [5e-4]")
+    add("--schedule", choices=SCHEDULES, default="cosine", help="of the rate after the warm-up [cosine]")
+    add("--warmup-ratio", type=float, default=0.01, help="share of the steps [0.01]")
+    add("--warmup-steps", type=int, help="instead of --warmup-ratio")
+    add("--warmup-from-zero", action="store_true", help="the first step has rate 0, as in transformers")
+    add("--decay-ratio", type=float, default=0.2, help="share of the steps in which wsd decays [0.2]")
+    add("--final-rate-ratio", type=float, default=0.0, help="rate at the end, as a share of the peak [0]")
+    add("--weight-decay", type=float, default=0.01, help="[0.01]")
+    add("--decay", choices=DECAYS, default="matrices", help="what weight decay reaches [matrices]")
+    add("--betas", type=float, nargs=2, default=[0.9, 0.99], help="of AdamW [0.9 0.99]")
+    add("--eps", type=float, default=1e-8, help="of AdamW [1e-8]")
+    add("--clip", type=float, default=1.0, help="largest norm of the gradient; 0: any [1]")
+    add("--max-skipped", type=int, default=10, help="steps in a row without a finite gradient that end the run [10]")
+
+    add = parser.add_argument_group("what is watched").add_argument
     add("--eval-steps", type=int, default=1000, help="steps between evaluations [1000]")
     add("--eval-windows", type=int, default=256, help="windows of the validation split that are evaluated [256]")
-    add("--no-save-final", action="store_true", help="do not write {output-dir}-final")
-    add("--no-reset", action="store_true", help="carry the state across documents inside a window")
-    add("--checkpoint-every", type=int, default=1, help="recompute every k-th block in backward; 0: none [1]")
-    add("--dtype", choices=("auto", "bf16", "fp32"), default="auto", help="of matrix products [bf16 where it is fast]")
-    add("--cuda-visible-devices", help='GPUs to use ["0", unless CUDA_VISIBLE_DEVICES is set]')
+    add("--patience", type=int, help="stop after so many evaluations in a row that are not the best so far")
+    add("--sample-steps", type=int, default=1000, help="steps between samples of text [1000]")
+    add("--sample-tokens", type=int, default=64, help="tokens of a sample; 0: none [64]")
+    add("--dt-steps", type=int, default=100, help="steps between records of dt, beside 0, 1, 2, 4, 8, … [100]")
     add("--wandb", choices=("online", "offline", "disabled"), help="[online if there is an API key, else disabled]")
+    add("--wandb-project", default="mamba2", help="[mamba2]")
     add("--wandb-token", help="API key; the environment variable WANDB_API_KEY keeps it out of the process list")
+
+    add = parser.add_argument_group("what is kept").add_argument
+    add("--save-steps", type=int, default=1000, help="steps between checkpoints [1000]")
+    add("--keep", type=int, default=5, help="how many of the last checkpoints stay [5]")
+    add("--keep-best", action=argparse.BooleanOptionalAction, default=True, help="save and keep the best one [yes]")
+    add("--keep-early", action="store_true", help="save and keep those of steps 0, 1, 2, 4, 8, …")
+    add("--no-save-final", action="store_true", help="do not write {output-dir}-final")
+    add("--resume", default="auto", metavar="auto|PATH|none", help="go on from the last whole checkpoint, or that one")
+    add("--overwrite", action="store_true", help="remove what an earlier run left in --output-dir")
+    add("--dry-run", action="store_true", help="print the plan, load the data, run one step, write nothing")
+
+    add = parser.add_argument_group("the machine").add_argument
+    every = "recompute every k-th block in backward, to need less memory; off, all, or k [all]"
+    add("--checkpoint-every", type=checkpoint_interval, default=1, metavar="off|all|K", help=every)
+    add("--recompute-scan", action="store_true", help="recompute convolution and SSD of the other blocks")
+    add("--dtype", choices=("auto", "bf16", "fp32"), default="auto", help="of matrix products [bf16 where it is fast]")
+    add("--parallel", choices=PARALLEL, default="ddp", help="under torchrun: copies, or shards of the model [ddp]")
+    what = "torch.compile of whole blocks, of the model, or, on a processor, of what is fused between products [off]"
+    add("--compile", choices=("off", "blocks", "model", "fused"), default="off", help=what)
+    add("--cuda-visible-devices", help='GPUs to use ["0", unless CUDA_VISIBLE_DEVICES is set]')
     args = parse_arguments(parser, "train", required=("model_path", "output_dir"))
-    for name in ("batch_size", "gradient_accumulation_steps", "max_length", "max_steps", "save_steps", "eval_steps"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1, not {value}")
-    if args.num_epochs <= 0 or args.learning_rate <= 0:
-        parser.error("--num-epochs and --learning-rate must be above 0")
-    if not 0 <= args.warmup_ratio <= 1:
-        parser.error(f"--warmup-ratio must be from 0 to 1, not {args.warmup_ratio}")
+    check(args, parser)
     return args
+
+
+def checkpoint_interval(text: str) -> int:
+    value = {"off": 0, "all": 1}.get(text)
+    value = int(text) if value is None else value
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"must be off, all, or at least 0, not {value}")
+    return value
+
+
+def check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    """End with a sentence that names the flag whose value is out of its domain."""
+    limits = {
+        "at least 1": lambda value: value >= 1,
+        "at least 0": lambda value: value >= 0,
+        "above 0": lambda value: value > 0,
+        "from 0 to 1": lambda value: 0 <= value <= 1,
+    }
+    domains = {
+        "at least 1": "batch_size gradient_accumulation_steps max_length max_steps save_steps eval_steps eval_windows "
+        "sample_steps dt_steps keep max_skipped patience",
+        "at least 0": "warmup_steps sample_tokens weight_decay clip seed",
+        "above 0": "num_epochs learning_rate eps",
+        "from 0 to 1": "warmup_ratio decay_ratio final_rate_ratio",
+    }
+    for domain, names in domains.items():
+        for name in names.split():
+            value = getattr(args, name)
+            if value is not None and not (limits[domain](value) and math.isfinite(value)):
+                parser.error(f"--{name.replace('_', '-')} must be {domain}, not {value}")
+    if not all(0 <= beta < 1 for beta in args.betas):
+        parser.error(f"--betas must be from 0 to below 1, not {args.betas[0]} {args.betas[1]}")
+    if args.parallel == "fsdp" and "WORLD_SIZE" not in os.environ:
+        parser.error(
+            "--parallel fsdp needs processes to share the model among: torchrun --nproc-per-node N train.py ..."
+        )
+    if args.parallel == "fsdp" and args.compile == "model":
+        parser.error("--compile model does not go with --parallel fsdp, which gathers block by block; blocks does")
+    if args.resume not in ("auto", "none") and len(args.model_path) > 1:
+        parser.error("--resume PATH goes with one --model-path; auto finds the checkpoint of each")
 
 
 def main() -> None:
     args = parse()
+    keep_freed_memory()
     # Read by CUDA when it is first used, which is later than this.
     if args.cuda_visible_devices is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = args.cuda_visible_devices
-    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
+    if "WORLD_SIZE" not in os.environ:
+        os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
 
-    runs = {Path(path): Path(args.output_dir) for path in args.model_path}
-    if len(runs) > 1:
-        runs = {model: output / model.name for model, output in runs.items()}
-        if len(set(runs.values())) < len(runs):
+    outputs = {Path(path): Path(args.output_dir) for path in args.model_path}
+    if len(outputs) > 1:
+        outputs = {model: output / model.name for model, output in outputs.items()}
+        if len(set(outputs.values())) < len(outputs):
             raise ValueError("two of the folders in --model-path have the same name, and would share their results")
-    for model_path, output in runs.items():
+    for model_path in outputs:
         if not model_path.is_dir():
             raise FileNotFoundError(f"no model folder at {model_path}")
-        if any(output.glob("checkpoint-*")) and not final_folder(output).exists():
-            raise FileExistsError(f"{output} holds checkpoints of a run that did not end; remove it or choose another")
-    for model_path, output in runs.items():
-        if final_folder(output).exists():
-            print(f"{final_folder(output)} is there: {model_path} is not trained again")
-        else:
-            train(model_path, output, args)
+    world, stopped = World.join(), 0
+    for model_path, output in outputs.items():
+        folder = RunFolder(output, args.keep, args.keep_best, args.keep_early, world)
+        if world.first(folder.final.exists) and not args.overwrite and not args.dry_run:
+            if world.is_main:
+                print(f"{folder.final} is there: {model_path} is not trained again")
+        elif args.dry_run:
+            Job(model_path, args, world).try_one_step(output)
+        elif stopped := train(Job(model_path, args, world), folder):
+            break
+    world.leave()
+    if stopped:
+        sys.exit(128 + stopped)
 
 
-def train(model_path: Path, output: Path, args: argparse.Namespace) -> None:
-    """One model, from its folder to its results."""
-    # 1. Load.
-    device = choose_device()
-    dtype = choose_dtype(args.dtype, device)
-    model = Mamba2LM.from_pretrained(model_path, device)
-    model.backbone.checkpoint_every = args.checkpoint_every
-    tokenizer = tokenizer_of(model_path)
-    train_tokens = load_tokens(args.dataset_path, "train", tokenizer)
-    validation_tokens = load_validation(args.dataset_path, tokenizer)
-    for tokens in (train_tokens, validation_tokens):
-        if tokens is not None:
-            tokens.check_vocabulary(model.config.vocab_size)
-    windows = Windows(train_tokens, args.max_length, reset=not args.no_reset)
-    validation = validation_tokens and Windows(validation_tokens, args.max_length, reset=not args.no_reset)
+def train(job: Job, folder: RunFolder) -> int:
+    """One model, from where its folder has got to, to its results. Returns the signal that stopped it, or 0."""
+    args, world = job.args, job.world
+    identity = world.first(job.identity)
+    lock = world.first(folder.lock)
+    try:
+        checkpoint, state = world.first(lambda: starting_point(job, folder, identity))
+        counters = Counters(**state["counters"])
+        job.build(checkpoint, counters.updates)
+        job.describe(folder.path)
+        metrics = tracker = None
+        if world.is_main:
+            if checkpoint is not None:
+                print(f"resumed from {checkpoint}, step {counters.step} of {job.steps}", flush=True)
+            options = resolved_options(job, folder)
+            write_preset(folder.path / "train.toml", "train", options, f"options of {folder.path}\n{versions()}")
+            metrics = MetricsLog(folder.path / "metrics.jsonl", counters.step)
+            name, run_id = folder.path.name, state["wandb_run_id"]
+            tracker = Tracker(wandb_mode(args), args.wandb_project, name, folder.path, options, run_id)
+        try:
+            stopped = loop(job, folder, counters, metrics, tracker, identity, resumed=checkpoint is not None)
+        finally:
+            if metrics is not None:
+                metrics.close()
+                tracker.finish()
+        if stopped:
+            return stopped
+        dt_bias, A = job.dt()
+        if not args.no_save_final:
+            folder.save_final(job.write_model)
+        if world.is_main:
+            print(f"dt after training:\n{dt_table(dt_bias, A)}")
+            print(f"wrote {folder.path if args.no_save_final else folder.final}", flush=True)
+        return 0
+    finally:
+        if world.is_main:
+            os.close(lock)
 
-    # 2. Derive, and say.
-    batch = args.batch_size * args.gradient_accumulation_steps
-    samples = round(args.num_epochs * len(windows)) if args.max_steps is None else args.max_steps * batch
-    steps = max(1, -(-samples // batch))
-    warmup_steps = round(args.warmup_ratio * steps)
-    print(f"\n{model_path} -> {output}")
-    describe(model, train_tokens, validation_tokens, args, device, dtype, steps, batch)
-    tracker = start_wandb(args, output)
 
-    # 3. Train.
-    optimizer = make_optimizer(model, args.learning_rate, BETAS, args.weight_decay)
-    output.mkdir(parents=True, exist_ok=True)
-    model.train()
-    skipped = 0
-    started, seen = time.perf_counter(), 0
-    with open(output / "metrics.jsonl", "w", encoding="utf-8", buffering=1) as metrics:
+def starting_point(job: Job, folder: RunFolder, identity: dict[str, Any]) -> tuple[Path | None, dict[str, Any]]:
+    """The checkpoint to go on from and its state, or None and the state of a run that begins. Runs on rank 0."""
+    args = job.args
+    if args.overwrite and args.resume in ("auto", "none"):
+        folder.clear()
+    found = folder.find(args.resume)
+    if found is None:
+        folder.clear()
+        return None, {"counters": {}, "wandb_run_id": None}
+    checkpoint, state = found
+    job.check_same(checkpoint, state, identity)
+    step = state["counters"]["step"]
+    later = [other for other in folder.checkpoints() if other > step]
+    if later and not args.overwrite:
+        raise FileExistsError(f"{folder.path} holds later checkpoints ({later}); --overwrite removes them")
+    folder.clear(after=step)
+    return checkpoint, state
 
-        def log(**values: float) -> None:
-            metrics.write(json.dumps(values) + "\n")
-            if tracker is not None:
-                tracker.log(values, step=values["step"])
 
-        for step in range(steps + 1):
-            if validation and (step % args.eval_steps == 0 or step == steps):
-                loss = mean_loss(model, validation, args.eval_windows, args.batch_size, dtype)
-                log(step=step, validation_loss=loss)
-                print(f"step {step:6} of {steps}   validation {loss:.4f} nats/token", flush=True)
-            if step and step % args.save_steps == 0:
-                save(model, tokenizer, output / f"checkpoint-{step}")
-                remove_old_checkpoints(output)
-            if step == steps:
-                break
-            rate = args.learning_rate * learning_rate_factor(step, steps, warmup_steps)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            indices = windows.indices(args.seed, step, batch)[: samples - step * batch]
-            loss, tokens = accumulate_gradients(model, windows, indices, args.batch_size, dtype)
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP).item()
-            if torch.isfinite(torch.tensor(norm)):
-                optimizer.step()
-                skipped = 0
-            else:
-                skipped += 1
-                print(f"step {step}: gradient norm {norm}, step skipped")
-                if skipped == SKIPPED_IN_A_ROW:
-                    raise ValueError(f"{skipped} steps in a row had no finite gradient; lower --learning-rate")
-            optimizer.zero_grad(set_to_none=True)
-            seen += tokens
-            elapsed = time.perf_counter() - started
-            log(step=step + 1, loss=loss, learning_rate=rate, gradient_norm=norm, tokens=seen, seconds=elapsed)
-            if (step + 1) % max(1, steps // 20) == 0 or step == 0:
-                left = elapsed / (step + 1) * (steps - step - 1)
-                print(
-                    f"step {step + 1:6} of {steps}   loss {loss:.4f}   gradient {norm:.2f}   "
-                    f"{seen / elapsed:,.0f} tokens/s   {left:.0f} s left",
-                    flush=True,
+def resolved_options(job: Job, folder: RunFolder) -> dict[str, Any]:
+    """What was asked for or taken by default, for this model; not what only tells how to start."""
+    starting = ("preset", "resume", "overwrite", "dry_run", "wandb_token")
+    options = {name: value for name, value in vars(job.args).items() if name not in starting}
+    return {**options, "model_path": [str(job.model_path)], "output_dir": str(folder.path)}
+
+
+def loop(
+    job: Job,
+    folder: RunFolder,
+    counters: Counters,
+    metrics: MetricsLog | None,
+    tracker: Tracker | None,
+    identity: dict[str, Any],
+    resumed: bool,
+) -> int:
+    """steps + 1 times: look at the model, save it, and train it once more but the last time.
+
+    Every process runs this; rank 0 has `metrics` and `tracker`, and speaks. Returns the signal that stopped it, or 0.
+    """
+    args, steps, world = job.args, job.steps, job.world
+    progress = Progress(steps, job.config.flops_per_token(), job.peak(), metrics.seconds if metrics else 0.0)
+
+    def say(text: str) -> None:
+        if world.is_main:
+            print(text, flush=True)
+
+    def log(**values: Any) -> None:
+        if world.is_main:
+            row = {"step": counters.step, **values}
+            metrics.log(row)
+            tracker.log(row)
+
+    def due(every: int, early: bool = False) -> bool:
+        step = counters.step
+        return step % every == 0 or step == steps or (early and step & (step - 1) == 0)
+
+    def save() -> None:
+        state = {
+            "counters": dataclasses.asdict(counters),
+            "schedule": dataclasses.asdict(job.schedule),
+            "samples": job.samples,
+            "identity": identity,
+            "wandb_run_id": tracker and tracker.run_id,
+        }
+        if world.is_main:
+            metrics.flush()
+        say(f"wrote {folder.save(counters.step, state, counters.best_step, job.write_checkpoint)}")
+
+    with Stop() as stop:
+        while True:
+            # 1. Look at the model. A resumed run did that before it was stopped, and saved afterwards.
+            step, is_best = counters.step, False
+            if job.validation and due(args.eval_steps) and not resumed:
+                loss = job.evaluate()
+                log(validation_loss=loss if math.isfinite(loss) else None)
+                say(f"step {step:{len(str(steps))}} of {steps}   validation {loss:.4f} nats/token")
+                is_best = counters.evaluated(loss)
+            ends = step == steps or (args.patience is not None and counters.evaluations_since_best >= args.patience)
+            stops = world.max(stop.signal)
+            if not resumed:
+                if due(args.dt_steps, early=True) or ends:
+                    log(**dt_summary(*job.dt()))
+                if job.tokenizer and args.sample_tokens and (due(args.sample_steps) or ends):
+                    text = job.sample()
+                    log(sample=text)
+                    say(f"--- text at step {step}, temperature 0.8\n{text}\n---")
+                if due(args.save_steps, args.keep_early) or ends or stops or (is_best and args.keep_best):
+                    save()
+            resumed = False
+            if ends:
+                if step < steps:
+                    say(f"stopped at step {step} of {steps}: {args.patience} evaluations without a better one")
+                return 0
+            if stops:
+                say(f"stopped by {signal.Signals(stops).name} at step {step} of {steps}; the same command goes on")
+                return stops
+
+            # 2. Train it.
+            progress.pause()
+            row = job.step(step)
+            counters.trained(row["tokens"], skipped=row["gradient_norm"] is None)
+            measured = progress.measure(row["tokens"])
+            loss = row["loss"] if math.isfinite(row["loss"]) else None
+            log(**{**row, "loss": loss, "tokens": counters.tokens, "skipped": counters.skipped}, **measured)
+            if world.is_main:
+                progress.line(counters.step, row["loss"], row["gradient_norm"], memory_used(job.device))
+            if row["gradient_norm"] is None:
+                say(f"step {counters.step}: no finite gradient, so nothing was changed ({counters.skipped} so far)")
+            if counters.skipped_in_a_row == args.max_skipped:
+                raise ValueError(
+                    f"{args.max_skipped} steps in a row had no finite gradient; lower --learning-rate "
+                    "and go on from an earlier checkpoint"
                 )
 
-    # 4. Save.
-    print("dt after training:")
-    print(dt_table(model.dt_bias(), model.A()))
-    if not args.no_save_final:
-        save(model, tokenizer, final_folder(output))
-    if tracker is not None:
-        tracker.finish()
 
-
-def final_folder(output: Path) -> Path:
-    return output.with_name(output.name + "-final")
-
-
-def tokenizer_of(model_path: Path) -> Tokenizer | None:
-    """The tokenizer that a model carries, or None: such a model is trained on ready ids."""
-    try:
-        return load_tokenizer(model_path)
-    except ValueError:
-        return None
-
-
-def save(model: Mamba2LM, tokenizer: Tokenizer | None, folder: Path) -> None:
-    with atomic_folder(folder) as temporary:
-        model.save_pretrained(temporary)
-        if tokenizer is not None:
-            save_tokenizer(tokenizer, temporary)
-    print(f"wrote {folder}", flush=True)
-
-
-def remove_old_checkpoints(output: Path) -> None:
-    checkpoints = sorted(output.glob("checkpoint-*"), key=lambda folder: int(folder.name.split("-")[1]))
-    for folder in checkpoints[:-KEPT_CHECKPOINTS]:
-        shutil.rmtree(folder)
-
-
-def describe(
-    model: Mamba2LM,
-    train_tokens: Tokens,
-    validation_tokens: Tokens | None,
-    args: argparse.Namespace,
-    device: torch.device,
-    dtype: torch.dtype,
-    steps: int,
-    batch: int,
-) -> None:
-    """Print the derived quantities and the dt of every layer."""
-    held_out = f"{len(validation_tokens.ids):,} held out" if validation_tokens else "no validation split"
-    tokens = steps * batch * args.max_length
-    print(f"parameters   {model.config.num_parameters():,}")
-    print(f"data         {args.dataset_path}: {len(train_tokens.ids):,} tokens, {len(train_tokens.starts):,} documents")
-    print(f"             {held_out}")
-    print(f"step         {batch} windows of {args.max_length} = {batch * args.max_length:,} tokens at most")
-    print(f"steps        {steps:,}, {tokens:.3g} tokens, {tokens * model.config.flops_per_token():.3g} FLOP")
-    print(f"runs on      {device}, {dtype}, torch {torch.__version__}, {torch.get_num_threads()} threads")
-    applied = model.config.dt_bias_init
-    print(f"dt           {applied['name'] if applied else 'of unrecorded origin'}")
-    print(dt_table(model.dt_bias(), model.A()), flush=True)
-
-
-def start_wandb(args: argparse.Namespace, output: Path):
-    """A wandb run, or None. Tracking that cannot start is said and then left out: it must not cost a training run."""
+def wandb_mode(args: argparse.Namespace) -> str:
     if args.wandb_token:
         print("warning: --wandb-token shows in the process list and the shell's history; prefer WANDB_API_KEY")
         os.environ["WANDB_API_KEY"] = args.wandb_token
-    mode = args.wandb or ("online" if os.environ.get("WANDB_API_KEY") else "disabled")
-    if mode == "disabled":
-        return None
-    import wandb
-
-    values = {key: value for key, value in vars(args).items() if key != "wandb_token"}
-    try:
-        return wandb.init(project="mamba2", name=output.name, mode=mode, config=values, dir=str(output.parent))
-    except (wandb.errors.Error, OSError) as error:
-        print(f"warning: wandb does not start ({error}); metrics.jsonl holds everything all the same")
-        return None
+    return args.wandb or ("online" if os.environ.get("WANDB_API_KEY") else "disabled")
 
 
 if __name__ == "__main__":

@@ -1,13 +1,16 @@
 """What the three scripts share: presets, and errors as one sentence."""
 
 import argparse
+import difflib
+import json
 import os
 import sys
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 CONFIGS = Path(__file__).parent.parent / "configs"
+SECTIONS = ("init", "train", "eval")
 
 
 def parse_arguments(
@@ -15,14 +18,18 @@ def parse_arguments(
 ) -> argparse.Namespace:
     """Parse the command line over a preset.
 
-    `--preset NAME` reads the table `section` of configs/NAME.toml, whose keys are the script's flags with underscores;
-    what the command line says wins. No arguments at all mean `--preset tiny`.
+    `--preset NAME` reads the table `section` of configs/NAME.toml, or of a .toml file by its path; its keys are the
+    script's flags with underscores, and its values are checked like theirs. What the command line says wins. No
+    arguments at all mean `--preset tiny`.
     """
-    parser.add_argument("--preset", help="defaults from configs/PRESET.toml; with no arguments at all: tiny")
+    parser.allow_abbrev = False  # half a flag would win over the preset here and lose there
+    parser.add_argument("--preset", help="defaults from configs/PRESET.toml or a .toml file; with no arguments: tiny")
     arguments = sys.argv[1:] or ["--preset", "tiny"]
-    preset = parser.parse_args(arguments).preset
+    only_preset = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    only_preset.add_argument("--preset")
+    preset = only_preset.parse_known_args(arguments)[0].preset
     if preset is not None:
-        parser.set_defaults(**_read_preset(preset, section, parser))
+        arguments = [*_read_preset(preset, section, parser), *arguments]
     parsed = parser.parse_args(arguments)
     for name in required:
         if getattr(parsed, name) is None:
@@ -30,23 +37,60 @@ def parse_arguments(
     return parsed
 
 
-def _read_preset(name: str, section: str, parser: argparse.ArgumentParser) -> dict:
-    path = CONFIGS / f"{name}.toml"
+def _read_preset(name: str, section: str, parser: argparse.ArgumentParser) -> list[str]:
+    """The preset's table as command-line arguments."""
+    path = Path(name) if name.endswith(".toml") else CONFIGS / f"{name}.toml"
     if not path.is_file():
         names = ", ".join(sorted(file.stem for file in CONFIGS.glob("*.toml")))
-        parser.error(f"--preset {name}: there is no {path}; choose {names}")
-    values = tomllib.loads(path.read_text(encoding="utf-8")).get(section, {})
-    known = {action.dest for action in parser._actions}
-    if unknown := sorted(values.keys() - known):
-        parser.error(f"{path}, [{section}]: unknown {', '.join(unknown)}")
-    return values
+        parser.error(f"--preset {name}: there is no {path}; choose {names}, or a .toml file")
+    try:
+        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+    except tomllib.TOMLDecodeError as error:
+        parser.error(f"{path} is not TOML: {error}")
+    _refuse_unknown(tables, SECTIONS, f"{path}: table", parser)
+    actions = {action.dest: action for action in parser._actions if action.dest not in ("help", "preset")}
+    values = tables.get(section, {})
+    _refuse_unknown(values, actions, f"{path}, [{section}]: key", parser)
+    arguments = []
+    for key, value in values.items():
+        flag = actions[key].option_strings[0]
+        if isinstance(value, bool) and actions[key].nargs == 0:
+            negative = [
+                option for option in actions[key].option_strings if option.startswith("--no-") and option != flag
+            ]
+            arguments += [flag] if value else negative
+        elif isinstance(value, list):
+            arguments += [flag, *map(str, value)]
+        else:
+            arguments.append(f"{flag}={value}")
+    return arguments
+
+
+def _refuse_unknown(given: Iterable[str], known: Iterable[str], what: str, parser: argparse.ArgumentParser) -> None:
+    for key in given:
+        if key not in known:
+            close = difflib.get_close_matches(key, list(known), n=1)
+            parser.error(f"{what} {key} is unknown{f'; did you mean {close[0]}?' if close else ''}")
+
+
+def write_preset(file: Path, section: str, values: dict[str, object], comment: str) -> None:
+    """Write `values` so that `--preset file` gives them again; None, which TOML has not, is left out."""
+    lines = [f"# {line}" for line in comment.splitlines()] + ["", f"[{section}]"]
+    # JSON's numbers, booleans, lists and ASCII strings are TOML's as well.
+    lines += [f"{key} = {json.dumps(value)}" for key, value in values.items() if value is not None]
+    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        os.replace(temporary, file)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def run(main: Callable[[], None]) -> None:
     """Run a script's `main`. What the user can mend ends as one sentence and exit code 1; MAMBA2_DEBUG=1 shows all."""
     try:
         main()
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, MemoryError) as error:
         if os.environ.get("MAMBA2_DEBUG") == "1":
             raise
         print(f"error: {error}", file=sys.stderr)

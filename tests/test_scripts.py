@@ -109,7 +109,7 @@ def test_checkpoints_are_written_pruned_and_evaluated(study):
     assert "checkpoint-12" in results["uniform"]["model_paths"][0]
     assert len(results["uniform"]["all_perplexities"][0]) == 11  # lines of at least two tokens
     again = ["--model-path", *models, "--dataset-path", "data", "--output-dir", "steps"]
-    assert "holds checkpoints of a run that did not end" in run_script(folder, "train.py", *again, code=1).stderr
+    assert "belongs to another run: --max-length was 32" in run_script(folder, "train.py", *again, code=1).stderr
 
 
 @pytest.mark.slow
@@ -167,7 +167,7 @@ def test_bad_input_is_one_sentence_and_writes_nothing(study):
 
 def test_a_missing_flag_and_an_unknown_preset_are_named(tmp_path):
     assert "--model-path is required" in run_script(tmp_path, "train.py", "--output-dir", "o", code=2).stderr
-    assert "choose tiny" in run_script(tmp_path, "eval.py", "--preset", "huge", code=2).stderr
+    assert "choose 1.3b, 130m" in run_script(tmp_path, "eval.py", "--preset", "huge", code=2).stderr
 
 
 def test_the_initialisations_can_be_listed(tmp_path):

@@ -6,6 +6,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
 
 def flush(path: Path) -> None:
     """fsync a file or a folder: a rename must not reach the disk before what it names."""
@@ -14,6 +18,18 @@ def flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def save_tensors(file: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file. Raises OSError naming it when that does not succeed."""
+    try:
+        save_file(tensors, file, metadata=metadata)
+        # safetensors makes files that nobody else may read; what applies here is what applies to every other file.
+        umask = os.umask(0)
+        os.umask(umask)
+        file.chmod(0o666 & ~umask)
+    except SafetensorError as error:
+        raise OSError(f"cannot write {file}: {error}") from error
 
 
 @contextmanager

@@ -18,10 +18,8 @@ import os
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 
-from mamba2.checkpoint.files import flush
+from mamba2.checkpoint.files import flush, save_tensors
 from mamba2.checkpoint.foreign import read_config
 from mamba2.checkpoint.weights import (
     EMBEDDINGS,
@@ -85,10 +83,10 @@ def write_model(
     }
     temporary = path / f".{WEIGHTS}.{os.getpid()}.tmp"
     try:
-        save_file(stored, temporary, metadata={"format": "pt"})
+        save_tensors(temporary, stored, metadata={"format": "pt"})
         flush(temporary)
         os.replace(temporary, path / WEIGHTS)
-    except SafetensorError as error:
+    except OSError as error:
         raise OSError(f"cannot write {path / WEIGHTS}: {error}") from error
     finally:
         temporary.unlink(missing_ok=True)

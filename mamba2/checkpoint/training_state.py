@@ -1,0 +1,157 @@
+"""What a run needs beside the model to go on to the bit, without pickle.
+
+checkpoint-N/   model.safetensors, config.json, the tokenizer      a model folder like any other
+                optimizer.safetensors                              exp_avg.NAME, exp_avg_sq.NAME, step
+                rng.safetensors                                    torch's generators: cpu, cuda
+                trainer_state.json                                 written last: counters, what the run was, and size
+                                                                   and sha256 of every other file
+"""
+
+import hashlib
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from safetensors.torch import load_file
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from mamba2.checkpoint.files import save_tensors
+
+STATE = "trainer_state.json"
+OPTIMIZER = "optimizer"
+RNG = "rng.safetensors"
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class DamagedCheckpoint(ValueError):
+    """A checkpoint that is not what was written: something is missing, cut short or changed."""
+
+
+# ----------------------------------------------------------------------------------------------------- the whole folder
+
+
+def write_state(folder: Path, state: dict[str, Any]) -> None:
+    """Write trainer_state.json: `state`, and size and sha256 of every file that lies in `folder`."""
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    record = {
+        file.relative_to(folder).as_posix(): {"size": file.stat().st_size, "sha256": _sha256(file)} for file in files
+    }
+    text = json.dumps({**state, "files": record}, indent=1, allow_nan=False)
+    (folder / STATE).write_text(text + "\n", encoding="utf-8")
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """The contents of trainer_state.json, after every file has been found as it was written.
+
+    Raises FileNotFoundError when there is no such folder, DamagedCheckpoint naming the file that is not as it was.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no checkpoint at {folder}")
+    try:
+        state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+        files = state["files"].items()
+    except FileNotFoundError:
+        raise DamagedCheckpoint(f"{folder} holds no {STATE}: it cannot be resumed from") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DamagedCheckpoint(f"{folder / STATE} is damaged: {error!r}") from error
+    for name, written in files:
+        file = folder / name
+        if not file.is_file():
+            raise DamagedCheckpoint(f"{folder} is damaged: {name} is missing")
+        if file.stat().st_size != written["size"]:
+            size = f"{file.stat().st_size} bytes instead of {written['size']}"
+            raise DamagedCheckpoint(f"{folder} is damaged: {name} has {size}")
+        if _sha256(file) != written["sha256"]:
+            raise DamagedCheckpoint(f"{folder} is damaged: the contents of {name} have changed (sha256)")
+    return state
+
+
+def _sha256(file: Path) -> str:
+    with open(file, "rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+# ------------------------------------------------------------------------------------------------ optimizer, generators
+
+
+def optimizer_tensors(model: nn.Module, optimizer: torch.optim.AdamW) -> dict[str, torch.Tensor]:
+    """AdamW's moments under the parameters' names; empty before the first update."""
+    if not optimizer.state:
+        return {}
+    return {
+        f"{moment}.{name}": optimizer.state[parameter][moment]
+        for name, parameter in model.named_parameters()
+        for moment in MOMENTS
+    }
+
+
+def save_optimizer(folder: Path, model: nn.Module, optimizer: torch.optim.AdamW) -> None:
+    """Write AdamW's moments, if it has made an update. Where they are sharded every process must call this."""
+    tensors = optimizer_tensors(model, optimizer)
+    if not tensors:
+        return
+    if any(isinstance(tensor, DTensor) for tensor in tensors.values()):
+        dcp.save(tensors, storage_writer=dcp.HuggingFaceStorageWriter(str(folder / OPTIMIZER), save_distributed=True))
+        return
+    (folder / OPTIMIZER).mkdir(exist_ok=True)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    save_tensors(folder / OPTIMIZER / "moments.safetensors", tensors)
+
+
+def sort_headers(folder: Path) -> None:
+    """Give what the shards' headers say about themselves an order, which safetensors leaves to chance: equal moments
+    are then equal files."""
+    for file in (folder / OPTIMIZER).glob("*.safetensors"):
+        with open(file, "r+b") as opened:
+            length = int.from_bytes(opened.read(8), "little")
+            header = json.loads(opened.read(length))
+            header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+            text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+            if len(text) > length:
+                raise ValueError(f"the header of {file} is not as safetensors writes it")
+            opened.seek(8)
+            opened.write(text.ljust(length))
+
+
+def load_optimizer(folder: Path, model: nn.Module, optimizer: torch.optim.AdamW, updates: int) -> None:
+    """Bring AdamW to where it was after `updates` updates, in whatever shards it was written and is to be now."""
+    if updates == 0:
+        return
+    for parameter in model.parameters():
+        zeros = {moment: torch.zeros_like(parameter) for moment in MOMENTS}
+        # Where AdamW itself keeps it when it is fused: on the parameter's device, in float32.
+        step = torch.tensor(float(updates), device=parameter.device)
+        optimizer.state[parameter] = {"step": step, **zeros}
+    tensors = optimizer_tensors(model, optimizer)
+    reader = dcp.HuggingFaceStorageReader(str(folder / OPTIMIZER))
+    sharded = any(isinstance(tensor, DTensor) for tensor in tensors.values())
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as is meant
+        dcp.load(tensors, storage_reader=reader, no_dist=not sharded)
+
+
+def rng_tensors() -> dict[str, torch.Tensor]:
+    """The state of torch's generators in this process."""
+    tensors = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        tensors["cuda"] = torch.cuda.get_rng_state()
+    return tensors
+
+
+def save_rng(folder: Path, of_ranks: list[dict[str, torch.Tensor]]) -> None:
+    """Write what `rng_tensors` gave in each process, by rank."""
+    tensors = {f"{name}.{rank}": tensor for rank, of_rank in enumerate(of_ranks) for name, tensor in of_rank.items()}
+    save_tensors(folder / RNG, tensors)
+
+
+def load_rng(folder: Path, rank: int) -> None:
+    """Set this process's generators; one of a rank that did not exist then keeps what it has."""
+    tensors = load_file(folder / RNG)
+    if f"cpu.{rank}" in tensors:
+        torch.set_rng_state(tensors[f"cpu.{rank}"])
+    if f"cuda.{rank}" in tensors and torch.cuda.is_available():
+        torch.cuda.set_rng_state(tensors[f"cuda.{rank}"])

@@ -1,0 +1,308 @@
+"""One model in training: loaded, brought to where a checkpoint left it, and the things that are done to it."""
+
+import argparse
+import dataclasses
+import hashlib
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mamba2.checkpoint import WEIGHTS, write_model
+from mamba2.checkpoint.training_state import (
+    load_optimizer,
+    load_rng,
+    rng_tensors,
+    save_optimizer,
+    save_rng,
+    sort_headers,
+)
+from mamba2.data import Windows, load_tokens, load_validation
+from mamba2.distributed import World, full, parallelize, reshard
+from mamba2.generate import generate
+from mamba2.initializers import dt_table
+from mamba2.model import Mamba2LM
+from mamba2.ops.fusion import fuse
+from mamba2.tokenizer import Tokenizer, load_tokenizer, save_tokenizer
+from mamba2.training.hardware import (
+    autocast,
+    choose_device,
+    choose_dtype,
+    explain_out_of_memory,
+    memory_estimate,
+    memory_used,
+    peak_flops,
+    versions,
+)
+from mamba2.training.metrics import Progress
+from mamba2.training.optimizer import Schedule, make_optimizer
+from mamba2.training.step import accumulate_gradients, mean_loss, update
+
+# Options that a resumed run must have as the run before it: another value would make it another run. What splits a step
+# into pieces, and what saves and shows it, may change; the schedule is compared by the rates it has given so far.
+SAME_ON_RESUME = (
+    *("learning_rate", "weight_decay", "decay", "betas", "eps", "clip", "max_length", "no_reset", "seed"),
+    "eval_windows",
+)
+
+
+@dataclasses.dataclass
+class Counters:
+    """Where a run stands after `step` steps."""
+
+    step: int = 0
+    tokens: int = 0
+    skipped: int = 0
+    skipped_in_a_row: int = 0
+    best_loss: float | None = None
+    best_step: int | None = None
+    evaluations_since_best: int = 0
+
+    @property
+    def updates(self) -> int:
+        """Steps that changed the model."""
+        return self.step - self.skipped
+
+    def trained(self, tokens: int, skipped: bool) -> None:
+        self.step += 1
+        self.tokens += tokens
+        self.skipped += skipped
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
+
+    def evaluated(self, loss: float) -> bool:
+        """Take note of an evaluation; whether it is the best so far."""
+        is_best = math.isfinite(loss) and (self.best_loss is None or loss < self.best_loss)
+        self.evaluations_since_best += 1
+        if is_best:
+            self.best_loss, self.best_step, self.evaluations_since_best = loss, self.step, 0
+        return is_best
+
+
+class Job:
+    """All that the training of one model needs, loaded and derived; nothing is written yet."""
+
+    def __init__(self, model_path: Path, args: argparse.Namespace, world: World):
+        self.args, self.model_path, self.world = args, model_path, world
+        torch.manual_seed(args.seed)
+        self.device = choose_device(world.local_rank)
+        self.dtype = choose_dtype(args.dtype, self.device)
+        self.sharded = args.parallel == "fsdp"
+        self.model = self._load(model_path)
+        self.config = self.model.config
+        self.tokenizer = tokenizer_of(model_path)
+
+        self.train_tokens, self.validation_tokens = world.in_turn_on_a_node(
+            lambda: (
+                load_tokens(args.dataset_path, "train", self.tokenizer),
+                load_validation(args.dataset_path, self.tokenizer),
+            )
+        )
+        for tokens in (self.train_tokens, self.validation_tokens):
+            if tokens is not None:
+                tokens.check_vocabulary(self.config.vocab_size)
+        self.windows = Windows(self.train_tokens, args.max_length, reset=not args.no_reset)
+        self.validation = self.validation_tokens and Windows(
+            self.validation_tokens, args.max_length, reset=not args.no_reset
+        )
+
+        if args.patience is not None and self.validation is None:
+            raise ValueError(
+                f"--patience {args.patience} needs evaluations, and {args.dataset_path} has no validation split"
+            )
+
+        self.batch = args.batch_size * args.gradient_accumulation_steps
+        self.samples = round(args.num_epochs * len(self.windows))
+        if args.max_steps is not None:
+            self.samples = args.max_steps * self.batch
+        self.steps = steps = max(1, -(-self.samples // self.batch))
+        warmup = math.ceil(args.warmup_ratio * steps) if args.warmup_steps is None else args.warmup_steps
+        decay_steps = math.ceil(args.decay_ratio * steps)
+        self.schedule = Schedule(
+            args.schedule, steps, warmup, decay_steps, args.final_rate_ratio, args.warmup_from_zero
+        )
+
+    def _load(self, folder: Path) -> Mamba2LM:
+        # What is going to be sharded goes to the device block by block.
+        return Mamba2LM.from_pretrained(folder, "cpu" if self.sharded else self.device)
+
+    def build(self, checkpoint: Path | None, updates: int = 0) -> None:
+        """Bring model, optimizer and generators to where `checkpoint` left them after `updates`, or to the start."""
+        args = self.args
+        if checkpoint is not None:
+            self.model = self._load(checkpoint)
+        self.model.backbone.checkpoint_every = args.checkpoint_every
+        every = args.checkpoint_every
+        for i, layer in enumerate(self.model.backbone.layers):
+            layer.mixer.recompute_scan = args.recompute_scan and (every == 0 or i % every != 0)
+        fuse(args.compile == "fused")
+        if args.compile == "model":
+            self.model.compile()
+        elif args.compile == "blocks":
+            for layer in self.model.backbone.layers:
+                layer.compile()
+        self.parallel_model = parallelize(self.model, self.world, args.parallel, self.dtype)
+        self.optimizer = make_optimizer(
+            self.model, args.learning_rate, tuple(args.betas), args.weight_decay, args.eps, args.decay
+        )
+        if checkpoint is not None:
+            load_optimizer(checkpoint, self.model, self.optimizer, updates)
+            load_rng(checkpoint, self.world.rank)
+        self.model.train()
+
+    # ------------------------------------------------------------------------------------------------------ one by one
+
+    def step(self, step: int) -> dict[str, Any]:
+        """Make the update number `step`, counted from 0. Returns loss, rate, gradient norm (None: skipped), tokens."""
+        args, rate = self.args, self.args.learning_rate * self.schedule.factor(step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        indices = self.windows.indices(args.seed, step, self.batch)[: self.samples - step * self.batch]
+        with explain_out_of_memory(
+            args.batch_size, args.max_length, args.gradient_accumulation_steps, args.checkpoint_every
+        ):
+            loss, tokens = accumulate_gradients(
+                self.parallel_model, self.windows, indices, args.batch_size, self.dtype, self.world
+            )
+            norm = update(self.model, self.optimizer, args.clip)
+        return {"loss": loss, "learning_rate": rate, "gradient_norm": norm, "tokens": tokens}
+
+    def evaluate(self) -> float:
+        args = self.args
+        return mean_loss(self.model, self.validation, args.eval_windows, args.batch_size, self.dtype, self.world)
+
+    def dt(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """dt_bias and A of every layer and head."""
+        return full(self.model.dt_bias()), full(self.model.A())
+
+    def sample(self) -> str:
+        """Text that the model writes from nothing, with the same draws at every call."""
+        generator = torch.Generator(self.device).manual_seed(self.args.seed)
+        start = torch.tensor([[self.tokenizer.eot_id]], device=self.device)
+        with autocast(self.device, self.dtype):
+            ids = generate(self.model, start, self.args.sample_tokens, temperature=0.8, generator=generator)[0, 1:]
+        reshard(self.model)
+        # Rows that only fill up the vocabulary have no text.
+        return self.tokenizer.decode([i for i in ids.tolist() if i < self.tokenizer.vocab_size])
+
+    def write_model(self, folder: Path) -> None:
+        """Write the model as one file, however it is sharded."""
+        tensors = {}
+        for name, tensor in self.model.state_dict().items():
+            whole = full(tensor)
+            if self.world.is_main:
+                tensors[name] = whole.cpu()
+
+        def write() -> None:
+            write_model(folder, self.config, tensors)
+            if self.tokenizer is not None:
+                save_tokenizer(self.tokenizer, folder)
+
+        self.world.first(write)
+
+    def write_checkpoint(self, folder: Path) -> None:
+        self.write_model(folder)
+        if self.sharded:
+            save_optimizer(folder, self.model, self.optimizer)
+            self.world.first(lambda: sort_headers(folder))
+        else:
+            self.world.first(lambda: save_optimizer(folder, self.model, self.optimizer))
+        generators = self.world.gather(rng_tensors())
+        self.world.first(lambda: save_rng(folder, generators))
+
+    # ------------------------------------------------------------------------------------------------- what the run is
+
+    def identity(self) -> dict[str, Any]:
+        """What must be the same for a resumed run; see SAME_ON_RESUME."""
+        with open(self.model_path / WEIGHTS, "rb") as file:
+            weights = hashlib.file_digest(file, "sha256").hexdigest()
+        return {
+            **{name: getattr(self.args, name) for name in SAME_ON_RESUME},
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "windows per step": self.batch,
+            "weights in --model-path (sha256)": weights,
+            "config in --model-path": self.config.to_dict(),
+            "tokenizer": self.tokenizer and self.tokenizer.identity,
+            "training data (sha256)": self.train_tokens.sha256,
+            "validation data (sha256)": self.validation_tokens and self.validation_tokens.sha256,
+        }
+
+    def check_same(self, checkpoint: Path, state: dict[str, Any], identity: dict[str, Any]) -> None:
+        """Raises ValueError naming what differs from the run that wrote `checkpoint`."""
+        before = state["identity"]
+        different = [
+            f"{name if ' ' in name else '--' + name.replace('_', '-')} was {before.get(name)!r} and is {value!r}"
+            for name, value in identity.items()
+            if before.get(name) != value
+        ]
+        step, schedule = state["counters"]["step"], Schedule(**state["schedule"])
+        if not schedule.same_until(self.schedule, step) or step > self.steps:
+            old, new = dataclasses.asdict(schedule), dataclasses.asdict(self.schedule)
+            changes = [f"{name} was {old[name]} and is {new[name]}" for name in old if old[name] != new[name]]
+            different.append(f"the learning rates of the steps so far differ ({', '.join(changes)})")
+        elif min(state["samples"], step * self.batch) != min(self.samples, step * self.batch):
+            different.append(f"the last step had fewer windows (of {state['samples']}, and now {self.samples})")
+        if different:
+            raise ValueError(
+                f"{checkpoint} belongs to another run: {'; '.join(different)}. Restore that, choose another "
+                "--output-dir, or begin anew with --overwrite"
+            )
+
+    def describe(self, output: Path) -> None:
+        """Print the derived quantities and the dt of every layer, on rank 0."""
+        dt_bias, A = self.dt()
+        if not self.world.is_main:
+            return
+        args, held_out = self.args, self.validation_tokens
+        held_out = f"{len(held_out.ids):,} held out" if held_out else "no validation split"
+        train, tokens = self.train_tokens, self.steps * self.batch * args.max_length
+        flops = tokens * self.config.flops_per_token()
+        memory = memory_estimate(
+            self.config,
+            args.batch_size,
+            args.max_length,
+            self.dtype,
+            args.checkpoint_every,
+            args.recompute_scan,
+            shards=self.world.size if self.sharded else 1,
+        )
+        applied = self.config.dt_bias_init
+        print(f"\n{self.model_path} -> {output}")
+        print(f"parameters   {self.config.num_parameters():,}")
+        print(f"data         {args.dataset_path}: {len(train.ids):,} tokens, {len(train.starts):,} documents")
+        print(f"             {held_out}")
+        print(f"step         {self.batch} windows of {args.max_length} = {self.batch * args.max_length:,} tokens")
+        print(f"steps        {self.steps:,}, {tokens:.3g} tokens, {flops:.3g} FLOP")
+        print(
+            f"schedule     {args.schedule}, peak {args.learning_rate:g}, {self.schedule.warmup_steps} steps of warm-up"
+        )
+        print(f"memory       about {memory / 1e9:.1f} GB a device")
+        processes = f"{self.world.size} processes ({args.parallel}), " if self.world.size > 1 else ""
+        print(f"runs on      {processes}{self.device}, {self.dtype}, {torch.get_num_threads()} threads")
+        print(f"with         {versions()}")
+        print(f"dt           {applied['name'] if applied else 'of unrecorded origin'}")
+        print(dt_table(dt_bias, A), flush=True)
+
+    def try_one_step(self, output: Path) -> None:
+        """Print the plan, make the first update, write nothing."""
+        self.build(None)
+        self.describe(output)
+        progress = Progress(1, self.config.flops_per_token(), self.peak(), 0.0)
+        row = self.step(0)
+        progress.measure(row["tokens"])
+        if self.world.is_main:
+            progress.line(1, row["loss"], row["gradient_norm"], memory_used(self.device))
+            print("dry run: nothing was written")
+
+    def peak(self) -> float | None:
+        """FLOP/s of all devices at best, None if unknown."""
+        peak = peak_flops(self.device, self.dtype)
+        return peak and peak * self.world.size
+
+
+def tokenizer_of(model_path: Path) -> Tokenizer | None:
+    """The tokenizer that a model carries, or None: such a model is trained on ready ids."""
+    try:
+        return load_tokenizer(model_path)
+    except ValueError:
+        return None

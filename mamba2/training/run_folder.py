@@ -1,0 +1,160 @@
+"""The folder of one run: which checkpoints there are, which are kept, from which a run goes on.
+
+    OUT/metrics.jsonl   OUT/train.toml        every number logged; every option, to be used as a preset
+    OUT/checkpoint-N/   OUT/latest  OUT/best  links to the last one and to the one with the lowest validation loss
+    OUT-final/                                the trained model
+
+A checkpoint appears whole under its name or not at all, and disappears whole.
+"""
+
+import contextlib
+import fcntl
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from mamba2.checkpoint import atomic_folder
+from mamba2.checkpoint.training_state import DamagedCheckpoint, read_state, write_state
+from mamba2.distributed import ALONE, World
+
+CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+
+
+class RunFolder:
+    """Attributes: `path`, `final`. `save` and `save_final` are for every process of `world`, the rest for rank 0."""
+
+    def __init__(
+        self, path: Path, keep: int = 5, keep_best: bool = True, keep_early: bool = False, world: World = ALONE
+    ):
+        """`keep`: how many of the last checkpoints stay; `keep_best`: the best one too; `keep_early`: and those of
+        steps 0, 1, 2, 4, 8, …"""
+        self.path, self.final = path, path.with_name(path.name + "-final")
+        self._world = world
+        self._keep, self._keep_best, self._keep_early = keep, keep_best, keep_early
+
+    def checkpoints(self) -> dict[int, Path]:
+        """Checkpoints by step, in order."""
+        found = self.path.iterdir() if self.path.is_dir() else ()
+        matches = {CHECKPOINT.fullmatch(folder.name): folder for folder in found if folder.is_dir()}
+        return dict(sorted((int(match[1]), folder) for match, folder in matches.items() if match))
+
+    def lock(self) -> int:
+        """Make the folder and take it for this process: two runs in one folder would destroy each other's work.
+
+        Removes what killed runs left half written. Returns a descriptor; closing it gives the folder free.
+        Raises OSError when it cannot be written to, or another run is in it.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(self.path / ".lock", os.O_CREAT | os.O_RDWR, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            raise OSError(f"another run is training in {self.path}; choose another --output-dir") from None
+        leftovers = [*self.path.glob(".*.tmp"), *self.path.parent.glob(f".{self.final.name}.*.tmp")]
+        for leftover in leftovers:
+            if leftover.is_dir() and not leftover.is_symlink():
+                shutil.rmtree(leftover)
+            else:
+                leftover.unlink()
+        return descriptor
+
+    def find(self, resume: str) -> tuple[Path, dict[str, Any]] | None:
+        """The checkpoint to go on from, with its state: `auto` is the last whole one here, if any; `none` none.
+
+        Raises FileExistsError when there is one and `none` was asked for, DamagedCheckpoint when the one asked for, or
+        every one here, is not as it was written; FileNotFoundError.
+        """
+        found = self.checkpoints()
+        if resume == "none":
+            if found:
+                raise FileExistsError(
+                    f"{self.path} holds checkpoints of a run that did not end; --resume auto goes on from the last, "
+                    "--overwrite removes them"
+                )
+            return None
+        if resume != "auto":
+            folder = Path(resume).resolve()
+            return folder, read_state(folder)
+        damage = []
+        for folder in reversed(found.values()):
+            try:
+                state = read_state(folder)
+            except DamagedCheckpoint as error:
+                damage.append((folder, error))
+                continue
+            for damaged, error in damage:
+                # Out of the way of the same step's next checkpoint, but there for whoever wants to look.
+                aside = damaged.with_name(f"damaged-{damaged.name}")
+                shutil.rmtree(aside, ignore_errors=True)
+                damaged.rename(aside)
+                print(f"warning: {error}; it is now {aside.name}, and {folder} is used in its place", flush=True)
+            return folder, state
+        if damage:
+            problems = "; ".join(str(error) for _, error in damage)
+            raise DamagedCheckpoint(f"no checkpoint in {self.path} is whole: {problems}. --overwrite begins anew")
+        return None
+
+    def clear(self, after: int = -1) -> None:
+        """Remove checkpoints of steps above `after`; with no argument everything that a run leaves."""
+        for step, folder in self.checkpoints().items():
+            if step > after:
+                _remove(folder)
+        if after < 0:
+            for name in ("latest", "best", "metrics.jsonl", "train.toml"):
+                (self.path / name).unlink(missing_ok=True)
+            if self.final.exists():
+                _remove(self.final)
+
+    def save(self, step: int, state: dict[str, Any], best_step: int | None, write: Callable[[Path], None]) -> Path:
+        """Write checkpoint-`step` with `write`, then `state`; move the links; remove what need not be kept."""
+        folder = self.path / f"checkpoint-{step}"
+
+        def write_all(temporary: Path) -> None:
+            write(temporary)
+            self._world.first(lambda: write_state(temporary, state))
+
+        self._together(folder, write_all)
+        self._world.first(lambda: self._tidy(folder, best_step))
+        return folder
+
+    def save_final(self, write: Callable[[Path], None]) -> None:
+        self._together(self.final, write)
+
+    def _together(self, folder: Path, write: Callable[[Path], None]) -> None:
+        """All processes fill one temporary folder, which then becomes `folder`."""
+        with contextlib.ExitStack() as stack:
+            write(self._world.first(lambda: stack.enter_context(atomic_folder(folder))))
+
+    def _tidy(self, folder: Path, best_step: int | None) -> None:
+        """After `folder` was saved: move the links, remove what need not be kept."""
+        _link(self.path / "latest", folder.name)
+        found = self.checkpoints()
+        if best_step in found:
+            _link(self.path / "best", found[best_step].name)
+        kept = {*list(found)[-self._keep :]}
+        if self._keep_best:
+            kept.add(best_step)
+        if self._keep_early:
+            kept |= {step for step in found if step & (step - 1) == 0}
+        for step, old in found.items():
+            if step not in kept:
+                _remove(old)
+
+
+def _link(link: Path, target: str) -> None:
+    """Point `link` at `target` beside it, at once."""
+    temporary = link.with_name(f".{link.name}.{os.getpid()}.tmp")
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(target)
+    os.replace(temporary, link)
+
+
+def _remove(folder: Path) -> None:
+    """Remove under a name that nobody takes for a checkpoint, in case this is killed in the middle."""
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    folder.rename(temporary)
+    shutil.rmtree(temporary)

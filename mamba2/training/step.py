@@ -1,0 +1,105 @@
+"""One optimizer step over the global batch, and one evaluation."""
+
+import torch
+from torch import nn
+
+from mamba2.data import Windows
+from mamba2.distributed import ALONE, World, full, gradient_sync, reshard
+from mamba2.model import Mamba2LM
+from mamba2.ops import IGNORE_INDEX
+from mamba2.training.hardware import autocast
+
+
+def accumulate_gradients(
+    model: nn.Module,
+    windows: Windows,
+    indices: list[int],
+    micro_batch: int,
+    dtype: torch.dtype,
+    world: World = ALONE,
+) -> tuple[float, int]:
+    """Add the gradient of the mean loss over every token of the windows `indices`, `micro_batch` windows at a time.
+
+    The mean is over the tokens of the whole batch, so it does not depend on how the batch is split into micro-batches
+    and among the processes of `world`. Returns (mean loss in nats per token, tokens), of all processes.
+    """
+    device = next(model.parameters()).device
+    batches = _micro_batches(windows, indices, micro_batch, world)
+    tokens = int(world.sum(torch.tensor(sum(_count(targets) for _, targets, _ in batches))))
+    # The sum stays on the device: reading it after every micro-batch would make a GPU wait.
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    for i, batch in enumerate(batches):
+        inputs, targets, seq_idx = _to(batch, device)
+        with gradient_sync(model, wanted=i == len(batches) - 1):
+            with autocast(device, dtype):
+                loss = model(inputs, targets, seq_idx=seq_idx) / tokens
+            (loss * world.size).backward()  # DDP and FSDP take the mean over the processes, and a sum is meant
+        total += loss.detach()
+    return world.sum(total).item(), tokens
+
+
+def update(model: Mamba2LM, optimizer: torch.optim.Optimizer, clip: float) -> float | None:
+    """Clip the gradient's norm to `clip` (0: do not) and step; without a finite gradient nothing moves.
+
+    Returns the norm before clipping, None where it was not finite. Gradients are gone afterwards.
+    """
+    parameters = [p for p in model.parameters() if p.grad is not None]
+    norm = full(torch.nn.utils.get_total_norm([p.grad for p in parameters]))
+    value = norm.item()
+    finite = bool(torch.isfinite(torch.tensor(value)))
+    if finite:
+        if clip:
+            torch.nn.utils.clip_grads_with_norm_(parameters, clip, norm)
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return value if finite else None
+
+
+@torch.no_grad()
+def mean_loss(
+    model: Mamba2LM, windows: Windows, count: int, micro_batch: int, dtype: torch.dtype, world: World = ALONE
+) -> float:
+    """Mean loss in nats per token over `count` windows spread evenly over the set: the same ones at every call."""
+    device = next(model.parameters()).device
+    training = model.training
+    model.eval()
+    sums = torch.zeros(2, dtype=torch.float64, device=device)  # loss, tokens
+    for batch in _micro_batches(windows, spread(len(windows), count), micro_batch, world):
+        inputs, targets, seq_idx = _to(batch, device)
+        with autocast(device, dtype):
+            losses, _ = model.token_losses(inputs, targets, seq_idx)
+        sums[0] += losses.sum(dtype=torch.float64)
+        sums[1] += _count(targets)
+    reshard(model)
+    model.train(training)
+    total, tokens = world.sum(sums).tolist()
+    return total / tokens
+
+
+def spread(size: int, count: int) -> list[int]:
+    """At most `count` of range(size), evenly spaced."""
+    count = min(size, count)
+    return [i * size // count for i in range(count)]
+
+
+Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
+
+
+def _micro_batches(windows: Windows, indices: list[int], micro_batch: int, world: World) -> list[Batch]:
+    """This process's windows. Every process gets as many micro-batches as any, for they gather weights together: where
+    it has a window less than others, one that does not count is in its place."""
+    mine = world.share(indices)
+    missing = -(-len(indices) // world.size) - len(mine)
+    mine += indices[:1] * missing
+    batches = [windows.batch(mine[i : i + micro_batch]) for i in range(0, len(mine), micro_batch)]
+    if missing:
+        batches[-1][1][-1] = IGNORE_INDEX
+    return batches
+
+
+def _count(targets: torch.Tensor) -> int:
+    return int((targets != IGNORE_INDEX).sum())
+
+
+def _to(tensors: tuple[torch.Tensor | None, ...], device: torch.device) -> list[torch.Tensor | None]:
+    return [None if tensor is None else tensor.to(device, non_blocking=True) for tensor in tensors]

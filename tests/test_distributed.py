@@ -1,0 +1,218 @@
+"""Several processes are one: the same losses, gradients and files, whatever the number of processes and the split."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from mamba2.checkpoint.training_state import read_state
+from mamba2.data import Tokens, Windows
+from mamba2.distributed import ALONE, World, full, parallelize
+from mamba2.model import Mamba2LM
+from mamba2.training import accumulate_gradients, mean_loss
+from tests.distributed_runs import spawn, train
+from tests.runs import arguments, contents, make_study, metrics, run_train
+from tests.test_model import small_config
+
+PARALLEL = ("ddp", "fsdp")
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    return make_study(tmp_path_factory.mktemp("study"))
+
+
+@pytest.fixture(scope="module")
+def whole(study):
+    """The run of one process."""
+    run_train(*arguments(study, study / "whole"))
+    return study / "whole"
+
+
+@pytest.fixture(scope="module")
+def stopped(study):
+    """Runs of two processes that were stopped in the middle of step 3 of 8, by a signal to the second one."""
+
+    def stop(parallel: str):
+        output = study / f"{parallel}-stopped"
+        if not output.exists():
+            command = arguments(study, output, "--parallel", parallel)
+            codes = spawn(train, 2, command, study / "cache", 3, 1)
+            assert codes == [128 + signal.SIGTERM] * 2
+        return output
+
+    return stop
+
+
+# ---------------------------------------------------------------------------------------------- losses, gradients
+
+
+def step_windows() -> Windows:
+    """Five full windows and one of three tokens: no number of processes divides their tokens evenly."""
+    ids = (np.arange(16 * 5 + 4) * 7 % 61).astype(np.uint16)
+    return Windows(Tokens(ids, np.array([0, 20, 21, 70]), eot_id=0, largest=60), length=16)
+
+
+def gradients(world: World, parallel: str, tied: bool) -> dict[str, torch.Tensor]:
+    model = Mamba2LM(small_config(tie_word_embeddings=tied), seed=1).train()
+    model.backbone.checkpoint_every = 2
+    windows = step_windows()
+    wrapped = parallelize(model, world, parallel, torch.float32)
+    loss, tokens = accumulate_gradients(wrapped, windows, list(range(6)), 1, torch.float32, world)
+    assert tokens == 83
+    evaluation = mean_loss(model, windows, 5, 2, torch.float32, world)
+    result = {name: full(p.grad) for name, p in model.named_parameters()}
+    return {**result, "loss": torch.tensor(loss), "evaluation": torch.tensor(evaluation)}
+
+
+def write_gradients(folder, parallel: str, tied: bool) -> None:
+    world = World.join()
+    tensors = gradients(world, parallel, tied)
+    if world.is_main:
+        save_file(tensors, folder / "gradients.safetensors")
+    world.leave()
+
+
+@pytest.mark.parametrize(("parallel", "size", "tied"), [("ddp", 2, False), ("fsdp", 2, True), ("fsdp", 3, False)])
+def test_loss_and_gradient_are_those_of_one_process(tmp_path, parallel, size, tied):
+    assert spawn(write_gradients, size, tmp_path, parallel, tied) == [0] * size
+    expected = gradients(ALONE, "ddp", tied)
+    actual = load_file(tmp_path / "gradients.safetensors")
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        error = (actual[name] - value).norm() / value.norm()
+        assert error < 1e-5, f"{name}: {error}"
+
+
+def write_dtypes(folder) -> None:
+    """Dtype of each parameter in the middle of a sharded block, and of its gradient."""
+    world, seen = World.join(), {}
+    model = Mamba2LM(small_config()).train()
+    wrapped = parallelize(model, world, "fsdp", torch.bfloat16)
+    mixer = model.backbone.layers[1].mixer
+    mixer.out_proj.register_forward_pre_hook(
+        lambda *_: seen.update({name: str(p.dtype) for name, p in mixer.named_parameters()})
+    )
+    accumulate_gradients(wrapped, step_windows(), list(range(6)), 2, torch.bfloat16, world)
+    assert all(p.grad.dtype == torch.float32 for p in model.parameters())
+    low = {name for name, dtype in seen.items() if dtype == "torch.bfloat16"}
+    assert low == {"in_proj.weight", "out_proj.weight"}, seen
+    assert {"dt_bias", "A_log", "D", "norm.weight"} <= seen.keys()
+    world.leave()
+
+
+def test_fsdp_gathers_projections_in_bfloat16_and_leaves_dt_A_and_norms_in_float32(tmp_path):
+    assert spawn(write_dtypes, 2, tmp_path) == [0, 0]
+
+
+def count_syncs(folder) -> None:
+    world, calls = World.join(), []
+    model = Mamba2LM(small_config())
+    wrapped = parallelize(model, world, "ddp", torch.float32)
+
+    def hook(_, bucket):
+        calls.append(1)
+        return torch.distributed.all_reduce(bucket.buffer(), async_op=True).get_future().then(lambda f: f.value()[0])
+
+    wrapped.register_comm_hook(None, hook)
+    accumulate_gradients(wrapped, step_windows(), list(range(6)), 1, torch.float32, world)
+    assert len(calls) == 1, f"{len(calls)} for 3 micro-batches of a model that is one bucket"
+    world.leave()
+
+
+def test_gradients_are_summed_after_the_last_micro_batch_only(tmp_path):
+    assert spawn(count_syncs, 2, tmp_path) == [0, 0]
+
+
+# ------------------------------------------------------------------------------------------------------- whole runs
+
+
+@pytest.mark.parametrize("parallel", PARALLEL)
+def test_two_processes_train_as_one_and_resume_to_the_bit(study, whole, stopped, tmp_path, parallel):
+    """Stopped in the middle of step 3 by a signal to the second process, and gone on."""
+    straight = study / f"{parallel}-straight"
+    options = ["--parallel", parallel, "--keep", "2"]
+    assert spawn(train, 2, arguments(study, straight, *options), study / "cache") == [0, 0]
+    expected = [row["loss"] for row in metrics(whole, "loss")]
+    assert [row["loss"] for row in metrics(straight, "loss")] == pytest.approx(expected, rel=1e-5)
+    final = load_file(straight.with_name(straight.name + "-final") / "model.safetensors")
+    for name, tensor in load_file(whole.with_name("whole-final") / "model.safetensors").items():
+        torch.testing.assert_close(final[name], tensor, rtol=1e-4, atol=1e-5)
+
+    output = shutil.copytree(stopped(parallel), tmp_path / "run", symlinks=True)
+    assert read_state(output / "latest")["counters"]["step"] == 3
+    assert spawn(train, 2, arguments(study, output, *options), study / "cache") == [0, 0]
+    one, two = contents(straight), contents(output)
+    assert one.keys() == two.keys()
+    assert [name for name in one if one[name] != two[name]] == []
+    assert not list(tmp_path.rglob("*.tmp")) and not list(study.glob(".*.tmp"))
+
+
+@pytest.mark.parametrize(("parallel", "size"), [("ddp", 1), ("ddp", 3), ("fsdp", 1), ("fsdp", 3)])
+def test_a_checkpoint_of_two_processes_goes_on_in_one_and_in_three(study, whole, stopped, tmp_path, parallel, size):
+    """The same next batch, and the same run: fsdp of two goes on as fsdp of three, or as one process that shards
+    nothing; ddp of two as fsdp of three."""
+    output = shutil.copytree(stopped(parallel), tmp_path / "run", symlinks=True)
+    if size == 1:
+        run_train(*arguments(study, output))
+    else:
+        assert spawn(train, size, arguments(study, output, "--parallel", "fsdp"), study / "cache") == [0] * size
+    expected, rows = metrics(whole, "loss"), metrics(output, "loss")
+    assert [row["tokens"] for row in rows] == [row["tokens"] for row in expected]
+    assert [row["loss"] for row in rows] == pytest.approx([row["loss"] for row in expected], rel=1e-5)
+    norms = [row["gradient_norm"] for row in expected]
+    assert [row["gradient_norm"] for row in rows] == pytest.approx(norms, rel=1e-4)
+
+
+def test_shards_are_safetensors_and_the_model_is_one_file(stopped):
+    folder = stopped("fsdp") / "checkpoint-2"
+    files = {file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()}
+    shards = {name for name in files if name.startswith("optimizer/")}
+    assert len(shards) == 2 and all(name.endswith(".safetensors") for name in shards)
+    assert files == shards | {
+        *("model.safetensors", "config.json", "mamba2_tokenizer.json", "rng.safetensors", "trainer_state.json")
+    }
+    assert shards < read_state(folder)["files"].keys()
+    assert set(load_file(folder / "rng.safetensors")) == {"cpu.0", "cpu.1"}
+    Mamba2LM.from_pretrained(folder)
+
+
+def test_an_error_of_the_first_process_ends_all(study, tmp_path):
+    (tmp_path / "run").write_text("in the way")
+    command = arguments(study, tmp_path / "run")
+    assert spawn(train, 2, command, study / "cache") == [1, 1]
+
+
+def test_fsdp_needs_torchrun_and_does_not_compile_whole(monkeypatch, capsys, tmp_path, study):
+    with pytest.raises(SystemExit):
+        run_train(*arguments(study, tmp_path / "run", "--parallel", "fsdp"))
+    assert "torchrun --nproc-per-node" in capsys.readouterr().err
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit):
+        run_train(*arguments(study, tmp_path / "run", "--parallel", "fsdp", "--compile", "model"))
+    assert "--compile model does not go with" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_torchrun_starts_it_and_passes_signals_on(study, whole, tmp_path):
+    root = Path(__file__).parent.parent
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+    command += [str(root / "train.py"), *arguments(study, tmp_path / "run", "--max-steps", 500, "--keep", 1)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+        deadline = time.time() + 60
+        while not (tmp_path / "run" / "checkpoint-10").exists() and time.time() < deadline:
+            time.sleep(0.05)
+        process.terminate()
+        output = process.communicate(timeout=60)[0].decode()
+    assert "stopped by SIGTERM at step" in output, output
+    step = read_state(tmp_path / "run" / "latest")["counters"]["step"]
+    assert f"at step {step} of 500" in output

@@ -1,0 +1,385 @@
+"""The loop: what it does before, between and after its steps, and that every option changes what it says."""
+
+import itertools
+import json
+import os
+import shutil
+import sys
+import types
+
+import pytest
+import torch
+
+import train
+from mamba2.checkpoint import read_model
+from mamba2.model import Mamba2LM
+from mamba2.ops.fusion import fuse, is_fused
+from mamba2.training import RunFolder
+from tests.runs import arguments, make_study, metrics, run_train
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    return make_study(tmp_path_factory.mktemp("study"))
+
+
+@pytest.fixture(scope="module")
+def whole(study):
+    run_train(*arguments(study, study / "whole"))
+    return study / "whole"
+
+
+def checkpoints(output):
+    return list(RunFolder(output).checkpoints())
+
+
+def losses(output):
+    return [row["loss"] for row in metrics(output, "loss")]
+
+
+# ----------------------------------------------------------------------------------------------------- steps + 1
+
+
+def test_the_model_is_looked_at_before_the_first_step_and_after_the_last(whole):
+    assert [row["step"] for row in metrics(whole, "loss")] == list(range(1, 9))
+    assert [row["step"] for row in metrics(whole, "validation_loss")] == [0, 4, 8]
+    assert [row["step"] for row in metrics(whole, "sample")] == [0, 4, 8]
+    assert [row["step"] for row in metrics(whole, "dt_median")] == [0, 1, 2, 4, 8]
+    assert checkpoints(whole) == [0, 2, 4, 6, 8]
+    config, tensors = read_model(whole.with_name("whole-final"))
+    assert config == Mamba2LM.from_pretrained(whole / "latest").config
+    assert torch.equal(tensors["lm_head.weight"], Mamba2LM.from_pretrained(whole / "latest").lm_head.weight)
+
+
+def test_dt_and_half_life_of_every_layer_are_logged_as_they_move(study, whole):
+    rows = metrics(whole, "dt_median")
+    start, end = rows[0], rows[-1]
+    assert start["dt_min"] == start["dt_max"]  # `uniform`: one value in a layer
+    model = Mamba2LM.from_pretrained(whole / "latest")
+    for layer in range(2):
+        dt = torch.nn.functional.softplus(model.dt_bias()[layer].double())
+        assert end["dt_max"][layer] == pytest.approx(dt.max().item(), rel=1e-5)
+        half_life = 0.693147 / (dt * model.A()[layer])
+        assert end["half_life_median"][layer] == pytest.approx(half_life.quantile(0.5).item(), rel=1e-4)
+    assert start["dt_max"] != end["dt_max"]
+
+
+def test_the_plan_is_printed_before_the_first_step(study, tmp_path, capsys):
+    run_train(*arguments(study, tmp_path / "run"))
+    plan = capsys.readouterr().out.split("step 1 of 8")[0]
+    parameters = Mamba2LM.from_pretrained(study / "model").config.num_parameters()
+    for part in (f"parameters   {parameters:,}", "4 windows of 32 = 128 tokens", "steps        8,", "FLOP", "memory "):
+        assert part in plan
+    for part in (f"torch {torch.__version__}", "triton", "revision", "half-life, tokens", "peak 0.0005"):
+        assert part in plan
+
+
+def test_a_line_tells_loss_speed_share_of_peak_memory_and_time_left(study, tmp_path, capsys):
+    run_train(*arguments(study, tmp_path / "run"))
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("step 1 of 8"))
+    for part in ("loss 5.", "gradient ", " tokens/s", "MFU ", " GB", " s left"):
+        assert part in line
+
+
+def test_metrics_count_tokens_and_hold_the_rate(whole):
+    rows = metrics(whole, "loss")
+    assert rows[-1]["tokens"] == 8 * 128
+    assert [row["learning_rate"] for row in rows[:2]] == [2.5e-4, 5e-4]  # two steps of warm-up
+    raw = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
+    assert all(row["mfu"] > 0 and row["tokens_per_second"] > 0 for row in raw if "loss" in row)
+
+
+def test_several_models_train_one_after_another(study, tmp_path):
+    shutil.copytree(study / "model", tmp_path / "other")
+    command = arguments(study, tmp_path / "out", "--model-path", study / "model", tmp_path / "other", "--max-steps", 2)
+    run_train(*command)
+    assert (tmp_path / "out" / "model-final").is_dir() and (tmp_path / "out" / "other-final").is_dir()
+    assert losses(tmp_path / "out" / "model") == losses(tmp_path / "out" / "other")
+    assert f'model_path = ["{tmp_path}/other"]' in (tmp_path / "out" / "other" / "train.toml").read_text()
+
+
+# -------------------------------------------------------------------------------------------------------- options
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--learning-rate", "1e-3"],
+        ["--schedule", "linear"],
+        ["--schedule", "wsd", "--decay-ratio", "0.9"],
+        ["--warmup-steps", "4"],
+        ["--warmup-from-zero"],
+        ["--final-rate-ratio", "0.5"],
+        ["--clip", "0.01", "--eps", "1e-3"],
+        ["--weight-decay", "5"],
+        ["--weight-decay", "5", "--decay", "all_but_biases"],
+        ["--betas", "0.5", "0.6"],
+        ["--eps", "1e-2"],
+        ["--seed", "7"],
+        ["--no-reset"],
+        ["--dtype", "bf16"],
+        ["--batch-size", "1"],
+        ["--gradient-accumulation-steps", "1"],
+        ["--max-length", "16"],
+    ],
+)
+def test_an_option_that_should_change_the_training_does(study, whole, tmp_path, options):
+    run_train(*arguments(study, tmp_path / "run", "--keep", "1", *options))
+    assert losses(tmp_path / "run") != losses(whole)
+
+
+def test_decay_ratio_is_where_wsd_leaves_the_peak(study, tmp_path):
+    run_train(*arguments(study, tmp_path / "run", "--schedule", "wsd", "--decay-ratio", 0.25, "--warmup-ratio", 0.5))
+    rates = [row["learning_rate"] for row in metrics(tmp_path / "run", "loss")]
+    assert rates == pytest.approx([2.5e-4, *[5e-4] * 6, 2.5e-4])
+
+
+def test_warmup_ratio_is_a_share_of_the_steps(study, tmp_path):
+    file = tmp_path / "p.toml"
+    file.write_text("[train]\nwarmup_ratio = 0.45\n")
+    command = arguments(study, tmp_path / "run", "--preset", file)
+    at = command.index("--warmup-steps")
+    run_train(*command[:at], *command[at + 2 :])
+    rates = [row["learning_rate"] for row in metrics(tmp_path / "run", "loss")]
+    assert rates[:4] == pytest.approx([1.25e-4, 2.5e-4, 3.75e-4, 5e-4]) and rates[4] == pytest.approx(5e-4)
+
+
+def test_epochs_count_passes_over_the_data(study, tmp_path):
+    command = arguments(study, tmp_path / "run", "--epochs", 0.25, "--keep", 1)
+    at = command.index("--max-steps")
+    run_train(*command[:at], *command[at + 2 :])
+    tokens = sum(len(file.read_bytes()) + 1 for file in (study / "data" / "train").iterdir())
+    assert metrics(tmp_path / "run", "loss")[-1]["tokens"] == pytest.approx(tokens / 4, abs=16)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [["--checkpoint-every", "all"], ["--checkpoint-every", "2"], ["--checkpoint-every", "2", "--recompute-scan"]],
+)
+def test_recomputation_changes_nothing_but_what_is_kept(study, whole, tmp_path, options, monkeypatch):
+    seen = []
+    original = train.Job.step
+    monkeypatch.setattr(train.Job, "step", lambda job, i: seen.append(job.model.backbone) or original(job, i))
+    run_train(*arguments(study, tmp_path / "run", *options))
+    assert losses(tmp_path / "run") == losses(whole)
+    assert seen[0].checkpoint_every == {"all": 1}.get(options[1], 2)
+    recomputed = [layer.mixer.recompute_scan for layer in seen[0].layers]
+    assert recomputed == [len(options) > 2 and i % 2 == 1 for i in range(len(recomputed))]
+
+
+@pytest.mark.slow
+def test_fused_training_is_the_same_training(study, whole, tmp_path, monkeypatch):
+    fused = []
+    monkeypatch.setattr(train.Job, "sample", lambda job: fused.append(is_fused()) or "")
+    run_train(*arguments(study, tmp_path / "run", "--compile", "fused", "--max-steps", 2, "--schedule", "constant"))
+    fuse(False)
+    assert fused and all(fused)
+    assert losses(tmp_path / "run") == pytest.approx(losses(whole)[:2], rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["blocks", "model"])
+def test_compiled_training_is_the_same_training(study, whole, tmp_path, what, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(train.Job, "sample", lambda job: compiled.append(job.model) or "")
+    torch.compiler.reset()
+    run_train(*arguments(study, tmp_path / "run", "--compile", what, "--max-steps", 2, "--schedule", "constant"))
+    model = compiled[0]
+    assert (model._compiled_call_impl is None) == (what == "blocks")
+    assert (model.backbone.layers[0]._compiled_call_impl is None) == (what == "model")
+    assert losses(tmp_path / "run") == pytest.approx(losses(whole)[:2], rel=1e-5)
+    assert not any("_orig_mod" in key for key in read_model(tmp_path / "run-final")[1])
+
+
+def test_schedules_of_evaluation_samples_dt_and_saves(study, tmp_path):
+    options = ["--eval-steps", 3, "--sample-steps", 5, "--dt-steps", 3, "--save-steps", 7, "--no-keep-best"]
+    run_train(*arguments(study, tmp_path / "run", *options))
+    assert [row["step"] for row in metrics(tmp_path / "run", "validation_loss")] == [0, 3, 6, 8]
+    assert [row["step"] for row in metrics(tmp_path / "run", "sample")] == [0, 5, 8]
+    assert [row["step"] for row in metrics(tmp_path / "run", "dt_min")] == [0, 1, 2, 3, 4, 6, 8]
+    assert checkpoints(tmp_path / "run") == [0, 7, 8]
+    run_train(*arguments(study, tmp_path / "b", "--sample-tokens", 0, "--no-save-final"))
+    assert metrics(tmp_path / "b", "sample") == [] and not (tmp_path / "b-final").exists()
+
+
+def test_eval_windows_is_how_many_are_evaluated(study, whole, tmp_path, monkeypatch):
+    counts = []
+    monkeypatch.setattr("mamba2.training.job.mean_loss", lambda *args, **_: counts.append(args[2]) or 1.0)
+    run_train(*arguments(study, tmp_path / "run", "--eval-windows", 3))
+    assert counts == [3, 3, 3]
+
+
+# ------------------------------------------------------------------------------------------------------ what is kept
+
+
+def evaluations(monkeypatch, *values: float) -> None:
+    """Let the evaluations come out as these."""
+    remaining = list(values)
+    monkeypatch.setattr(train.Job, "evaluate", lambda job: remaining.pop(0))
+
+
+def test_the_last_the_best_and_the_early_ones_are_kept(study, tmp_path, monkeypatch):
+    losses = (5.0, 4.0, 3.0, 3.5, 3.6, 3.7, 3.8, 3.9, 4.0)
+    every = ["--eval-steps", 1, "--save-steps", 1, "--keep", 2]
+    evaluations(monkeypatch, *losses)
+    run_train(*arguments(study, tmp_path / "best", *every))
+    assert checkpoints(tmp_path / "best") == [2, 7, 8]
+    assert os.readlink(tmp_path / "best" / "best") == "checkpoint-2"
+    assert os.readlink(tmp_path / "best" / "latest") == "checkpoint-8"
+    evaluations(monkeypatch, *losses)
+    run_train(*arguments(study, tmp_path / "last", *every, "--no-keep-best"))
+    assert checkpoints(tmp_path / "last") == [7, 8]
+    evaluations(monkeypatch, *losses)
+    run_train(*arguments(study, tmp_path / "early", *every, "--keep-early", "--save-steps", 5))
+    assert checkpoints(tmp_path / "early") == [0, 1, 2, 4, 5, 8]
+
+
+def test_a_best_evaluation_is_saved_between_the_saves(study, tmp_path, monkeypatch):
+    evaluations(monkeypatch, 5.0, 4.0, 4.5, 4.6, 4.7)
+    run_train(*arguments(study, tmp_path / "run", "--eval-steps", 2, "--save-steps", 8))
+    assert checkpoints(tmp_path / "run") == [0, 2, 8]
+
+
+# -------------------------------------------------------------------------------------------------------- early ends
+
+
+def test_patience_stops_after_evaluations_that_are_not_the_best(study, tmp_path, monkeypatch, capsys):
+    evaluations(monkeypatch, 5.0, 4.0, 4.5, 4.6)
+    run_train(*arguments(study, tmp_path / "run", "--eval-steps", 1, "--patience", 2, "--save-steps", 8))
+    assert "stopped at step 3 of 8" in capsys.readouterr().out
+    assert checkpoints(tmp_path / "run") == [0, 1, 3]
+    assert len(metrics(tmp_path / "run", "loss")) == 3
+    assert (tmp_path / "run-final").is_dir()
+    (tmp_path / "run-final").rename(tmp_path / "away")
+    run_train(*arguments(study, tmp_path / "run", "--eval-steps", 1, "--patience", 2, "--save-steps", 8))
+    assert (tmp_path / "run-final").is_dir()
+    assert len(metrics(tmp_path / "run", "loss")) == 3
+
+
+def test_patience_without_a_validation_split_is_refused(study, tmp_path):
+    data = ["--dataset-path", study / "data" / "train"]
+    with pytest.raises(ValueError, match="--patience 2 needs evaluations"):
+        run_train(*arguments(study, tmp_path / "run", *data, "--patience", 2))
+
+
+def test_steps_without_a_finite_gradient_are_skipped_counted_and_bounded(study, tmp_path, monkeypatch, capsys):
+    poisoned = {3, 4}
+    original = train.Job.step
+
+    def step(job, index):
+        if index in poisoned:
+            hook = job.model.backbone.norm_f.weight.register_hook(lambda gradient: gradient * float("nan"))
+            result = original(job, index)
+            hook.remove()
+            return result
+        return original(job, index)
+
+    monkeypatch.setattr(train.Job, "step", step)
+    run_train(*arguments(study, tmp_path / "run", "--keep", 9, "--save-steps", 1, "--max-skipped", 3))
+    rows = metrics(tmp_path / "run", "loss")
+    assert [row["skipped"] for row in rows] == [0, 0, 0, 1, 2, 2, 2, 2]
+    assert [row["gradient_norm"] is None for row in rows] == [i in (3, 4) for i in range(8)]
+    weights = [read_model(tmp_path / "run" / f"checkpoint-{i}")[1]["lm_head.weight"] for i in range(9)]
+    assert [torch.equal(a, b) for a, b in itertools.pairwise(weights)] == [i in (3, 4) for i in range(8)]
+    assert "step 4: no finite gradient" in capsys.readouterr().out
+    poisoned.add(5)
+    with pytest.raises(ValueError, match="3 steps in a row had no finite gradient"):
+        run_train(*arguments(study, tmp_path / "other", "--max-skipped", 3))
+
+
+def test_a_dry_run_makes_one_step_and_writes_nothing(study, whole, tmp_path, capsys, monkeypatch):
+    indices = []
+    original = train.Job.step
+    monkeypatch.setattr(train.Job, "step", lambda job, index: indices.append(index) or original(job, index))
+    before = sorted(study.rglob("*"))
+    run_train(*arguments(study, tmp_path / "run", "--dry-run"))
+    run_train(*arguments(study, whole, "--dry-run"))
+    output = capsys.readouterr().out
+    assert indices == [0, 0] and "parameters" in output and "half-life" in output and "loss 5." in output
+    assert not list(tmp_path.iterdir()) and sorted(study.rglob("*")) == before
+
+
+def test_running_out_of_memory_says_what_takes_less(study, tmp_path, monkeypatch):
+    def fails(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr("mamba2.training.job.accumulate_gradients", fails)
+    advice = r"--checkpoint-every 1 .*, or --batch-size 1 --gradient-accumulation-steps 4"
+    with pytest.raises(MemoryError, match=advice):
+        run_train(*arguments(study, tmp_path / "run"))
+    with pytest.raises(MemoryError, match="a shorter --max-length"):
+        run_train(*arguments(study, tmp_path / "run", "--batch-size", 1, "--gradient-accumulation-steps", 4))
+
+
+# -------------------------------------------------------------------------------------------------------------- wandb
+
+
+class FakeRun:
+    def __init__(self, fail_at: int | None, id: str | None):
+        self.rows, self.fail_at, self.id, self.finished = [], fail_at, id or "new", False
+
+    def log(self, row, step):
+        if len(self.rows) == self.fail_at:
+            raise RuntimeError("connection lost")
+        self.rows.append((step, row))
+
+    def finish(self):
+        self.finished = True
+
+
+def fake_wandb(monkeypatch, fail_at: int | None = None) -> list[tuple[FakeRun, dict]]:
+    started = []
+
+    def init(**options):
+        started.append((FakeRun(fail_at, options["id"]), options))
+        return started[-1][0]
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init, Settings=dict))
+    return started
+
+
+def test_wandb_gets_every_row_and_a_resumed_run_goes_on_in_its_own(study, whole, tmp_path, monkeypatch):
+    started = fake_wandb(monkeypatch)
+    monkeypatch.setenv("WANDB_API_KEY", "")
+    options = ["--wandb", "offline", "--wandb-project", "p", "--wandb-token", "secret"]
+    run_train(*arguments(study, tmp_path / "run", *options))
+    run, how = started[0]
+    assert how["mode"] == "offline" and how["project"] == "p" and how["name"] == "run" and how["id"] is None
+    assert "secret" not in str(how) and "secret" not in (tmp_path / "run" / "train.toml").read_text()
+    assert run.finished and len(run.rows) == len(metrics(whole))
+    assert any("dt_median/layer 1" in row for _, row in run.rows)
+    (tmp_path / "run-final").rename(tmp_path / "away")
+    run_train(*arguments(study, tmp_path / "run", *options))
+    assert started[1][1]["id"] == "new"
+
+
+def test_wandb_that_fails_in_the_middle_is_said_once_and_costs_nothing(study, whole, tmp_path, monkeypatch, capsys):
+    started = fake_wandb(monkeypatch, fail_at=3)
+    run_train(*arguments(study, tmp_path / "run", "--wandb", "online"))
+    assert capsys.readouterr().out.count("warning: wandb no longer takes values (connection lost)") == 1
+    assert len(started[0][0].rows) == 3
+    assert metrics(tmp_path / "run") == metrics(whole)
+
+
+def test_wandb_is_off_without_a_key_and_on_with_one(study, tmp_path, monkeypatch):
+    started = fake_wandb(monkeypatch)
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    run_train(*arguments(study, tmp_path / "a", "--max-steps", 1))
+    assert started == []
+    monkeypatch.setenv("WANDB_API_KEY", "x")
+    run_train(*arguments(study, tmp_path / "b", "--max-steps", 1))
+    assert started[0][1]["mode"] == "online"
+    run_train(*arguments(study, tmp_path / "c", "--max-steps", 1, "--wandb", "disabled"))
+    assert len(started) == 1
+
+
+@pytest.mark.slow
+def test_the_real_wandb_offline_and_unreachable(study, whole, tmp_path, monkeypatch, capsys):
+    run_train(*arguments(study, tmp_path / "offline", "--wandb", "offline"))
+    assert list((tmp_path / "offline" / "wandb").glob("offline-run-*/*.wandb"))
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    monkeypatch.setattr("mamba2.training.metrics.WANDB_SECONDS", 2.0)
+    run_train(*arguments(study, tmp_path / "run", "--wandb", "online"))
+    assert "warning: wandb does not start" in capsys.readouterr().out
+    assert metrics(tmp_path / "run") == metrics(whole)

@@ -1,0 +1,107 @@
+"""Peaks, memory and versions as they are said before a run."""
+
+import dataclasses
+import subprocess
+
+import pytest
+import torch
+
+from mamba2.config import Mamba2Config
+from mamba2.model import Mamba2LM
+from mamba2.training import hardware, peak_flops, versions
+from mamba2.training.hardware import choose_dtype, memory_estimate
+
+
+def kept_for_backward(
+    config: Mamba2Config, tokens: int, dtype: torch.dtype, checkpoint_every: int, recompute_scan: bool = False
+) -> int:
+    """Bytes that the forward pass really keeps: every tensor saved for the backward pass, once, without the weights."""
+    model = Mamba2LM(config).train()
+    model.backbone.checkpoint_every = checkpoint_every
+    for layer in model.backbone.layers:
+        layer.mixer.recompute_scan = recompute_scan
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    storages: dict[int, torch.UntypedStorage] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage().data_ptr() not in weights:
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+        return tensor
+
+    ids = torch.zeros(1, tokens + 1, dtype=torch.int64)
+    saved = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+    with saved, torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        hidden, _ = model.backbone(ids[:, :-1])
+    del hidden
+    return sum(storage.nbytes() for storage in storages.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("every", [0, 1, 2])
+@pytest.mark.parametrize("config", ["configs/config.json", "configs/130m.json"])
+def test_the_memory_estimate_is_near_what_is_kept(config, every, dtype):
+    changes = {"num_hidden_layers": 4, "vocab_size": 64, "chunk_size": 64}
+    config = dataclasses.replace(Mamba2Config.from_json(config), **changes)
+    measured = kept_for_backward(config, 512, dtype, every)
+    if every:  # in the backward pass one block after the other has all of its activations
+        measured += kept_for_backward(config, 512, dtype, 0) // config.num_hidden_layers
+    weights = memory_estimate(config, 0, 512, dtype, every)
+    assert memory_estimate(config, 1, 512, dtype, every) - weights == pytest.approx(measured, rel=0.25)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_memory_estimate_knows_a_recomputed_scan(dtype):
+    changes = {"num_hidden_layers": 8, "vocab_size": 64, "chunk_size": 64}
+    config = dataclasses.replace(Mamba2Config.from_json("configs/config.json"), **changes)
+    kept = kept_for_backward(config, 512, dtype, 0, recompute_scan=True)
+    # Its inputs, which are held as arguments, and one block in the backward pass.
+    kept += 8 * 512 * torch.finfo(dtype).bits // 8 * (config.conv_dim + config.num_heads)
+    kept += kept_for_backward(config, 512, dtype, 0) // 8
+    weights = memory_estimate(config, 0, 512, dtype, 0, recompute_scan=True)
+    assert memory_estimate(config, 1, 512, dtype, 0, recompute_scan=True) - weights == pytest.approx(kept, rel=0.25)
+
+
+def test_weights_gradients_and_moments_are_shared_by_shards():
+    config = Mamba2Config.from_json("configs/config.json")
+    whole, half = (memory_estimate(config, 0, 512, torch.float32, 0, shards=shards) for shards in (1, 2))
+    assert whole == 16 * config.num_parameters() and half == whole // 2
+
+
+def test_the_peak_of_a_gpu_comes_from_the_table_and_is_unknown_for_others(monkeypatch):
+    device = torch.device("cuda", 0)
+    for name, peak in (
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("AMD Instinct MI300X", 1307e12),
+        ("NVIDIA GeForce RTX 4090", 165.2e12),
+        ("NVIDIA L40S", 362e12),
+        ("NVIDIA L4", 121e12),
+        ("Unheard Of 9000", None),
+    ):
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda _, name=name: name)
+        assert peak_flops(device, torch.bfloat16) == peak
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA A100-SXM4-80GB")
+    assert peak_flops(device, torch.float32) == 19.5e12
+
+
+def test_the_peak_of_a_processor_is_measured():
+    assert 1e8 < peak_flops(torch.device("cpu"), torch.float32) < 1e15
+
+
+def test_versions_name_the_revision_or_say_that_it_is_unknown(monkeypatch):
+    revision = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    assert f"torch {torch.__version__}" in versions()
+    if revision:
+        assert f"revision {revision[:7]}" in versions()
+
+    def fails(*_, **__):
+        raise FileNotFoundError("git")
+
+    monkeypatch.setattr(hardware.subprocess, "run", fails)
+    assert "revision unknown" in versions()
+
+
+def test_the_dtype_that_is_asked_for_is_used():
+    device = torch.device("cpu")
+    assert choose_dtype("bf16", device) == torch.bfloat16 and choose_dtype("fp32", device) == torch.float32
