@@ -167,6 +167,12 @@ def test_recomputation_changes_nothing_but_what_is_kept(study, whole, tmp_path, 
     assert recomputed == [len(options) > 2 and i % 2 == 1 for i in range(len(recomputed))]
 
 
+def test_the_gpus_to_use_are_told_to_cuda(study, tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    run_train(*arguments(study, tmp_path / "run", "--dry-run", "--cuda-visible-devices", "2,3"))
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "2,3"
+
+
 @pytest.mark.slow
 def test_fused_training_is_the_same_training(study, whole, tmp_path, monkeypatch):
     fused = []
