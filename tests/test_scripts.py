@@ -172,3 +172,16 @@ def test_a_missing_flag_and_an_unknown_preset_are_named(tmp_path):
 
 def test_the_initialisations_can_be_listed(tmp_path):
     assert "log_uniform" in run_script(tmp_path, "init.py", "--list").stdout
+
+
+def test_a_preview_shows_memory_and_signals_and_writes_no_model(tmp_path):
+    small_config(num_hidden_layers=2).save(tmp_path / "config.json")
+    arguments = ["--config-path", "config.json", "--preview", "--initializations", "constant", "halflife"]
+    first = run_script(tmp_path, "init.py", *arguments, "--output-path", "a", "--t-max", 0.001)
+    # A = 1..8, dt = 0.001: half-lives of 693 down to 87 tokens, five of them above 128.
+    assert "heads by half-life in tokens: 100% > 1, 100% > 16, 62% > 128, 0% > 1024" in first.stdout
+    assert "gradient norm" in first.stdout and "state / skip D x, rms" in first.stdout
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["preview.png"]
+    assert (tmp_path / "a/preview.png").read_bytes().startswith(b"\x89PNG")
+    second = run_script(tmp_path, "init.py", *arguments, "--output-path", "b", "--t-max", 0.1)
+    assert "100% > 1, 100% > 16, 62% > 128, 0% > 1024" not in second.stdout
