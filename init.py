@@ -2,6 +2,7 @@
 
     python init.py                                              the tiny study, into runs/tiny/models
     python init.py --config-path configs --seeds 1 2 3          the study's 40M model, 3 seeds x 3 initialisations
+    python init.py --study configs/study-tiny.toml              every model of a study
     python init.py --list                                       the initialisations and what they mean
     python init.py --config-path configs --preview              what they do before any training: table and preview.png
 
@@ -24,6 +25,7 @@ from mamba2.evaluation import figures
 from mamba2.evaluation.diagnostics import nominal_half_life, shares_remembering, signals
 from mamba2.initializers import INITIALIZERS, DtParams, dt_table
 from mamba2.model import Mamba2LM
+from mamba2.study import add_study
 from mamba2.tokenizer import Tokenizer, get_tokenizer, save_tokenizer
 
 PREVIEWED = {
@@ -52,6 +54,7 @@ def main() -> None:
     parser.add_argument(
         "--preview", action="store_true", help="show memory and signals at the first seed, write no model"
     )
+    add_study(parser, "init")
     args = parse_arguments(parser, "init")
     if args.list:
         for name in INITIALIZERS:

@@ -209,20 +209,23 @@ def batches(documents: Iterator[list[int]], length: int, count: int) -> torch.Te
     return torch.tensor([flat[i * length : (i + 1) * length] for i in chosen])
 
 
-def diagnose(model: Mamba2LM, ids: torch.Tensor, context: int, batch_size: int) -> dict:
-    """All diagnostics of a trained model and of the one it began as, JSON-ready. ids (b, l), l up to 16 contexts."""
+def diagnose(model: Mamba2LM, ids: torch.Tensor, context: int, batch_size: int, positions: bool = True) -> dict:
+    """All diagnostics of a trained model and of the one it began as. ids (b, l), l up to 16 contexts.
+
+    `positions`: the loss by position, too, which says something of text only.
+    """
     short = ids[:4, : min(context + 1, ids.shape[1])]
     result: dict = {"context": context, "tokens": list(ids.shape)}
     initial = initial_model(model).to(ids.device).eval()
     for when, which in (("before", initial), ("after", model)):
         traces = trace(which, short[:, :-1])
-        positions, rms = state_rms(which, short)
+        after, rms = state_rms(which, short)
         distances, gradient = log_bins(gradient_against_distance(which, short))
         A, longest = which.A(), int(np.argmax(effective_half_life(which, traces).max(0)))
         result[when] = {
             "nominal": nominal_half_life(which).tolist(),
             "effective": effective_half_life(which, traces).tolist(),
-            "positions": positions.tolist(),
+            "positions": after.tolist(),
             "state_rms": rms.tolist(),
             "distances": distances.tolist(),
             "gradient": gradient.tolist(),
@@ -230,9 +233,8 @@ def diagnose(model: Mamba2LM, ids: torch.Tensor, context: int, batch_size: int) 
             "mask_head": longest,
             "masks": [decay_mask(t.dt[0, :64, longest], A[i, longest].item()).tolist() for i, t in enumerate(traces)],
         }
-    ends, losses = loss_by_position(model, ids, context, batch_size)
-    return result | {
-        "position_ends": ends.tolist(),
-        "position_losses": losses.tolist(),
-        "drift": drift(initial, model),
-    }
+    result["drift"] = drift(initial, model)
+    if positions:
+        ends, losses = loss_by_position(model, ids, context, batch_size)
+        result |= {"position_ends": ends.tolist(), "position_losses": losses.tolist()}
+    return result

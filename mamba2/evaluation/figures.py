@@ -102,10 +102,12 @@ def curves(
     log_x: bool = False,
     mark: float | None = None,
     zoom: bool = False,
+    unit: str = "nats   (below zero: better)",
 ):
     """Left: every run and the mean over seeds. Right: the same minus the baseline's run of the same seed.
 
-    `mark`: a vertical line at the training length. `zoom`: the y axis begins where the later half of the curves lies.
+    `unit`: of the difference. `mark`: a vertical line at the training length. `zoom`: the y axis spans what the curves
+    span without their first quarter.
     """
     plt = _pyplot()
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4))
@@ -116,7 +118,7 @@ def curves(
             _bundle(right, paired, name, color(name))
     right.axhline(0, color=color(baseline), linewidth=1.5, label=f"{baseline} (baseline)")
     _labelled(left, title, x, y)
-    _labelled(right, f"difference from {baseline}, same seed", x, "nats   (below zero: better)")
+    _labelled(right, f"difference from {baseline}, same seed", x, unit)
     for axis in (left, right):
         if log_x:
             axis.set_xscale("log", base=2)
@@ -215,7 +217,9 @@ def by_layer(data: dict[str, dict[str, list[np.ndarray]]], quantities: dict[str,
         for name, values in data.items():
             _bundle(axis, [(np.arange(len(v)), v) for v in values[key]], name, color(name))
         _labelled(axis, label, "layer", "")
+        low, high = (f([v for values in data.values() for v in np.ravel(values[key])]) for f in (min, max))
         axis.set_yscale("log")
+        axis.set_ylim(low / 1.5, high * 1.5)  # or ten per cent would fill the panel
         axis.set_xticks(range(0, len(next(iter(data.values()))[key][0]), 1 + len(values[key][0]) // 8))
     axes[0][0].legend(frameon=False, fontsize=8)
     figure.tight_layout()

@@ -116,7 +116,7 @@ class Perplexity:
 
 def exp(nats: float) -> float:
     """e^nats, infinite where a float ends: a diverged model has a perplexity, too."""
-    return math.exp(nats) if nats < 709 else math.inf
+    return math.inf if nats >= 709 else math.exp(nats)
 
 
 def json_ready(value):
