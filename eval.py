@@ -51,7 +51,13 @@ def parse() -> argparse.Namespace:
     add("--dataset-name", nargs="+", default=["wikitext"], help="hub names, local folders or files, stdlib [wikitext]")
     add("--dataset-config-name", nargs="+", help="one, or one for each name [of wikitext: wikitext-2-raw-v1]")
     add("--dataset-split", nargs="+", default=["test"], help="of every name [test]")
-    add("--protocol", nargs="+", choices=PROTOCOLS, default=["stateful"], help="mamba2/evaluation/perplexity.py says")
+    add(
+        "--protocol",
+        nargs="+",
+        choices=list(PROTOCOLS),
+        default=["stateful"],
+        help="mamba2/evaluation/perplexity.py says",
+    )
     add("--context", type=int, default=1024, help="tokens per window [1024]")
     add("--stride", type=int, help="of the protocol strided [half the context]")
     add("--max-tokens", type=int, help="evaluate the first documents only, up to this many tokens")
@@ -167,7 +173,8 @@ def measure(
     model = Mamba2LM.from_pretrained(path, device).eval()
     results = [
         described(evaluate(model, tokenizer, corpus, protocol, args.context, args.batch_size, args.stride), corpus)
-        | {"context": args.context, "reset": "at documents", "tokenizer": tokenizer.name, "dtype": "float32"}
+        | {"context": args.context, "reset": PROTOCOLS[protocol], "tokenizer": tokenizer.name, "dtype": "float32"}
+        | ({"stride": args.stride or args.context // 2} if protocol == "strided" else {})
         for corpus in corpora
         for protocol in args.protocol
     ]

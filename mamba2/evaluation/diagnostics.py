@@ -221,7 +221,6 @@ def diagnose(model: Mamba2LM, ids: torch.Tensor, context: int, batch_size: int, 
         traces = trace(which, short[:, :-1])
         after, rms = state_rms(which, short)
         distances, gradient = log_bins(gradient_against_distance(which, short))
-        A, longest = which.A(), int(np.argmax(effective_half_life(which, traces).max(0)))
         result[when] = {
             "nominal": nominal_half_life(which).tolist(),
             "effective": effective_half_life(which, traces).tolist(),
@@ -230,10 +229,16 @@ def diagnose(model: Mamba2LM, ids: torch.Tensor, context: int, batch_size: int, 
             "distances": distances.tolist(),
             "gradient": gradient.tolist(),
             "signals": signals(which, short),
-            "mask_head": longest,
-            "masks": [decay_mask(t.dt[0, :64, longest], A[i, longest].item()).tolist() for i, t in enumerate(traces)],
         }
     result["drift"] = drift(initial, model)
+    # What the head with the longest memory of all keeps, where it is in the first, the middle and the last layer.
+    head = int(np.argmax(np.max(result["after"]["effective"], axis=0)))
+    layers = len(traces)
+    result["mask_head"] = head
+    result["masks"] = {
+        str(i): decay_mask(traces[i].dt[0, :64, head], model.A()[i, head].item()).round(4).tolist()
+        for i in sorted({0, layers // 2, layers - 1})
+    }
     if positions:
         ends, losses = loss_by_position(model, ids, context, batch_size)
         result |= {"position_ends": ends.tolist(), "position_losses": losses.tolist()}

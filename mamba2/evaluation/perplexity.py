@@ -30,7 +30,14 @@ from mamba2.model import Mamba2LM, MixerState
 from mamba2.ops import IGNORE_INDEX
 from mamba2.tokenizer import Tokenizer
 
-PROTOCOLS = ("stateful", "windows", "strided", "lm_eval", "hf_evaluate")
+# Each protocol, and where the state is emptied.
+PROTOCOLS = {
+    "stateful": "at each document",
+    "windows": "at each window",
+    "strided": "at each window",
+    "lm_eval": "at each window",
+    "hf_evaluate": "at each line",
+}
 
 
 @dataclass

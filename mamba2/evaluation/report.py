@@ -112,7 +112,8 @@ def _primary(runs: dict[Key, Evaluated]) -> tuple[Values, str]:
     if not any(math.isnan(v) for by_seed in values.values() for v in by_seed.values()):
         count = min(LAST, min(int((run.history.steps > 0).sum()) for run in runs.values()))
         what = f"the mean of the last {count} evaluations" if count > 1 else "the last evaluation"
-        return values, f"held-out nats per token ({what})"
+        of_text = any(run.record["results"] for run in runs.values())
+        return values, f"held-out nats per {'token' if of_text else 'answer'} ({what})"
     if not all(run.record["results"] for run in runs.values()):
         raise ValueError("training had no evaluations and eval.py no text to measure: there is nothing to compare")
     first = next(iter(runs.values())).record["results"][0]
@@ -390,12 +391,8 @@ def _memory(page: Page, runs: dict[Key, Evaluated], sources: dict[str, str]) -> 
     page.figure("drift", drawn, shows, f"{sources['metrics']} and {sources['evaluations']}")
 
     first_seed = {name: next(run for (n, _), run in runs.items() if n == name).record["diagnostics"] for name in names}
-    layers = len(next(iter(first_seed.values()))["after"]["masks"])
-    chosen = sorted({0, layers // 2, layers - 1})
     masks = {
-        name: {
-            f"layer {i}, head {d['after']['mask_head']}": np.array(d["after"]["masks"][i], dtype=float) for i in chosen
-        }
+        name: {f"layer {i}, head {d['mask_head']}": np.array(mask, dtype=float) for i, mask in d["masks"].items()}
         for name, d in first_seed.items()
     }
     shows = (

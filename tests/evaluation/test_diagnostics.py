@@ -164,4 +164,5 @@ def test_all_of_it_is_json_and_covers_sixteen_contexts(ids):
     assert result["position_ends"][-1] == 128 and len(result["position_losses"]) == 7
     assert result["before"]["nominal"] == result["after"]["nominal"]
     assert result["drift"]["mean"] == 0 and result["drift"]["rank_correlation"] == pytest.approx(1)
-    assert np.array(result["after"]["masks"]).shape == (3, 8, 8)
+    assert list(result["masks"]) == ["0", "1", "2"] and np.array(result["masks"]["0"]).shape == (8, 8)
+    assert np.max(result["after"]["effective"]) == np.array(result["after"]["effective"])[:, result["mask_head"]].max()
