@@ -94,6 +94,11 @@ def _diverged(run: Evaluated) -> str | None:
     return None
 
 
+def _unit(runs: dict[Key, Evaluated]) -> str:
+    """What a loss is a mean over: of synthetic tasks only answers count."""
+    return "token" if any(run.record["results"] for run in runs.values()) else "answer"
+
+
 def _listed(bad: dict[Key, str]) -> str:
     return "; ".join(f"{_label(key)}: {reason}" for key, reason in bad.items())
 
@@ -112,8 +117,7 @@ def _primary(runs: dict[Key, Evaluated]) -> tuple[Values, str]:
     if not any(math.isnan(v) for by_seed in values.values() for v in by_seed.values()):
         count = min(LAST, min(int((run.history.steps > 0).sum()) for run in runs.values()))
         what = f"the mean of the last {count} evaluations" if count > 1 else "the last evaluation"
-        of_text = any(run.record["results"] for run in runs.values())
-        return values, f"held-out nats per {'token' if of_text else 'answer'} ({what})"
+        return values, f"held-out nats per {_unit(runs)} ({what})"
     if not all(run.record["results"] for run in runs.values()):
         raise ValueError("training had no evaluations and eval.py no text to measure: there is nothing to compare")
     first = next(iter(runs.values())).record["results"][0]
@@ -147,7 +151,8 @@ def _answer(
     seeds_used = ", ".join(map(str, sorted({seed for _, seed in good})))
     page.text(
         f"{len(good)} runs: {len(_names(good))} initialisations, seeds {seeds_used}. "
-        f"Each: {config['parameters']:,} parameters, {settings['steps']:,} steps, {settings['tokens']:,} tokens{kind}. "
+        f"Each: {config['parameters']:,} parameters, {settings['steps']:,} steps, {settings['tokens']:,} "
+        f"{_unit(good)}s{kind}. "
         "For one seed, all weights but dt_bias and the order of the data are the same in every initialisation. The "
         "conclusions hold for this size, this budget and these data."
     )
@@ -160,7 +165,7 @@ def _comparison(page: Page, comparisons: list[Paired], name: str, primary: Value
     for init, by_seed in primary.items():
         mean = float(np.mean(list(by_seed.values())))
         rows.append([init, *(_f(by_seed.get(seed)) for seed in seeds), _f(mean)])
-    page.table(["nats per token", *(f"seed {seed}" for seed in seeds), "mean"], rows)
+    page.table(["mean nats", *(f"seed {seed}" for seed in seeds), "mean"], rows)
     if not comparisons:
         return
     rows = [
@@ -203,7 +208,7 @@ def _secondary(page: Page, runs: dict[Key, Evaluated], baseline: str, sources: d
     if evaluated:
         target = max(run.history.endpoint for run in runs.values())
         endpoints["mean held-out loss over training, nats"] = _by_name(runs, lambda run: run.history.area)
-        endpoints[f"million tokens to {target:.3f} nats"] = _by_name(
+        endpoints[f"million {_unit(runs)}s to {target:.3f} nats"] = _by_name(
             runs, lambda run: run.history.tokens_to(target) / 1e6
         )
     first = next(iter(runs.values())).record
@@ -277,7 +282,9 @@ def _learning(page: Page, runs: dict[Key, Evaluated], baseline: str, sources: di
         name: {seed: (run.history.tokens / 1e6, run.history.losses) for (n, seed), run in runs.items() if n == name}
         for name in _names(runs)
     }
-    drawn = figures.curves(data, baseline, "held-out loss", "million tokens seen", "nats per token", zoom=True)
+    drawn = figures.curves(
+        data, baseline, "held-out loss", f"million {_unit(runs)}s seen", f"nats per {_unit(runs)}", zoom=True
+    )
     shows = (
         "Held-out loss while training, every run thin, means thick; right, minus the baseline's run of the same seed. "
     )
@@ -359,7 +366,7 @@ def _memory(page: Page, runs: dict[Key, Evaluated], sources: dict[str, str]) -> 
 
     shows = (
         "Half-life in tokens by layer and head, geometric mean over seeds. Nominal: at W_dt x = 0, what dt_bias alone "
-        "says. Effective: from the mean dt on text."
+        "says. Effective: from the mean dt on data."
     )
     page.figure("half-life", figures.half_lives({name: maps(name) for name in names}), shows, sources["evaluations"])
 
@@ -397,7 +404,7 @@ def _memory(page: Page, runs: dict[Key, Evaluated], sources: dict[str, str]) -> 
     }
     shows = (
         "Decay mask after training: the share of what token j wrote that is left at token i, for the first 64 tokens "
-        "of a text. First seed; the head is the one with the longest effective half-life in any layer."
+        "of a sample of the data. First seed; the head is the one with the longest effective half-life in any layer."
     )
     page.figure("decay-masks", figures.decay_masks(masks), shows, sources["evaluations"])
 

@@ -6,7 +6,7 @@ Everything is on nats, never on perplexities. A paired difference is that of two
 import bisect
 import itertools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -112,6 +112,7 @@ class Paired:
     p_t: float  # paired t test
     d_z: float  # mean / standard deviation of the differences
     p_equivalence: float  # two one-sided t tests against ±EQUIVALENCE
+    p_equivalence_holm: float
 
     @cached_property
     def seeds_needed(self) -> int | None:
@@ -125,8 +126,8 @@ class Paired:
 
     @property
     def equivalent(self) -> bool:
-        """No difference larger than EQUIVALENCE, at 5 %."""
-        return self.p_equivalence <= ALPHA
+        """No difference larger than EQUIVALENCE, at 5 % over all contrasts, if differences are normally distributed."""
+        return self.p_equivalence_holm <= ALPHA
 
 
 def compare(values: dict[str, dict[int, float]], baseline: str) -> list[Paired]:
@@ -140,22 +141,24 @@ def compare(values: dict[str, dict[int, float]], baseline: str) -> list[Paired]:
     seeds = {name: sorted(values[name].keys() & values[baseline].keys()) for name in names}
     if alone := [name for name in names if not seeds[name]]:
         raise ValueError(f"{alone[0]} and the baseline {baseline} have no seed in common")
-    differences = {name: [values[name][seed] - values[baseline][seed] for seed in seeds[name]] for name in names}
-    p_values = {name: sign_flip_p(d) for name, d in differences.items() if len(d) > 1}
-    adjusted = dict(zip(p_values, holm(list(p_values.values()))))
-    return [
-        _paired(name, baseline, seeds[name], differences[name], p_values.get(name), adjusted.get(name))
+    found = [
+        _paired(name, baseline, seeds[name], [values[name][seed] - values[baseline][seed] for seed in seeds[name]])
         for name in names
     ]
+    tested = [c for c in found if len(c.seeds) > 1]  # one difference has no p-value
+    differ, equal = holm([c.p for c in tested]), holm([c.p_equivalence for c in tested])
+    corrected = iter([replace(c, p_holm=p, p_equivalence_holm=q) for c, p, q in zip(tested, differ, equal)])
+    return [next(corrected) if len(c.seeds) > 1 else c for c in found]
 
 
-def _paired(
-    name: str, baseline: str, seeds: list[int], differences: list[float], p: float | None, p_holm: float | None
-) -> Paired:
+def _paired(name: str, baseline: str, seeds: list[int], differences: list[float]) -> Paired:
+    """A contrast before Holm's correction."""
     d = np.asarray(differences, dtype=np.float64)
     n, mean, nan = len(d), float(np.mean(differences)), math.nan
-    if p is None:
-        return Paired(name, baseline, seeds, differences, Interval(mean, nan, nan, nan, n), nan, nan, nan, nan, nan)
+    if n == 1:
+        return Paired(
+            name, baseline, seeds, differences, Interval(mean, nan, nan, nan, n), nan, nan, nan, nan, nan, nan
+        )
     deviation = float(d.std(ddof=1))
     error = deviation / math.sqrt(n)
     half = float(stats.t.ppf(0.5 + LEVEL / 2, n - 1)) * error
@@ -167,7 +170,8 @@ def _paired(
         p_equivalence = float(stats.t.sf((EQUIVALENCE - abs(mean)) / error, n - 1))
         d_z = mean / deviation
     interval = Interval(mean, mean - half, mean + half, error, n)
-    return Paired(name, baseline, seeds, differences, interval, p, p_holm, p_t, d_z, p_equivalence)
+    p = sign_flip_p(differences)
+    return Paired(name, baseline, seeds, differences, interval, p, nan, p_t, d_z, p_equivalence, nan)
 
 
 # ------------------------------------------------------------------------------------------------------------ in words
@@ -207,7 +211,8 @@ def _verdict(c: Paired) -> str:
         text += f"{'better' if i.mean < 0 else 'worse'} than {c.baseline} (sign flip, Holm: p = {c.p_holm:.2g})"
         return text + (f", and by less than {EQUIVALENCE} nats" if c.equivalent else "")
     if c.equivalent:
-        return text + f"no difference larger than {EQUIVALENCE} nats (two one-sided tests, p = {c.p_equivalence:.2g})"
+        text += f"no difference larger than {EQUIVALENCE} nats "
+        return text + f"(two one-sided t tests, Holm: p = {c.p_equivalence_holm:.2g})"
     if i.low > 0 or i.high < 0:
         return text + (
             f"the interval leaves out zero, which holds if differences are normally distributed; the exact test does "

@@ -149,4 +149,9 @@ def test_the_answer_is_never_stronger_than_the_tests():
     assert "better than" not in several
     assert "no difference larger than 0.005" in words([0.001, -0.001, 0.0005, -0.0005, 0.001, -0.001])
     assert "neither a difference nor its absence" in words([0.1, -0.1, 0.05, -0.05, 0.1, -0.1])
+    same = [0.001, -0.001, 0.0005, -0.0005, 0.001, -0.001]
+    near = [0.004, 0.001, 0.0035, 0.0025, 0.006, 0.001]  # alone at 2.5 %, which is not enough for one of three
+    contrasts = compare({"b": dict.fromkeys(range(6), 0.0), **{n: dict(enumerate(near)) for n in "xyz"}}, "b")
+    assert contrasts[0].p_equivalence < 0.05 < contrasts[0].p_equivalence_holm == 3 * contrasts[0].p_equivalence
+    assert not contrasts[0].equivalent and words(same, same).count("no difference larger") == 2
     assert "worse than log_uniform" in words([0.5, 0.6, 0.5, 0.5, 0.4, 0.5])
