@@ -180,7 +180,7 @@ def _comparison(page: Page, comparisons: list[Paired], name: str, primary: Value
         ]
         for c in comparisons
     ]
-    n, m = min(len(c.seeds) for c in comparisons), len(comparisons)
+    n, m = max(len(c.seeds) for c in comparisons), sum(len(c.seeds) > 1 for c in comparisons)
     header = ["minus the baseline", "difference", "95 % t interval", "p sign flip", "p Holm", "p t test", "d_z"]
     header += [f"p within ±{EQUIVALENCE}", f"seeds for {EQUIVALENCE}"]
     note = f"With {n} seeds the exact sign-flip p cannot be below {smallest_p(n):.3g}"

@@ -181,7 +181,8 @@ def answer(comparisons: list[Paired], endpoint: str) -> list[str]:
     """What the comparisons say about `endpoint` (nats per token), one sentence each, no stronger than they are."""
     if not comparisons:
         return ["There is one initialisation only, and nothing to compare it with."]
-    n, m = min(len(c.differences) for c in comparisons), len(comparisons)
+    tested = [c for c in comparisons if len(c.differences) > 1]
+    n, m = max(len(c.differences) for c in comparisons), len(tested)
     baseline = comparisons[0].baseline
     sentences = [f"Differences are in {endpoint}, from {baseline}, paired by seed; below zero is better."]
     if n == 1:

@@ -155,3 +155,10 @@ def test_the_answer_is_never_stronger_than_the_tests():
     assert contrasts[0].p_equivalence < 0.05 < contrasts[0].p_equivalence_holm == 3 * contrasts[0].p_equivalence
     assert not contrasts[0].equivalent and words(same, same).count("no difference larger") == 2
     assert "worse than log_uniform" in words([0.5, 0.6, 0.5, 0.5, 0.4, 0.5])
+
+
+def test_a_contrast_with_one_pair_left_does_not_speak_for_the_others():
+    values = {"b": dict.fromkeys(range(8), 3.0), "x": {i: 2.5 + 0.01 * i for i in range(8)}, "y": {0: 2.0}}
+    text = " ".join(answer(compare(values, "b"), "nats"))
+    assert "better than b (sign flip, Holm: p = 0.0078)" in text and "y: -1.0000 nats in the one seed." in text
+    assert "One seed only" not in text and "cannot show" not in text
