@@ -4,7 +4,6 @@ An initialisation has the same colour everywhere. Every run is drawn, thin; a me
 """
 
 import io
-from collections.abc import Iterable
 
 import numpy as np
 
@@ -226,19 +225,21 @@ def by_layer(data: dict[str, dict[str, list[np.ndarray]]], quantities: dict[str,
     return figure
 
 
-def drift(data: dict[str, Iterable[tuple[np.ndarray, np.ndarray]]]):
-    """How far dt_bias has moved against the sum of learning rates, the most that Adam can move it by."""
+def drift(data: dict[str, list[tuple[np.ndarray, np.ndarray, float, float]]]):
+    """How far dt_bias has moved against the sum of learning rates, which bounds it under Adam, all but.
+
+    Each run: Σ lr and drift while training (perhaps empty), drawn as a line; Σ lr and drift at the end, a diamond.
+    """
     plt = _pyplot()
     figure, axis = plt.subplots(figsize=(6.5, 4))
-    furthest = 0.0
-    for name, runs in data.items():
-        for number, (xs, ys) in enumerate(runs):
-            furthest = max(furthest, float(np.max(xs)))
-            label = name if number == 0 else None
-            axis.plot(xs, ys, "o-", color=color(name), alpha=0.6, markersize=3, linewidth=1, label=label)
+    furthest = max(end for runs in data.values() for _, _, end, _ in runs)
     axis.plot([0, furthest], [0, furthest], ":", color="0.5", label="Σ lr: about the most that Adam can do")
+    for name, runs in data.items():
+        for number, (xs, ys, end, moved) in enumerate(runs):
+            axis.plot(xs, ys, color=color(name), alpha=0.6, linewidth=1)
+            label = name if number == 0 else None
+            axis.plot(end, moved, "D", color=color(name), alpha=0.6, markersize=5, label=label)
     _labelled(axis, "drift of dt_bias", "Σ learning rate", "mean distance of dt_bias from its beginning")
-    axis.set_yscale("symlog", linthresh=1e-3)
     axis.legend(frameon=False, fontsize=8)
     return figure
 

@@ -390,10 +390,19 @@ def _memory(page: Page, runs: dict[Key, Evaluated], sources: dict[str, str]) -> 
     note += "The last four: median half-life over layers and heads, tokens."
     page.table(header, rows, note)
 
-    drawn = figures.drift({name: [_drift_curve(run) for (n, _), run in runs.items() if n == name] for name in names})
+    drawn = figures.drift(
+        {
+            name: [
+                (*run.history.dt_drift, run.history.sum_of_rates, run.record["diagnostics"]["drift"]["mean"])
+                for (n, _), run in runs.items()
+                if n == name
+            ]
+            for name in names
+        }
+    )
     shows = (
-        "How far dt_bias has moved, against the sum of the learning rates so far. Where the layers' medians were "
-        "recorded while training they are the curve; the last point is the mean over all heads."
+        "How far dt_bias has moved, against the sum of the learning rates so far. Diamonds: mean over all heads, at "
+        "the end. Lines: of each layer's median dt while training, mean over layers, where metrics.jsonl has them."
     )
     page.figure("drift", drawn, shows, f"{sources['metrics']} and {sources['evaluations']}")
 
@@ -407,14 +416,6 @@ def _memory(page: Page, runs: dict[Key, Evaluated], sources: dict[str, str]) -> 
         "of a sample of the data. First seed; the head is the one with the longest effective half-life in any layer."
     )
     page.figure("decay-masks", figures.decay_masks(masks), shows, sources["evaluations"])
-
-
-def _drift_curve(run: Evaluated) -> tuple[np.ndarray, np.ndarray]:
-    xs, ys = run.history.dt_drift
-    end = run.history.sum_of_rates
-    earlier = xs < end
-    xs, ys = (xs[earlier], ys[earlier]) if len(xs) else (np.zeros(1), np.zeros(1))
-    return np.append(xs, end), np.append(ys, run.record["diagnostics"]["drift"]["mean"])
 
 
 def _signals(page: Page, runs: dict[Key, Evaluated], sources: dict[str, str]) -> None:
