@@ -3,88 +3,199 @@
     python eval.py                                              the tiny study, into runs/tiny/perplexity_results.json
     python eval.py --model-base-path trained --seeds 1 2 3      the final models seed-S-INITIALIZATION-final in trained/
     python eval.py --model-base-path trained --checkpoint 2000  trained/seed-S-INITIALIZATION/checkpoint-2000
+    python eval.py ... --dataset-name wikitext data.txt --dataset-split test train --protocol stateful lm_eval
+    python eval.py ... --dataset-name synthetic:mqar            accuracy by distance, of models trained on the task
+    python eval.py ... --report FOLDER                          report.html: which is better, how sure is that, and why
+    python eval.py --study configs/study-tiny.toml --report     every run of a study; what is measured stays measured
 
 Prints a table by initialisation and seed, and writes JSON: {initialization: {"mean": [one perplexity per model],
-"all_perplexities": [[one per document] per model], "model_paths": [...], "details": [...]}}.
+"all_perplexities": [[one per document] per model], "model_paths": [...], "details": [all results per model]}}; the
+first two of the first data set, split and protocol.
 """
 
 import argparse
+import hashlib
 import json
-import math
 import os
 from pathlib import Path
 
 import torch
 
+from mamba2.checkpoint import WEIGHTS
 from mamba2.cli import parse_arguments, run
-from mamba2.data import read_documents, wikitext_articles
-from mamba2.evaluation.perplexity import PROTOCOLS, Perplexity, encode_documents, evaluate
+from mamba2.data import is_synthetic, synthetic_samples
+from mamba2.evaluation.corpus import Corpus, load_corpus
+from mamba2.evaluation.diagnostics import batches, diagnose
+from mamba2.evaluation.perplexity import PROTOCOLS, Perplexity, evaluate, exp, json_ready
+from mamba2.evaluation.recall import recall
+from mamba2.evaluation.report import Evaluated, write_report
+from mamba2.evaluation.runs import check_comparable, read_history
 from mamba2.generate import generate
 from mamba2.model import Mamba2LM
+from mamba2.study import add_study
 from mamba2.tokenizer import Tokenizer, load_tokenizer
 from mamba2.training import choose_device
 
+Key = tuple[str, int]  # initialisation, seed
+DIAGNOSED = 8  # sequences, of 16 windows each
+RECORD_VERSION = 1  # of what `measure` gives
 
-def main() -> None:
+
+def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--model-base-path", help="folder that holds the models")
     add("--seeds", type=int, nargs="+", default=[42])
     add("--initializations", nargs="+", default=["uniform", "linear_decay", "linear_decay_reverse"], metavar="NAME")
     add("--checkpoint", type=int, metavar="N", help="evaluate checkpoint-N instead of the final model")
-    add("--dataset-name", default="wikitext", help="hub name, local folder or file, or stdlib [wikitext]")
-    add("--dataset-config-name", default="wikitext-2-raw-v1", help="[wikitext-2-raw-v1]")
-    add("--dataset-split", default="test", help="[test]")
-    add("--protocol", choices=PROTOCOLS, default="stateful", help="see mamba2/evaluation/perplexity.py [stateful]")
+    add("--dataset-name", nargs="+", default=["wikitext"], help="hub names, local folders or files, stdlib [wikitext]")
+    add("--dataset-config-name", nargs="+", help="one, or one for each name [of wikitext: wikitext-2-raw-v1]")
+    add("--dataset-split", nargs="+", default=["test"], help="of every name [test]")
+    add(
+        "--protocol",
+        nargs="+",
+        choices=list(PROTOCOLS),
+        default=["stateful"],
+        help="mamba2/evaluation/perplexity.py says",
+    )
     add("--context", type=int, default=1024, help="tokens per window [1024]")
+    add("--stride", type=int, help="of the protocol strided [half the context]")
     add("--max-tokens", type=int, help="evaluate the first documents only, up to this many tokens")
     add("--output-file", default="perplexity_results.json", help="[perplexity_results.json]")
     add("--batch-size", type=int, default=1, help="rows at a time; does not change the result [1]")
     add("--sample-tokens", type=int, default=0, help="tokens of text to show from each model [0]")
+    add("--report", nargs="?", const="", metavar="FOLDER", help="write a report [report, beside --output-file]")
+    add("--baseline", metavar="NAME", help="what the report compares with [log_uniform if it is there, else the first]")
+    study = add_study(parser, "eval")
     args = parse_arguments(parser, "eval", required=("model_base_path",))
-    for name in ("context", "batch_size", "max_tokens"):
+    args.evaluations = study and study.output / "evaluations"
+    for name in ("context", "stride", "batch_size", "max_tokens"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
+    if args.report is not None and args.checkpoint is not None:
+        parser.error("--report is of whole runs; leave out --checkpoint")
+    if args.baseline not in (None, *args.initializations):
+        parser.error(f"--baseline {args.baseline} is not among --initializations {' '.join(args.initializations)}")
+    if args.baseline is None:
+        args.baseline = "log_uniform" if "log_uniform" in args.initializations else args.initializations[0]
+    configs = args.dataset_config_name or [None]
+    if len(configs) not in (1, len(args.dataset_name)):
+        parser.error(f"--dataset-config-name has {len(configs)} values for {len(args.dataset_name)} data sets")
+    args.dataset_config_name = configs * len(args.dataset_name) if len(configs) == 1 else configs
+    return args
+
+
+def main() -> None:
+    args = parse()
 
     # 1. Find the models, and refuse what cannot be compared before computing anything.
     base = Path(args.model_base_path)
     if not base.is_dir():
         raise FileNotFoundError(f"no folder at {base}")
-    paths = {
-        (name, seed): find_model(base, seed, name, args.checkpoint)
-        for name in args.initializations
-        for seed in args.seeds
-    }
-    tokenizers = {path: load_tokenizer(path) for path in paths.values()}
-    tokenizer = next(iter(tokenizers.values()))
-    if others := [path for path, other in tokenizers.items() if other.identity != tokenizer.identity]:
-        raise ValueError(
-            f"{others[0]} has the tokenizer {tokenizers[others[0]].name} and {next(iter(tokenizers))} has "
-            f"{tokenizer.name}: their perplexities cannot be compared"
+    keys = [(name, seed) for name in args.initializations for seed in args.seeds]
+    paths = {(name, seed): find_model(base, seed, name, args.checkpoint) for name, seed in keys}
+    histories = {}
+    if args.report is not None:
+        histories = {key: read_history(base / f"seed-{key[1]}-{key[0]}") for key in keys}
+        check_comparable({h.folder.name: h.settings for h in histories.values() if not h.diverged})
+    tasks = [name for name in args.dataset_name if is_synthetic(name)]
+    tokenizer = None if len(tasks) == len(args.dataset_name) else common_tokenizer(list(paths.values()))
+    corpora = load_corpora(args, tokenizer)
+    for corpus in corpora:
+        print(f"data         {corpus.label}: {len(corpus.documents)} documents, revision {corpus.revision}")
+    if tokenizer is not None:
+        print(
+            f"protocols    {', '.join(args.protocol)}, windows of {args.context}, float32, tokens of {tokenizer.name}"
         )
-    texts = load_texts(args)
-    documents = encode_documents(texts, tokenizer, args.max_tokens)
-    print(f"data         {args.dataset_name}, {args.dataset_split}: {len(documents)} documents", end=", ")
-    print(f"{sum(map(len, documents)):,} tokens of {tokenizer.name}")
-    print(f"protocol     {args.protocol}, windows of {args.context}, float32")
 
     # 2. Evaluate.
-    results: dict[tuple[str, int], Perplexity] = {}
-    device = choose_device()
-    for (name, seed), path in paths.items():
-        model = Mamba2LM.from_pretrained(path, device).eval()
-        result = evaluate(model, tokenizer, documents, args.protocol, args.context, args.batch_size)
-        results[name, seed] = result
-        print(f"{path}: {result.bits_per_byte:.4f} bits per byte, perplexity {result.perplexity:.4f}", flush=True)
-        if args.sample_tokens:
-            print(
-                f"--- text of {path}, temperature 0.8\n{sample(model, tokenizer, args.sample_tokens)}\n---", flush=True
-            )
+    records = {}
+    for key, path in paths.items():
+        file = args.evaluations and args.evaluations / f"seed-{key[1]}-{key[0]}.json"
+        identity = identify(path, corpora, args)
+        record = stored(file, identity)
+        if record is None:
+            record = measure(path, tokenizer, corpora, tasks, args)
+            if file is not None:
+                write_atomically(file, json.dumps({"identity": identity, "record": record}) + "\n")
+        records[key] = record
+        for result in record["results"]:
+            print(f"{path}: {summary_line(result)}", flush=True)
+        for result in record["recall"]:
+            print(f"{path}: {result['source']}, {result['split']}: {result['accuracy']:.4f} right", flush=True)
 
     # 3. Say and write.
-    print(f"\n{table(results, args.initializations, args.seeds)}")
-    write_json(Path(args.output_file), results, paths, args)
+    results = {key: record["results"] for key, record in records.items()}
+    for number, first in enumerate(next(iter(results.values()))):
+        print(f"\n{first['protocol']}, {first['dataset']['label']}")
+        print(table({key: entries[number] for key, entries in results.items()}, args.initializations, args.seeds))
+    write_json(Path(args.output_file), records, paths)
     print(f"\nwrote {args.output_file}")
+    if args.report is not None:
+        folder = Path(args.report or Path(args.output_file).parent / "report")
+        runs = {key: Evaluated(histories[key], records[key]) for key in keys}
+        measured = f"{args.evaluations}/*.json" if args.evaluations else args.output_file
+        sources = {"metrics": f"{base}/seed-*/metrics.jsonl", "evaluations": measured}
+        print(f"wrote {write_report(folder, runs, args.baseline, sources)}")
+
+
+def identify(path: Path, corpora: list[Corpus], args: argparse.Namespace) -> dict:
+    """All that a measurement depends on: one that was made with the same is not made again."""
+    with open(path / WEIGHTS, "rb") as file:
+        weights = hashlib.file_digest(file, "sha256").hexdigest()
+    options = ("dataset_name", "dataset_split", "protocol", "context", "stride", "max_tokens")
+    return {
+        "version": RECORD_VERSION,
+        "weights": weights,
+        "data": [[corpus.label, corpus.revision] for corpus in corpora],
+        "diagnosed": args.report is not None,
+        **{name: getattr(args, name) for name in options},
+    }
+
+
+def stored(file: Path | None, identity: dict) -> dict | None:
+    """The record of an earlier call, if it is of the same model, data and options."""
+    if file is None or not file.is_file():
+        return None
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file} is damaged ({error}); remove it, and the run is evaluated again") from error
+    same = {**content["identity"], "diagnosed": identity["diagnosed"] and content["identity"]["diagnosed"]}
+    return content["record"] if same == identity else None
+
+
+def measure(
+    path: Path, tokenizer: Tokenizer | None, corpora: list[Corpus], tasks: list[str], args: argparse.Namespace
+) -> dict:
+    """Everything about one model, JSON-ready."""
+    device = choose_device()
+    model = Mamba2LM.from_pretrained(path, device).eval()
+    results = [
+        described(evaluate(model, tokenizer, corpus, protocol, args.context, args.batch_size, args.stride), corpus)
+        | {"context": args.context, "reset": PROTOCOLS[protocol], "tokenizer": tokenizer.name, "dtype": "float32"}
+        | ({"stride": args.stride or args.context // 2} if protocol == "strided" else {})
+        for corpus in corpora
+        for protocol in args.protocol
+    ]
+    recalled = [recall(model, task, split, args.batch_size) for task in tasks for split in args.dataset_split]
+    diagnostics = {}
+    if args.report is not None:
+        if corpora:
+            documents = [[tokenizer.eot_id, *tokenizer.encode(text)] for text in corpora[0].texts()]
+            length = min(16 * args.context + 1, sum(map(len, documents)))
+        else:
+            documents = synthetic_samples(tasks[0], args.dataset_split[0]).ids.tolist()
+            length = len(documents[0])
+        ids = batches(documents, length, DIAGNOSED).to(device)
+        diagnostics = diagnose(model, ids, args.context, args.batch_size, positions=bool(corpora))
+    if args.sample_tokens and tokenizer is not None:
+        text = sample(model, tokenizer, args.sample_tokens)
+        print(f"--- text of {path}, temperature 0.8\n{text}\n---", flush=True)
+    settings = {"tokenizer": tokenizer and tokenizer.name, "parameters": model.config.num_parameters()}
+    settings["data"] = [corpus.label for corpus in corpora] + tasks
+    record = {"results": results, "recall": recalled, "diagnostics": diagnostics, "settings": settings}
+    return json_ready(record)
 
 
 def find_model(base: Path, seed: int, initialization: str, checkpoint: int | None) -> Path:
@@ -103,16 +214,46 @@ def find_model(base: Path, seed: int, initialization: str, checkpoint: int | Non
     return found
 
 
-def load_texts(args: argparse.Namespace) -> list[str]:
-    """Documents of the data set: articles where it is WikiText, single lines for the protocol that means lines."""
-    texts = read_documents(args.dataset_name, args.dataset_split, args.dataset_config_name)
-    lines_of_one_file = "wikitext" in Path(args.dataset_name).name
-    if lines_of_one_file and args.protocol != "hf_evaluate":
-        texts = wikitext_articles(texts)
-    texts = list(texts)
-    if not all(isinstance(text, str) for text in texts):
-        raise ValueError(f"{args.dataset_name} holds ids and not text; perplexity needs the text")
-    return texts
+def common_tokenizer(paths: list[Path]) -> Tokenizer:
+    """The tokenizer of all models. Raises ValueError naming two that differ."""
+    tokenizers = {path: load_tokenizer(path) for path in paths}
+    first = next(iter(tokenizers.values()))
+    if others := [path for path, other in tokenizers.items() if other.identity != first.identity]:
+        raise ValueError(
+            f"{others[0]} has the tokenizer {tokenizers[others[0]].name} and {paths[0]} has {first.name}: "
+            "their perplexities cannot be compared"
+        )
+    return first
+
+
+def load_corpora(args: argparse.Namespace, tokenizer: Tokenizer | None) -> list[Corpus]:
+    """Every split of every data set of text that the command line names."""
+    corpora = []
+    for name, config in zip(args.dataset_name, args.dataset_config_name):
+        if is_synthetic(name):
+            continue
+        if config is None and "wikitext" in Path(name).name:
+            config = "wikitext-2-raw-v1"
+        corpora += [load_corpus(name, split, config) for split in args.dataset_split]
+    if args.max_tokens is not None:
+        corpora = [corpus.first_tokens(tokenizer, args.max_tokens) for corpus in corpora]
+    return corpora
+
+
+def described(result: Perplexity, corpus: Corpus) -> dict:
+    """A result with all that it takes to name it, JSON-ready."""
+    dataset = {key: getattr(corpus, key) for key in ("label", "name", "config", "split", "revision")}
+    return {"protocol": result.protocol, "dataset": dataset, **result.summary(), "per_document": result.per_document}
+
+
+def summary_line(result: dict) -> str:
+    if result["nats_per_token"] is None:
+        return f"{result['protocol']}, {result['dataset']['label']}: the loss is not finite"
+    return (
+        f"{result['protocol']}, {result['dataset']['label']}: {result['nats_per_token']:.4f} nats/token, "
+        f"{result['bits_per_byte']:.4f} bits per byte, perplexity {number(result['perplexity'])}, "
+        f"per word {number(result['word_perplexity'])}"
+    )
 
 
 def sample(model: Mamba2LM, tokenizer: Tokenizer, tokens: int) -> str:
@@ -125,47 +266,46 @@ def sample(model: Mamba2LM, tokenizer: Tokenizer, tokens: int) -> str:
     return tokenizer.decode(known)
 
 
-def table(results: dict[tuple[str, int], Perplexity], initializations: list[str], seeds: list[int]) -> str:
-    """Bits per byte by initialisation and seed, with the mean and its perplexity."""
-    width = max(map(len, [*initializations, "bits per byte"]))
-    columns = [*(f"seed {seed}" for seed in seeds), "mean", "nats/token", "+- (documents)"]
-    lines = [f"{'bits per byte':{width}}  {''.join(f'{column:>16}' for column in columns)}"]
+def table(results: dict[Key, dict], initializations: list[str], seeds: list[int]) -> str:
+    """Nats per token by initialisation and seed, with the mean, its perplexity, and the test set's uncertainty."""
+    width = max(map(len, [*initializations, "nats per token"]))
+    columns = [*(f"seed {seed}" for seed in seeds), "mean", "perplexity", "bits per byte", "+- (documents)"]
+    lines = [f"{'nats per token':{width}}  {''.join(f'{column:>16}' for column in columns)}"]
     for name in initializations:
         row = [results[name, seed] for seed in seeds]
-        bits = [result.bits_per_byte for result in row]
-        nats = sum(result.nats_per_token for result in row) / len(row)
-        error = 1.96 * sum(result.standard_error for result in row) / len(row)
-        interval = "-" if math.isnan(error) else f"{error:.4f}"
-        cells = [*(f"{value:.4f}" for value in (*bits, sum(bits) / len(bits), nats)), interval]
+        values = [result["nats_per_token"] for result in row]
+        mean = None if None in values else sum(values) / len(values)
+        bits = None if mean is None else sum(result["bits_per_byte"] for result in row) / len(row)
+        ends = [result["interval_95"] for result in row]
+        half = None if [None, None] in ends else sum(high - low for low, high in ends) / 2 / len(row)
+        cells = [*map(number, [*values, mean, None if mean is None else exp(mean), bits, half])]
         lines.append(f"{name:{width}}  {''.join(f'{cell:>16}' for cell in cells)}")
     return "\n".join(lines)
 
 
-def write_json(
-    file: Path, results: dict[tuple[str, int], Perplexity], paths: dict[tuple[str, int], Path], args: argparse.Namespace
-) -> None:
+def number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
+
+
+def write_json(file: Path, records: dict[Key, dict], paths: dict[Key, Path]) -> None:
+    """The replaced pipeline's schema, and beside it everything under "details"."""
     content: dict[str, dict[str, list]] = {}
-    for (name, seed), result in results.items():
+    for (name, seed), record in records.items():
         entry = content.setdefault(name, {"mean": [], "all_perplexities": [], "model_paths": [], "details": []})
-        entry["mean"].append(result.perplexity)
-        entry["all_perplexities"].append(result.per_document)
+        if results := record["results"]:
+            entry["mean"].append(results[0]["perplexity"])
+            entry["all_perplexities"].append(results[0]["per_document"])
         entry["model_paths"].append(str(paths[name, seed]))
-        entry["details"].append(
-            {
-                "seed": seed,
-                "protocol": result.protocol,
-                "dataset": [args.dataset_name, args.dataset_config_name, args.dataset_split],
-                "context": args.context,
-                "nats_per_token": result.nats_per_token,
-                "bits_per_byte": result.bits_per_byte,
-                "standard_error": None if math.isnan(result.standard_error) else result.standard_error,
-                **{key: [getattr(d, key) for d in result.documents] for key in ("nats", "tokens", "bytes", "words")},
-            }
-        )
+        kept = [{key: value for key, value in result.items() if key != "per_document"} for result in record["results"]]
+        entry["details"].append({"seed": seed, **record, "results": kept})
+    write_atomically(file, json.dumps(content, indent=1) + "\n")
+
+
+def write_atomically(file: Path, text: str) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8")
         os.replace(temporary, file)
     finally:
         temporary.unlink(missing_ok=True)

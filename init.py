@@ -2,7 +2,9 @@
 
     python init.py                                              the tiny study, into runs/tiny/models
     python init.py --config-path configs --seeds 1 2 3          the study's 40M model, 3 seeds x 3 initialisations
+    python init.py --study configs/study-tiny.toml              every model of a study
     python init.py --list                                       the initialisations and what they mean
+    python init.py --config-path configs --preview              what they do before any training: table and preview.png
 
 Writes {output-path}/seed-{seed}-{initialization}/ with config.json, model.safetensors and the tokenizer. For one seed
 all tensors but dt_bias are bit-identical across initialisations.
@@ -12,12 +14,28 @@ import argparse
 import dataclasses
 from pathlib import Path
 
+import numpy as np
+import torch
+import torch.nn.functional as F
+
 from mamba2.checkpoint import atomic_folder
 from mamba2.cli import parse_arguments, run
 from mamba2.config import WEIGHT_INITS, Mamba2Config
+from mamba2.evaluation import figures
+from mamba2.evaluation.diagnostics import nominal_half_life, shares_remembering, signals
 from mamba2.initializers import INITIALIZERS, DtParams, dt_table
 from mamba2.model import Mamba2LM
+from mamba2.study import add_study
 from mamba2.tokenizer import Tokenizer, get_tokenizer, save_tokenizer
+
+PREVIEWED = {
+    "dt": "dt",
+    "half_life": "half-life, tokens",
+    "residual_rms": "rms of residual stream",
+    "output_rms": "rms of mixer output",
+    "gradient_norm": "gradient norm",
+    "ssm_to_skip": "state / skip D x, rms",
+}
 
 
 def main() -> None:
@@ -33,6 +51,10 @@ def main() -> None:
     parser.add_argument("--weight-init", choices=list(WEIGHT_INITS), help="all other weights [what the config says]")
     parser.add_argument("--tokenizer", help="bytes, gpt2, gpt-neox-20b, a tokenizer.json [by the vocabulary's size]")
     parser.add_argument("--list", action="store_true", help="list the initialisations and stop")
+    parser.add_argument(
+        "--preview", action="store_true", help="show memory and signals at the first seed, write no model"
+    )
+    add_study(parser, "init")
     args = parse_arguments(parser, "init")
     if args.list:
         for name in INITIALIZERS:
@@ -52,6 +74,9 @@ def main() -> None:
         config = dataclasses.replace(
             config, bos_token_id=tokenizer.eot_id, eos_token_id=tokenizer.eot_id, pad_token_id=pad
         )
+    if args.preview:
+        preview(config, args.seeds[0], args.initializations, parameters, Path(args.output_path))
+        return
     folders = {
         (seed, name): Path(args.output_path) / f"seed-{seed}-{name}"
         for seed in args.seeds
@@ -77,6 +102,28 @@ def main() -> None:
             if tokenizer is not None:
                 save_tokenizer(tokenizer, temporary)
         print(f"wrote {folder}")
+
+
+def preview(config: Mamba2Config, seed: int, names: list[str], parameters: DtParams, output: Path) -> None:
+    """Print and draw what each initialisation means for a model that has not been trained."""
+    rows = {}
+    for name in names:
+        model = Mamba2LM(config, seed, name, parameters).eval()
+        ids = torch.randint(0, config.vocab_size, (2, 257), generator=torch.Generator().manual_seed(seed))
+        tau = nominal_half_life(model)
+        measured = signals(model, ids)
+        print(f"\nseed {seed}, {name}: {summary(name)}\n{dt_table(model.dt_bias(), model.A())}")
+        shares = (f"{share:.0%} > {tokens}" for tokens, share in shares_remembering(tau).items())
+        print(f"heads by half-life in tokens: {', '.join(shares)}")
+        print(f"layer | {' | '.join(f'{PREVIEWED[key]:>24}' for key in measured)}")
+        for layer, values in enumerate(zip(*measured.values())):
+            print(f"{layer:5} | {' | '.join(f'{value:24.4g}' for value in values)}")
+        dt = F.softplus(model.dt_bias().double()).numpy(force=True)
+        rows[name] = {"dt": dt, "half_life": tau, **{key: np.array(values) for key, values in measured.items()}}
+    output.mkdir(parents=True, exist_ok=True)
+    figure = figures.preview(rows, PREVIEWED, [key for key in PREVIEWED if key not in ("dt", "half_life")])
+    (output / "preview.png").write_bytes(figures.png(figure))
+    print(f"\nactivations and gradients are those of 2 x 256 random ids\nwrote {output / 'preview.png'}")
 
 
 def summary(name: str) -> str:

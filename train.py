@@ -3,6 +3,7 @@
     python train.py                                             the tiny study, into runs/tiny/trained
     python train.py --model-path MODEL --dataset-path DATA --output-dir OUT
     python train.py --model-path models/seed-*-* --output-dir OUT              each into OUT/<name of its folder>
+    python train.py --study configs/study-tiny.toml                            every run of a grid (mamba2/study.py)
 
 Writes {output-dir}/checkpoint-N while training, {output-dir}/metrics.jsonl, and {output-dir}-final at the end. The same
 command again goes on from the last checkpoint, to the bit; a model whose -final folder is there is not trained again.
@@ -24,6 +25,7 @@ from mamba2.data import STDLIB
 from mamba2.distributed import PARALLEL, World
 from mamba2.host_memory import keep_freed_memory
 from mamba2.initializers import dt_table
+from mamba2.study import add_study
 from mamba2.training import (
     DECAYS,
     SCHEDULES,
@@ -103,6 +105,7 @@ def parse() -> argparse.Namespace:
     what = "torch.compile of whole blocks, of the model, or, on a processor, of what is fused between products [off]"
     add("--compile", choices=("off", "blocks", "model", "fused"), default="off", help=what)
     add("--cuda-visible-devices", help='GPUs to use ["0", unless CUDA_VISIBLE_DEVICES is set]')
+    add_study(parser, "train")
     args = parse_arguments(parser, "train", required=("model_path", "output_dir"))
     check(args, parser)
     return args
@@ -240,7 +243,7 @@ def starting_point(job: Job, folder: RunFolder, identity: dict[str, Any]) -> tup
 
 def resolved_options(job: Job, folder: RunFolder) -> dict[str, Any]:
     """What was asked for or taken by default, for this model; not what only tells how to start."""
-    starting = ("preset", "resume", "overwrite", "dry_run", "wandb_token")
+    starting = ("preset", "study", "resume", "overwrite", "dry_run", "wandb_token")
     options = {name: value for name, value in vars(job.args).items() if name not in starting}
     return {**options, "model_path": [str(job.model_path)], "output_dir": str(folder.path)}
 

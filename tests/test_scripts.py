@@ -12,6 +12,7 @@ import torch
 
 from mamba2.config import Mamba2Config
 from mamba2.model import Mamba2LM
+from mamba2.study import study_runs
 from tests.test_model import small_config
 
 ROOT = Path(__file__).parent.parent
@@ -168,7 +169,148 @@ def test_bad_input_is_one_sentence_and_writes_nothing(study):
 def test_a_missing_flag_and_an_unknown_preset_are_named(tmp_path):
     assert "--model-path is required" in run_script(tmp_path, "train.py", "--output-dir", "o", code=2).stderr
     assert "choose 1.3b, 130m" in run_script(tmp_path, "eval.py", "--preset", "huge", code=2).stderr
+    arguments = ["--model-base-path", ".", "--initializations", "uniform"]
+    wrong = run_script(tmp_path, "eval.py", *arguments, "--baseline", "ones", code=2).stderr
+    assert "--baseline ones is not among --initializations uniform" in wrong
+    wrong = run_script(tmp_path, "eval.py", *arguments, "--report", "--checkpoint", 3, code=2).stderr
+    assert "--report is of whole runs" in wrong
 
 
 def test_the_initialisations_can_be_listed(tmp_path):
     assert "log_uniform" in run_script(tmp_path, "init.py", "--list").stdout
+
+
+def test_a_preview_shows_memory_and_signals_and_writes_no_model(tmp_path):
+    small_config(num_hidden_layers=2).save(tmp_path / "config.json")
+    arguments = ["--config-path", "config.json", "--preview", "--initializations", "constant", "halflife"]
+    first = run_script(tmp_path, "init.py", *arguments, "--output-path", "a", "--t-max", 0.001)
+    # A = 1..8, dt = 0.001: half-lives of 693 down to 87 tokens, five of them above 128.
+    assert "heads by half-life in tokens: 100% > 1, 100% > 16, 62% > 128, 0% > 1024" in first.stdout
+    assert "gradient norm" in first.stdout and "state / skip D x, rms" in first.stdout
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["preview.png"]
+    assert (tmp_path / "a/preview.png").read_bytes().startswith(b"\x89PNG")
+    second = run_script(tmp_path, "init.py", *arguments, "--output-path", "b", "--t-max", 0.1)
+    assert "100% > 1, 100% > 16, 62% > 128, 0% > 1024" not in second.stdout
+
+
+STUDY = """
+[study]
+seeds = [1, 2]
+initializations = ["log_uniform", "linear_decay"]
+baseline = "log_uniform"
+output = "grid"
+[init]
+config_path = "config"
+[train]
+dataset_path = "DATA"
+batch_size = 4
+gradient_accumulation_steps = 1
+max_length = 32
+max_steps = 6
+eval_steps = 2
+eval_windows = 4
+[eval]
+dataset_name = ["DATA"]
+dataset_split = ["test"]
+context = 32
+batch_size = 4
+"""
+
+
+@pytest.mark.slow
+def test_a_study_goes_from_models_to_its_report_and_is_not_done_twice(study):
+    folder, _ = study
+    rows = [{"text": text * 20} for text in TEXTS]
+    (folder / "text").mkdir()
+    for split, part in (("train", rows), ("test", rows[:5])):
+        (folder / f"text/{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+    (folder / "text.toml").write_text(STUDY.replace("DATA", "text"))
+    run_script(folder, "init.py", "--study", "text.toml")
+    assert "is there already" in run_script(folder, "init.py", "--study", "text.toml").stdout
+    runs = study_runs(folder / "text.toml")
+    models = [str(run.model) for run in runs]
+    run_script(folder, "train.py", "--model-path", *models, "--output-dir", "grid/trained", *runs[0].arguments[4:])
+    first = run_script(folder, "eval.py", "--study", "text.toml", "--report")
+    assert "wrote grid/report/report.html" in first.stdout
+    page = (folder / "grid/report/report.md").read_text()
+    assert "2 seeds cannot show a difference by the exact test: p ≥ 0.5 whatever the data" in page
+    assert "length extrapolation, up to 16 times" in page and "4 runs: 2 initialisations, seeds 1, 2" in page
+    results = json.loads((folder / "grid/perplexity_results.json").read_text())
+    assert set(results) == {"log_uniform", "linear_decay"} and len(results["log_uniform"]["mean"]) == 2
+
+    # What was measured is taken as it is, until options or the model change.
+    file = folder / runs[0].evaluation
+    content = json.loads(file.read_text())
+    content["record"]["results"][0]["nats_per_token"] = 1.2345
+    file.write_text(json.dumps(content))
+    assert "1.2345" in run_script(folder, "eval.py", "--study", "text.toml").stdout
+    assert "1.2345" not in run_script(folder, "eval.py", "--study", "text.toml", "--context", 16).stdout
+
+    # A run that is not there, and one of another length.
+    moved = folder / "grid/moved"
+    (folder / runs[3].final).rename(moved)
+    (folder / runs[3].output).rename(folder / "grid/elsewhere")
+    result = run_script(folder, "eval.py", "--study", "text.toml", "--report", code=1)
+    assert "no model of seed 2, linear_decay: looked for grid/trained/seed-2-linear_decay-final" in result.stderr
+    arguments = [argument.replace("--max-steps=6", "--max-steps=4") for argument in runs[3].arguments]
+    run_script(folder, "train.py", *arguments)
+    result = run_script(folder, "eval.py", "--study", "text.toml", "--report", code=1)
+    assert "seed-1-log_uniform and seed-2-linear_decay cannot be compared: steps is 6 in the one and 4" in result.stderr
+
+
+@pytest.mark.slow
+def test_a_synthetic_task_is_trained_and_scored_by_the_same_scripts(study):
+    folder, _ = study
+    task = "synthetic:mqar:length=32,pairs=2,values=8,samples=64"
+    options = ["--dataset-path", task, "--max-length", 32, "--max-steps", 2, "--batch-size", 4, "--eval-steps", 1]
+    options += ["--gradient-accumulation-steps", 1]
+    run_script(
+        folder,
+        "train.py",
+        "--model-path",
+        "mamba2-40m/seed-42-uniform",
+        "--output-dir",
+        "task/seed-42-uniform",
+        *options,
+    )
+    arguments = ["--model-base-path", "task", "--initializations", "uniform", "--output-file", "task/r.json"]
+    arguments += ["--dataset-name", task]
+    result = run_script(folder, "eval.py", *arguments, "--report")
+    assert " right" in result.stdout and "wrote task/report/report.html" in result.stdout
+    recalled = json.loads((folder / "task/r.json").read_text())["uniform"]["details"][0]["recall"][0]
+    assert sum(recalled["counts"]) == 2000 and recalled["source"] == task
+    page = (folder / "task/report/report.md").read_text()
+    assert "Share of right answers in synthetic:mqar" in page and "one initialisation only" in page
+    wrong = ["--model-path", "mamba2-40m/seed-42-uniform", "--output-dir", "task/x", *options, "--max-length", 30]
+    assert "windows of 30 tokens cut samples of 32" in run_script(folder, "train.py", *wrong, code=1).stderr
+
+
+@pytest.mark.slow
+def test_several_data_sets_and_protocols_in_one_call(study):
+    folder, _ = study
+    (folder / "more").mkdir()
+    for split in ("train", "test"):
+        (folder / f"more/{split}.txt").write_text("".join(TEXTS[:4]))
+    arguments = ["--model-base-path", "out", "--initializations", "uniform", "--output-file", "several.json"]
+    arguments += ["--dataset-name", "more", "wikitext", "--protocol", "strided", "lm_eval", "--context", 16]
+    run_script(folder, "eval.py", *arguments, "--stride", 16, "--batch-size", 8)
+    entry = json.loads((folder / "several.json").read_text())["uniform"]
+    results = entry["details"][0]["results"]
+    assert [(r["dataset"]["name"], r["protocol"]) for r in results] == [
+        ("more", "strided"),
+        ("more", "lm_eval"),
+        ("wikitext", "strided"),
+        ("wikitext", "lm_eval"),
+    ]
+    assert entry["mean"] == [results[0]["perplexity"]]
+    for r in results:
+        assert r["nats_per_token"] == pytest.approx(sum(r["documents"]["nats"]) / sum(r["documents"]["tokens"]))
+        assert {"bits_per_byte", "word_perplexity", "interval_95", "words", "bytes", "tokenizer", "context"} <= r.keys()
+    assert results[2]["clusters"] == 2 and results[2]["dataset"]["config"] == "wikitext-2-raw-v1"
+    run_script(
+        folder, "eval.py", *arguments[:6], "--dataset-name", "more", "--dataset-split", "train", "test", "--stride", 4
+    )
+    other = json.loads((folder / "several.json").read_text())["uniform"]["details"][0]["results"]
+    assert [r["dataset"]["split"] for r in other] == ["train", "test"]
+    refused = run_script(folder, "eval.py", *arguments, "--stride", 17, code=1).stderr
+    assert "stride is 17, and must be from 1 to the context of 16" in refused

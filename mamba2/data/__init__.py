@@ -14,6 +14,7 @@ A SOURCE is one of
 with the column `text`, or `input_ids` that are taken as they are. Besides, --dataset-path takes as they are
     FOLDER                      from `python -m mamba2.data`: train.bin, val.bin, where documents start, tokens.json
     a .bin file, or a folder with train.bin and val.bin     of nanoGPT (uint16)
+    synthetic:TASK          recall tasks made on the spot; mamba2/data/synthetic.py lists tasks and options
     a folder with *_train_*.bin and *_val_*.bin             shards of llm.c and modded-nanogpt (gpt2)
 
 Documents are encoded, each followed by end-of-text, into one flat file, and cut into windows of T + 1 tokens that start
@@ -23,6 +24,7 @@ every T tokens. A new document inside a window starts with an empty state (`seq_
 from mamba2.data.load import load_tokens, load_validation
 from mamba2.data.prepare import Plan, prepare
 from mamba2.data.sources import STDLIB, VALIDATION_SPLITS, open_source, read_documents, wikitext_articles
+from mamba2.data.synthetic import is_synthetic, synthetic_samples
 from mamba2.data.tokens import Tokens
 from mamba2.data.windows import Windows
 
@@ -32,10 +34,12 @@ __all__ = [
     "Plan",
     "Tokens",
     "Windows",
+    "is_synthetic",
     "load_tokens",
     "load_validation",
     "open_source",
     "prepare",
     "read_documents",
+    "synthetic_samples",
     "wikitext_articles",
 ]

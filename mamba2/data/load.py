@@ -7,6 +7,7 @@ from pathlib import Path
 from mamba2.data.foreign import find_files, open_foreign
 from mamba2.data.prepare import Plan, prepare
 from mamba2.data.sources import VALIDATION_SPLITS, fingerprint, open_source
+from mamba2.data.synthetic import is_synthetic, synthetic_tokens
 from mamba2.data.tokens import SIDECAR, Tokens, open_tokens
 from mamba2.tokenizer import Tokenizer
 
@@ -18,6 +19,8 @@ def load_tokens(source: str | os.PathLike, split: str, tokenizer: Tokenizer | No
     The cache is $MAMBA2_CACHE, by default ~/.cache/mamba2. Encoding streams: memory does not grow with the source.
     Raises ValueError when the split is empty, was made with another tokenizer, or holds text and `tokenizer` is None.
     """
+    if is_synthetic(source):
+        return synthetic_tokens(str(source), split)
     path = Path(source)
     if (path / SIDECAR).is_file():
         return open_tokens(path, split, tokenizer)

@@ -97,17 +97,20 @@ def open_source(
     return _hub(name, config or suffix or None, split, revision)
 
 
-def wikitext_articles(lines: Iterator[str]) -> Iterator[str]:
-    """Join the lines of WikiText into articles: one begins at a heading of the first level, ` = Title = `."""
+def wikitext_articles(lines: Iterator[str]) -> Iterator[list[str]]:
+    """The lines of each article of WikiText: one begins at a heading of the first level, ` = Title = `.
+
+    A line that is not empty ends with a line break. Lines before the first heading belong to the first article.
+    """
     article: list[str] = []
     for line in lines:
         heading = line.strip()
         if heading.startswith("= ") and heading.endswith(" =") and not heading.startswith("= =") and any(article):
-            yield "".join(article)
+            yield article
             article = []
         article.append(line if line.endswith("\n") or not line else line + "\n")
     if any(article):
-        yield "".join(article)
+        yield article
 
 
 def fingerprint(source: str | os.PathLike) -> str:

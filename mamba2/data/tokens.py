@@ -35,6 +35,8 @@ class Tokens:
     largest: int  # id
     files: tuple[Path, ...] = ()  # that hold the ids, in order; none if they lie in memory
     recorded_sha256: str | None = None
+    counted: np.ndarray | None = None  # (tokens,) bool: whether predicting an id counts; None: all do
+    sample_length: int | None = None  # windows must not cut samples of this length
 
     @cached_property
     def sha256(self) -> str:

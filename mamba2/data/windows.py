@@ -16,7 +16,14 @@ class Windows:
     """
 
     def __init__(self, tokens: Tokens, length: int, reset: bool = True):
-        """`length` is T. `reset`: state and convolution restart at each document."""
+        """`length` is T. `reset`: state and convolution restart at each document.
+
+        Raises ValueError if T cuts the samples of a synthetic task.
+        """
+        if tokens.sample_length and length % tokens.sample_length:
+            raise ValueError(
+                f"windows of {length} tokens cut samples of {tokens.sample_length}; make T a multiple of it"
+            )
         self.tokens, self.length, self.reset = tokens, length, reset
         self._permutation: tuple[tuple[int, int], np.ndarray] | None = None
 
@@ -46,7 +53,8 @@ class Windows:
             start = int(index) * T
             ids = self.tokens.ids[start : start + T + 1]
             window[row, : len(ids)] = ids
-            counted[row, : len(ids) - 1] = True
+            counts = self.tokens.counted
+            counted[row, : len(ids) - 1] = True if counts is None else counts[start + 1 : start + T + 1]
             if self.reset:
                 # two searches in what may be a large file, then one in the window's own starts
                 first, last = np.searchsorted(self.tokens.starts, [start, start + T - 1], side="right")

@@ -1,0 +1,245 @@
+"""Why an initialisation does what it does: memory of every head, nominal and on data, and how signals pass through.
+
+All functions take a model and ids (b, l), compute in float32 without changing the model, and return numpy arrays.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from scipy import stats
+
+from mamba2.evaluation.perplexity import token_nats
+from mamba2.initializers import DtParams, dt_bias_sha256, half_life
+from mamba2.model import Mamba2LM
+from mamba2.ops import add_rms_norm, causal_conv1d, ssd
+
+REMEMBERED = (1, 16, 128, 1024)  # tokens
+
+
+@dataclass(frozen=True)
+class LayerTrace:
+    """What one layer computes on data; dt after bias, softplus and limit."""
+
+    dt: torch.Tensor  # (b, l, h)
+    output_rms: float  # of the mixer's output
+    residual_rms: float  # of the residual stream in front of it
+    ssm_to_skip: np.ndarray  # (h,), rms of what the state gives over rms of D x
+
+
+@torch.no_grad()
+def trace(model: Mamba2LM, ids: torch.Tensor) -> list[LayerTrace]:
+    """Every layer on ids (b, l), each sequence from an empty state."""
+    config, traces = model.config, []
+    x, residual = F.embedding(ids, model.backbone.embeddings.weight), None
+    for block in model.backbone.layers:
+        mixer = block.mixer
+        normed, stream = add_rms_norm(x, residual, block.norm.weight, block.eps, x.dtype)
+        widths = [config.d_inner, config.conv_dim, config.num_heads]
+        _, xBC, dt_raw = mixer.in_proj(normed).split(widths, dim=-1)
+        bc = config.n_groups * config.state_size
+        weight, bias = mixer.conv1d.weight.squeeze(1), mixer.conv1d.bias
+        u, B, C = causal_conv1d(xBC, weight, bias, splits=(config.d_inner, bc, bc))
+        u = u.unflatten(-1, (config.num_heads, config.head_dim))  # (b, l, h, p)
+        B, C = (v.unflatten(-1, (config.n_groups, config.state_size)) for v in (B, C))
+        dt = F.softplus(dt_raw + mixer.dt_bias).clamp(*config.time_step_limit)
+        from_state = ssd(u, dt, -mixer.A_log.exp(), B, C, config.chunk_size)  # (b, l, h, p), without D x
+        skip = mixer.D[:, None] * u
+        ratio = _rms(from_state, (0, 1, 3)) / _rms(skip, (0, 1, 3)).clamp(min=1e-30)
+        x, residual, _ = block(x, residual, None, None)
+        traces.append(LayerTrace(dt, _rms(x).item(), _rms(stream).item(), ratio.numpy(force=True)))
+    return traces
+
+
+def _rms(x: torch.Tensor, dims: tuple[int, ...] | None = None) -> torch.Tensor:
+    return x.double().square().mean(dim=dims).sqrt()
+
+
+# ------------------------------------------------------------------------------------------------------------ half-life
+
+
+def nominal_half_life(model: Mamba2LM) -> np.ndarray:
+    """Tokens, (L, h), at W_dt x = 0."""
+    return half_life(F.softplus(model.dt_bias().double()), model.A()).numpy(force=True)
+
+
+def effective_half_life(model: Mamba2LM, traces: list[LayerTrace]) -> np.ndarray:
+    """Tokens, (L, h), from the mean of dt over data: over many tokens a state decays by exp(-A Σ dt)."""
+    dt = torch.stack([layer.dt.double().mean(dim=(0, 1)) for layer in traces])
+    return half_life(dt, model.A()).numpy(force=True)
+
+
+def shares_remembering(tau: np.ndarray) -> dict[int, float]:
+    """Share of all heads whose half-life is above 1, 16, 128, 1024 tokens."""
+    # dt_bias is float32, which moves a half-life by 1e-6 of itself: a head set to 1024 tokens is not above.
+    return {tokens: float((tau > tokens * (1 + 1e-5)).mean()) for tokens in REMEMBERED}
+
+
+def decay_mask(dt: torch.Tensor, A: float) -> np.ndarray:
+    """What is left at token i of token j, exp(-A Σ_{j<k≤i} dt_k) for j ≤ i, nan above: (l, l) of dt (l,)."""
+    total = (dt.double() * A).cumsum(0)
+    mask = torch.exp(-(total[:, None] - total[None, :]))
+    return mask.masked_fill(torch.ones_like(mask).triu(1).bool(), math.nan).numpy(force=True)
+
+
+# ----------------------------------------------------------------------------------------------------- against training
+
+
+def initial_model(model: Mamba2LM) -> Mamba2LM:
+    """The model that training began with, made again from what its config records.
+
+    Raises ValueError when nothing is recorded, or when the dt_bias made is not the recorded one.
+    """
+    record, config = model.config.dt_bias_init, model.config
+    if record is None:
+        raise ValueError("the model's config.json has no dt_bias_init: models made by init.py have")
+    parameters = {key: record[key] for key in ("half_life_min", "half_life_max", "chrono_max") if key in record}
+    parameters |= {"value": record["constant"]} if "constant" in record else {}
+    dt = DtParams(config.time_step_min, config.time_step_max, config.time_step_floor, **parameters)
+    initial = Mamba2LM(config, record["seed"], record["name"], dt)
+    if dt_bias_sha256(initial.dt_bias()) != record["sha256"]:
+        raise ValueError(f"dt_bias of {record['name']}, seed {record['seed']}, is not the recorded one when made again")
+    return initial
+
+
+def drift(before: Mamba2LM, after: Mamba2LM) -> dict[str, float]:
+    """How far training moved dt_bias: mean and largest distance over heads, and Spearman's rank correlation of dt."""
+    a, b = (model.dt_bias().double().flatten().numpy(force=True) for model in (before, after))
+    moved = np.abs(b - a)
+    constant = np.ptp(a) == 0 or np.ptp(b) == 0  # without ranks
+    correlation = math.nan if constant else float(stats.spearmanr(a, b).statistic)
+    return {"mean": float(moved.mean()), "largest": float(moved.max()), "rank_correlation": correlation}
+
+
+# ------------------------------------------------------------------------------------------------------ signals in time
+
+
+def gradient_against_distance(model: Mamba2LM, ids: torch.Tensor) -> np.ndarray:
+    """Norm of d loss / d (embedding of a token) against its distance from the token predicted, mean over b: (l-1,).
+
+    The loss is that of the last id of each sequence of ids (b, l) alone; entry 0 is the token just before it.
+    """
+    inputs = []
+
+    def keep(_, arguments: tuple) -> tuple:
+        x, *others = arguments
+        inputs.append(x.detach().requires_grad_())
+        return inputs[0], *others
+
+    targets = torch.full_like(ids[:, 1:], -100)
+    targets[:, -1] = ids[:, -1]
+    handle = model.backbone.layers[0].register_forward_pre_hook(keep)
+    try:
+        with torch.enable_grad():
+            (gradient,) = torch.autograd.grad(model(ids[:, :-1], targets), inputs)  # (b, l-1, d)
+    finally:
+        handle.remove()
+    return gradient.double().norm(dim=-1).mean(0).flip(0).numpy(force=True)
+
+
+@torch.no_grad()
+def state_rms(model: Mamba2LM, ids: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Positions 1, 2, 4, … (k,) and the rms of every layer's state after so many tokens (k, L)."""
+    positions = [2**k for k in range(int(math.log2(ids.shape[1])) + 1)]
+    rows, state, done = [], None, 0
+    for position in positions:
+        _, state = model.backbone(ids[:, done:position], state=state)
+        rows.append([_rms(layer.ssm).item() for layer in state])
+        done = position
+    return np.array(positions), np.array(rows)
+
+
+def loss_by_position(
+    model: Mamba2LM, ids: torch.Tensor, context: int, batch_size: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Mean loss in nats in bins of positions (1, 2], (2, 4], (4, 8], …: right ends (k,) and losses (k,).
+
+    Position p has p tokens before it. The state is carried in windows of `context`; ids (b, l).
+    """
+    total = np.zeros(ids.shape[1] - 1)
+    for _, nats in token_nats(model, ids.tolist(), context, batch_size):
+        total += nats
+    mean, ends = total / len(ids), [2**k for k in range(1, int(math.log2(ids.shape[1] - 1)) + 1)]
+    losses = [mean[end // 2 : end].mean() for end in ends]  # entry i has i + 1 tokens before it
+    return np.array(ends), np.array(losses)
+
+
+def log_bins(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean of values (n,) over distances 1, 2, 3–4, 5–8, …: right ends and means."""
+    ends = [2**k for k in range(int(math.log2(len(values))) + 1)]
+    return np.array(ends), np.array([values[end // 2 : end].mean() for end in ends])
+
+
+# ----------------------------------------------------------------------------------------------------------- altogether
+
+
+def gradient_norms(model: Mamba2LM, ids: torch.Tensor) -> list[float]:
+    """Norm of the mean loss's gradient by all weights of each layer, (L,)."""
+    parameters = [list(block.parameters()) for block in model.backbone.layers]
+    with torch.enable_grad():
+        loss = model(ids[:, :-1], ids[:, 1:]) / ids[:, 1:].numel()
+        gradients = iter(torch.autograd.grad(loss, [p for layer in parameters for p in layer]))
+    return [math.sqrt(sum(next(gradients).double().square().sum().item() for _ in layer)) for layer in parameters]
+
+
+def signals(model: Mamba2LM, ids: torch.Tensor) -> dict[str, list[float]]:
+    """Per layer: rms of the residual stream and of the mixer's output, gradient norm, median SSM/skip ratio."""
+    traces = trace(model, ids)
+    return {
+        "residual_rms": [layer.residual_rms for layer in traces],
+        "output_rms": [layer.output_rms for layer in traces],
+        "gradient_norm": gradient_norms(model, ids),
+        "ssm_to_skip": [float(np.median(layer.ssm_to_skip)) for layer in traces],
+    }
+
+
+def batches(documents: Iterator[list[int]], length: int, count: int) -> torch.Tensor:
+    """At most `count` sequences of `length` ids (b, l), evenly spread over documents put one after the other.
+
+    Raises ValueError when there is not enough for one.
+    """
+    flat = [i for ids in documents for i in ids]
+    whole = len(flat) // length
+    if whole == 0:
+        raise ValueError(f"the data has {len(flat)} tokens, and the diagnostics need {length} at a stretch")
+    chosen = [i * whole // min(count, whole) for i in range(min(count, whole))]
+    return torch.tensor([flat[i * length : (i + 1) * length] for i in chosen])
+
+
+def diagnose(model: Mamba2LM, ids: torch.Tensor, context: int, batch_size: int, positions: bool = True) -> dict:
+    """All diagnostics of a trained model and of the one it began as. ids (b, l), l up to 16 contexts.
+
+    `positions`: the loss by position, too, which says something of text only.
+    """
+    short = ids[:4, : min(context + 1, ids.shape[1])]
+    result: dict = {"context": context, "tokens": list(ids.shape)}
+    initial = initial_model(model).to(ids.device).eval()
+    for when, which in (("before", initial), ("after", model)):
+        traces = trace(which, short[:, :-1])
+        after, rms = state_rms(which, short)
+        distances, gradient = log_bins(gradient_against_distance(which, short))
+        result[when] = {
+            "nominal": nominal_half_life(which).tolist(),
+            "effective": effective_half_life(which, traces).tolist(),
+            "positions": after.tolist(),
+            "state_rms": rms.tolist(),
+            "distances": distances.tolist(),
+            "gradient": gradient.tolist(),
+            "signals": signals(which, short),
+        }
+    result["drift"] = drift(initial, model)
+    # What the head with the longest memory of all keeps, where it is in the first, the middle and the last layer.
+    head = int(np.argmax(np.max(result["after"]["effective"], axis=0)))
+    layers = len(traces)
+    result["mask_head"] = head
+    result["masks"] = {
+        str(i): decay_mask(traces[i].dt[0, :64, head], model.A()[i, head].item()).round(4).tolist()
+        for i in sorted({0, layers // 2, layers - 1})
+    }
+    if positions:
+        ends, losses = loss_by_position(model, ids, context, batch_size)
+        result |= {"position_ends": ends.tolist(), "position_losses": losses.tolist()}
+    return result

@@ -1,0 +1,182 @@
+"""A grid of runs in one file: seeds × initialisations × budget.
+
+    python init.py  --study configs/study-tiny.toml
+    python train.py --study configs/study-tiny.toml
+    python eval.py  --study configs/study-tiny.toml --report
+    python -m mamba2.study configs/study-tiny.toml        what there is to do, and what is done
+
+Each script leaves out what is finished, so giving a command again costs nothing. The file has a table [study]: seeds,
+initializations, baseline (what the others are compared with), output (a folder); and the tables [init], [train], [eval]
+with flags of the scripts, as presets have them. What lies where:
+
+    OUTPUT/models/seed-S-NAME           from init.py
+    OUTPUT/trained/seed-S-NAME          metrics and checkpoints from train.py, and the final model in seed-S-NAME-final
+    OUTPUT/evaluations/seed-S-NAME.json from eval.py
+    OUTPUT/report                       eval.py --report
+"""
+
+import argparse
+import sys
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mamba2 import cli
+from mamba2.initializers import INITIALIZERS
+
+# What the study decides, and its tables must not.
+DECIDED = {
+    "init": ("seeds", "initializations", "output_path"),
+    "train": ("model_path", "output_dir"),
+    "eval": ("model_base_path", "seeds", "initializations", "output_file", "baseline", "checkpoint"),
+}
+KEYS = ("seeds", "initializations", "baseline", "output")
+
+
+@dataclass(frozen=True)
+class StudyRun:
+    """One run, and what train.py makes of it."""
+
+    seed: int
+    initialization: str
+    model: Path
+    output: Path
+    evaluation: Path
+    arguments: list[str]  # of train.py
+
+    @property
+    def final(self) -> Path:
+        return self.output.with_name(self.output.name + "-final")
+
+    @property
+    def state(self) -> str:
+        """The last that was finished."""
+        stages = {"evaluated": self.evaluation, "trained": self.final, "started": self.output, "created": self.model}
+        return next((stage for stage, path in stages.items() if path.exists()), "missing")
+
+
+@dataclass(frozen=True)
+class Study:
+    """The contents of a study's file."""
+
+    path: Path
+    seeds: list[int]
+    initializations: list[str]
+    baseline: str
+    output: Path
+    tables: dict[str, dict[str, Any]]
+
+    def runs(self) -> list[StudyRun]:
+        """Every run; seeds outside, so that a study cut short has whole pairs."""
+        runs = []
+        for seed in self.seeds:
+            for name in self.initializations:
+                label = f"seed-{seed}-{name}"
+                model, output = self.output / "models" / label, self.output / "trained" / label
+                arguments = ["--model-path", str(model), "--output-dir", str(output), *flags(self.tables["train"])]
+                evaluation = self.output / "evaluations" / f"{label}.json"
+                runs.append(StudyRun(seed, name, model, output, evaluation, arguments))
+        return runs
+
+    def options(self, section: str) -> dict[str, Any]:
+        """What the study decides for a script."""
+        grid = {"seeds": self.seeds, "initializations": self.initializations}
+        if section == "init":
+            return {**grid, "output_path": str(self.output / "models")}
+        if section == "train":
+            models = [str(run.model) for run in self.runs()]
+            return {"model_path": models, "output_dir": str(self.output / "trained")}
+        results = str(self.output / "perplexity_results.json")
+        trained = str(self.output / "trained")
+        return {**grid, "model_base_path": trained, "output_file": results, "baseline": self.baseline}
+
+
+def flags(table: dict[str, Any]) -> list[str]:
+    """A table as command-line arguments: true is --flag, false --no-flag, a list several values."""
+    arguments = []
+    for key, value in table.items():
+        flag = key.replace("_", "-")
+        if isinstance(value, bool):
+            arguments.append(f"--{flag}" if value else f"--no-{flag}")
+        elif isinstance(value, list):
+            arguments += [f"--{flag}", *map(str, value)]
+        else:
+            arguments.append(f"--{flag}={value}")
+    return arguments
+
+
+def read_study(path: str | Path) -> Study:
+    """Read a study. Raises FileNotFoundError, or ValueError naming the key that is missing, unknown or wrong."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no study at {path}: give a .toml file such as configs/study-tiny.toml")
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"{path} is not TOML: {error}") from error
+    if unknown := sorted(content.keys() - {"study", *DECIDED}):
+        raise ValueError(f"{path}: the table {unknown[0]} is unknown; a study has study, init, train, eval")
+    values = content.get("study", {})
+    if unknown := sorted(values.keys() - set(KEYS)):
+        raise ValueError(f"{path}, [study]: the key {unknown[0]} is unknown; choose {', '.join(KEYS)}")
+    if missing := [key for key in KEYS if key not in values]:
+        raise ValueError(f"{path}, [study]: {missing[0]} is missing")
+    tables = {section: content.get(section, {}) for section in DECIDED}
+    for section, table in tables.items():
+        if decided := sorted(table.keys() & set(DECIDED[section])):
+            raise ValueError(f"{path}, [{section}]: {decided[0]} is decided by [study]; leave it out")
+    seeds, names, baseline = values["seeds"], values["initializations"], values["baseline"]
+    if not isinstance(seeds, list) or not seeds or any(type(seed) is not int for seed in seeds):
+        raise ValueError(f"{path}, [study]: seeds is {seeds!r}, and must be a list of integers")
+    if not isinstance(names, list) or not names or any(name not in INITIALIZERS for name in names):
+        raise ValueError(
+            f"{path}, [study]: initializations is {names!r}, and must name some of {', '.join(INITIALIZERS)}"
+        )
+    for key, items in (("seeds", seeds), ("initializations", names)):
+        if len(set(items)) < len(items):
+            raise ValueError(f"{path}, [study]: {key} names one twice")
+    if baseline not in names:
+        raise ValueError(f"{path}, [study]: baseline is {baseline!r}, and must be one of {', '.join(names)}")
+    return Study(path, seeds, names, baseline, Path(values["output"]), tables)
+
+
+def study_runs(path: str | Path) -> list[StudyRun]:
+    """The runs of a study's file; see `read_study` for the errors."""
+    return read_study(path).runs()
+
+
+def add_study(parser: argparse.ArgumentParser, section: str) -> Study | None:
+    """Add `--study FILE` to a script's parser; if the command line has it, the study's values become the defaults.
+
+    Call it after all other flags are added and before parsing. Keys and values are checked like flags.
+    """
+    parser.add_argument("--study", metavar="FILE", help="run a grid, e.g. configs/study-tiny.toml; see mamba2/study.py")
+    peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    peek.add_argument("--study")
+    path = peek.parse_known_args(sys.argv[1:])[0].study
+    if path is None:
+        return None
+    study = read_study(path)
+    table = study.tables[section]
+    if unknown := sorted(table.keys() - {action.dest for action in parser._actions}):
+        raise ValueError(f"{path}, [{section}]: the key {unknown[0]} is unknown to {section}.py")
+    parsed = vars(parser.parse_args(flags(table)))
+    parser.set_defaults(**{key: parsed[key] for key in table}, **study.options(section))
+    return study
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("study", metavar="FILE")
+    parser.add_argument("--commands", action="store_true", help="print the train.py command of each unfinished run")
+    args = parser.parse_args()
+    for run in study_runs(args.study):
+        if not args.commands:
+            print(f"{run.state:10} seed {run.seed:4}  {run.initialization:24} {run.final}")
+        elif not run.final.exists():
+            print("python train.py", *run.arguments)
+
+
+if __name__ == "__main__":
+    cli.run(main)
