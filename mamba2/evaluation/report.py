@@ -224,8 +224,6 @@ def _secondary(page: Page, runs: dict[Key, Evaluated], baseline: str, sources: d
         endpoints[label] = _by_name(runs, lambda run: run.record["diagnostics"]["position_losses"][-1])
     rows = []
     for label, values in endpoints.items():
-        if any(math.isnan(v) for by_seed in values.values() for v in by_seed.values()):
-            continue
         contrasts = {c.name: c for c in compare(values, baseline)}
         for name, by_seed in values.items():
             c = contrasts.get(name)
@@ -240,6 +238,11 @@ def _secondary(page: Page, runs: dict[Key, Evaluated], baseline: str, sources: d
     page.table(
         header, rows, "Secondary: these p-values are not corrected for their number, and show nothing by themselves."
     )
+    _test_data(page, runs, sources)
+
+
+def _test_data(page: Page, runs: dict[Key, Evaluated], sources: dict[str, str]) -> None:
+    first = next(iter(runs.values())).record
     rows = []
     for i, result in enumerate(first["results"]):
         for name in _names(runs):
@@ -369,7 +372,12 @@ def _memory(page: Page, runs: dict[Key, Evaluated], sources: dict[str, str]) -> 
         "says. Effective: from the mean dt on data."
     )
     page.figure("half-life", figures.half_lives({name: maps(name) for name in names}), shows, sources["evaluations"])
+    _drift(page, runs, sources)
+    _masks(page, runs, sources)
 
+
+def _drift(page: Page, runs: dict[Key, Evaluated], sources: dict[str, str]) -> None:
+    names = _names(runs)
     rows = []
     for name in names:
         chosen = [run for (n, _), run in runs.items() if n == name]
@@ -406,6 +414,9 @@ def _memory(page: Page, runs: dict[Key, Evaluated], sources: dict[str, str]) -> 
     )
     page.figure("drift", drawn, shows, f"{sources['metrics']} and {sources['evaluations']}")
 
+
+def _masks(page: Page, runs: dict[Key, Evaluated], sources: dict[str, str]) -> None:
+    names = _names(runs)
     first_seed = {name: next(run for (n, _), run in runs.items() if n == name).record["diagnostics"] for name in names}
     masks = {
         name: {f"layer {i}, head {d['mask_head']}": np.array(mask, dtype=float) for i, mask in d["masks"].items()}
