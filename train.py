@@ -161,7 +161,7 @@ def main() -> None:
         os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
 
     outputs = {Path(path): Path(args.output_dir) for path in args.model_path}
-    if len(outputs) > 1:
+    if len(outputs) > 1 or args.study:
         outputs = {model: output / model.name for model, output in outputs.items()}
         if len(set(outputs.values())) < len(outputs):
             raise ValueError("two of the folders in --model-path have the same name, and would share their results")

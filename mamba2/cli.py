@@ -41,7 +41,7 @@ def _read_preset(name: str, section: str, parser: argparse.ArgumentParser) -> li
     """The preset's table as command-line arguments."""
     path = Path(name) if name.endswith(".toml") else CONFIGS / f"{name}.toml"
     if not path.is_file():
-        names = ", ".join(sorted(file.stem for file in CONFIGS.glob("*.toml")))
+        names = ", ".join(sorted(file.stem for file in CONFIGS.glob("*.toml") if not file.name.startswith("study-")))
         parser.error(f"--preset {name}: there is no {path}; choose {names}, or a .toml file")
     try:
         tables = tomllib.loads(path.read_text(encoding="utf-8"))

@@ -11,7 +11,7 @@ import init
 import train
 from mamba2.cli import CONFIGS, parse_arguments, write_preset
 
-PRESETS = sorted(path.stem for path in CONFIGS.glob("*.toml"))
+PRESETS = sorted(path.stem for path in CONFIGS.glob("*.toml") if not path.name.startswith("study-"))
 
 
 def parse(monkeypatch, *arguments: str) -> argparse.Namespace:

@@ -38,8 +38,7 @@ def trace(model: Mamba2LM, ids: torch.Tensor) -> list[LayerTrace]:
     for block in model.backbone.layers:
         mixer = block.mixer
         normed, stream = add_rms_norm(x, residual, block.norm.weight, block.eps, x.dtype)
-        widths = [config.d_inner, config.conv_dim, config.num_heads]
-        _, xBC, dt_raw = mixer.in_proj(normed).split(widths, dim=-1)
+        _, xBC, dt_raw = mixer.in_proj(normed)
         bc = config.n_groups * config.state_size
         weight, bias = mixer.conv1d.weight.squeeze(1), mixer.conv1d.bias
         u, B, C = causal_conv1d(xBC, weight, bias, splits=(config.d_inner, bc, bc))
