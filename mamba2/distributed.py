@@ -129,8 +129,10 @@ def parallelize(model: Mamba2LM, world: World, parallel: str, dtype: torch.dtype
     for layer in model.backbone.layers:
         fully_shard([layer.mixer.in_proj, layer.mixer.out_proj], mesh=mesh, mp_policy=reduced)
         fully_shard(layer, mesh=mesh, mp_policy=float32)
+        register_fsdp_forward_method(layer, "step")
     fully_shard(model, mesh=mesh, mp_policy=float32)
-    register_fsdp_forward_method(model, "token_losses")
+    for method in ("token_losses", "prefill", "step"):
+        register_fsdp_forward_method(model, method)
     return model
 
 

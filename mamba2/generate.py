@@ -88,10 +88,12 @@ class PlainDecoder:
 
 def make_decoder(model: Mamba2LM, state: list[MixerState]) -> Decoder | GraphDecoder | PlainDecoder:
     """What advances `state` fastest: prepared buffers on a processor, a CUDA graph on a GPU. MAMBA2_BACKEND=reference
-    asks for the readable form."""
+    asks for the readable form, and so do weights of which each process holds a part: they are gathered when used.
+    """
     weight = model.lm_head.weight
+    sharded = type(model.backbone.layers[0].norm.weight.data) is not torch.Tensor
     backend = choose_backend(weight, ("reference", "torch", "triton"))
-    if backend == "reference" or torch.is_autocast_enabled(weight.device.type):
+    if backend == "reference" or sharded or torch.is_autocast_enabled(weight.device.type):
         return PlainDecoder(model, state)
     if weight.is_cuda:
         return GraphDecoder(model, state)

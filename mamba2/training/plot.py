@@ -57,7 +57,7 @@ def draw(rows: list[dict[str, Any]], title: str, file: Path) -> None:
             axis.semilogy(at, medians[:, layer], color=color, label=f"layer {layer}")
         axis.fill_between(at, least.min(1), most.max(1), color="0.9", label="all heads of all layers")
         axis.set_ylabel(f"nominal {unit}, median of heads")
-        axis.legend(fontsize="x-small", ncols=2)
+    half_lives.legend(fontsize="x-small", loc="center left", bbox_to_anchor=(1.0, 0.5))
     for axis in axes.flat:
         axis.set_xlabel("step")
     figure.savefig(file, dpi=100)

@@ -294,11 +294,11 @@ def forward_op(
     seq_idx: torch.Tensor | None,  # (b, l)
     q: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """y (b, l, h, p), the last state (b, h, p, n) wide, and the state before each block (b, blocks, h, p, n), wide."""
+    """y (b, l, h, p), the last state (b, h, p, n) wide, the state before each block (b, blocks, h, p, n) narrow."""
     plan = Plan(x, dt, a, B, C, seq_idx, q, count_blocks(x, q))
     b, h, p, n, r = plan.b, plan.h, plan.p, plan.n, plan.r
     y = x.new_empty(b, plan.c * q, h, p)
-    starts = dt.new_empty(b, len(plan.blocks), h, p, n)
+    starts = x.new_empty(b, len(plan.blocks), h, p, n)
     state = dt.new_zeros(b, h, p, n) if initial is None else initial.clone()
     for i, block in enumerate(plan.blocks):
         starts[:, i] = state
@@ -321,14 +321,14 @@ def forward_op(
 def _(x, dt, a, B, C, D, initial, seq_idx, q):
     b, _, h, p = x.shape
     n = B.shape[-1]
-    return x.new_empty(x.shape), dt.new_empty(b, h, p, n), dt.new_empty(b, count_blocks(x, q), h, p, n)
+    return x.new_empty(x.shape), dt.new_empty(b, h, p, n), x.new_empty(b, count_blocks(x, q), h, p, n)
 
 
 @torch.library.custom_op("mamba2::ssd_blocked_backward", mutates_args=())
 def backward_op(
     dy: torch.Tensor,  # (b, l, h, p)
     dfinal: torch.Tensor | None,  # (b, h, p, n) wide
-    starts: torch.Tensor,  # (b, blocks, h, p, n) wide
+    starts: torch.Tensor,  # (b, blocks, h, p, n)
     x: torch.Tensor,
     dt: torch.Tensor,
     a: torch.Tensor,
@@ -354,7 +354,7 @@ def backward_op(
         dyh, dy_in = _reads(dyt, e, r)
         written = plan.states(torch.bmm(x_out.transpose(1, 2), Bg))
         states = torch.empty_like(written)
-        _pass(starts[:, i], written, e[..., -1], states)
+        _pass(starts[:, i].to(wide), written, e[..., -1], states)
         before = states.view(-1, r * p, n)  # (m, r p, n)
 
         # Between chunks, from the last to the first.
