@@ -6,6 +6,7 @@ FSDP2 keeps a share of every weight, gradient and moment on each and gathers one
 """
 
 import os
+import time
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -49,9 +50,10 @@ class World:
     def leave() -> None:
         """For an end that every process comes to; after an error a process just exits, and torchrun ends the others."""
         if dist.is_initialized():
-            # While this waits, gloo's threads can let go of the last tensors, for which they need Python's lock: held
-            # by a thread that destroys the group and waits for them, they would never end.
+            # gloo's threads let go of their last tensors after the work is done, and need Python's lock for that. A
+            # thread that holds it, destroys the group and waits for them would never end; one that sleeps lets it go.
             dist.barrier()
+            time.sleep(0.2)
             dist.destroy_process_group()
 
     @property
