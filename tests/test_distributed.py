@@ -1,6 +1,8 @@
 """Several processes are one: the same losses, gradients and files, whatever the number of processes and the split."""
 
 import os
+import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -13,14 +15,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mamba2.checkpoint.training_state import read_state
+from mamba2.checkpoint.training_state import export_optimizer, read_state
+from mamba2.cli import run
 from mamba2.data import Tokens, Windows
 from mamba2.distributed import ALONE, World, full, parallelize
 from mamba2.model import Mamba2LM
-from mamba2.training import accumulate_gradients, mean_loss
+from mamba2.training import Job, RunFolder, accumulate_gradients, mean_loss
 from tests.distributed_runs import spawn, train
 from tests.runs import arguments, contents, make_study, metrics, run_train
 from tests.test_model import small_config
+from train import main
 
 PARALLEL = ("ddp", "fsdp")
 
@@ -160,15 +164,19 @@ def test_two_processes_train_as_one_and_resume_to_the_bit(study, whole, stopped,
     assert not list(tmp_path.rglob("*.tmp")) and not list(study.glob(".*.tmp"))
 
 
-@pytest.mark.parametrize(("parallel", "size"), [("ddp", 1), ("ddp", 3), ("fsdp", 1), ("fsdp", 3)])
-def test_a_checkpoint_of_two_processes_goes_on_in_one_and_in_three(study, whole, stopped, tmp_path, parallel, size):
-    """The same next batch, and the same run: fsdp of two goes on as fsdp of three, or as one process that shards
-    nothing; ddp of two as fsdp of three."""
-    output = shutil.copytree(stopped(parallel), tmp_path / "run", symlinks=True)
-    if size == 1:
+@pytest.mark.parametrize(
+    ("before", "after", "size"),
+    [("ddp", None, 1), ("ddp", "ddp", 3), ("ddp", "fsdp", 3), ("fsdp", None, 1), ("fsdp", "fsdp", 3)],
+)
+def test_a_checkpoint_of_two_processes_goes_on_in_one_and_in_three(
+    study, whole, stopped, tmp_path, before, after, size
+):
+    """The same next batch, and the same run; None is one process that torchrun did not start."""
+    output = shutil.copytree(stopped(before), tmp_path / "run", symlinks=True)
+    if after is None:
         run_train(*arguments(study, output))
     else:
-        assert spawn(train, size, arguments(study, output, "--parallel", "fsdp"), study / "cache") == [0] * size
+        assert spawn(train, size, arguments(study, output, "--parallel", after), study / "cache") == [0] * size
     expected, rows = metrics(whole, "loss"), metrics(output, "loss")
     assert [row["tokens"] for row in rows] == [row["tokens"] for row in expected]
     assert [row["loss"] for row in rows] == pytest.approx([row["loss"] for row in expected], rel=1e-5)
@@ -189,10 +197,54 @@ def test_shards_are_safetensors_and_the_model_is_one_file(stopped):
     Mamba2LM.from_pretrained(folder)
 
 
+def test_the_moments_of_shards_are_exported_to_one_file(stopped, tmp_path):
+    """They are what AdamW has in the run of copies, up to the order in which gradients are summed."""
+    exported = tmp_path / "moments.safetensors"
+    count = export_optimizer(stopped("fsdp") / "checkpoint-2", exported)
+    expected = load_file(stopped("ddp") / "checkpoint-2" / "optimizer" / "moments.safetensors")
+    moments = load_file(exported)
+    assert moments.keys() == expected.keys() and len(moments) == count
+    for name, tensor in expected.items():
+        torch.testing.assert_close(moments[name], tensor, rtol=1e-4, atol=1e-7)
+    with pytest.raises(FileExistsError, match=r"moments.safetensors exists already"):
+        export_optimizer(stopped("fsdp") / "checkpoint-2", exported)
+    with pytest.raises(ValueError, match="checkpoint-0 holds no moments"):
+        export_optimizer(stopped("fsdp") / "checkpoint-0", tmp_path / "none.safetensors")
+
+
 def test_an_error_of_the_first_process_ends_all(study, tmp_path):
     (tmp_path / "run").write_text("in the way")
     command = arguments(study, tmp_path / "run")
     assert spawn(train, 2, command, study / "cache") == [1, 1]
+
+
+def train_until_the_disk_is_full(command: list[str], cache: Path, errors: Path) -> None:
+    """train.py by `command`; the limit on a file's size stands for a full disk, at rank 1's share of checkpoint-4."""
+    sys.stderr = open(errors.with_suffix(f".{os.environ['RANK']}"), "w")  # noqa: SIM115 (until the process ends)
+    original = Job.write_checkpoint
+
+    def write(job: Job, folder: Path) -> None:
+        if "checkpoint-4" in folder.name and job.world.rank == 1:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
+        original(job, folder)
+
+    Job.write_checkpoint = write
+    sys.argv = ["train.py", *command]
+    os.environ["MAMBA2_CACHE"] = str(cache)
+    run(main)
+
+
+def test_a_full_disk_ends_all_processes_in_a_sentence_and_costs_no_checkpoint(study, tmp_path):
+    output, errors = tmp_path / "run", tmp_path / "errors"
+    command = arguments(study, output, "--parallel", "fsdp")
+    assert spawn(train_until_the_disk_is_full, 2, command, study / "cache", errors) == [1, 1]
+    for rank in range(2):
+        text = errors.with_suffix(f".{rank}").read_text()
+        assert re.fullmatch(r"error: cannot write .*optimizer: process 1: .*File too large\n", text), text
+    assert [path.name for path in tmp_path.rglob("*") if "tmp" in path.name] == []
+    assert list(RunFolder(output).checkpoints()) == [0, 2]
+    for folder in RunFolder(output).checkpoints().values():
+        read_state(folder)
 
 
 def test_fsdp_needs_torchrun_and_does_not_compile_whole(monkeypatch, capsys, tmp_path, study):

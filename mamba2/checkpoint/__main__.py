@@ -3,16 +3,19 @@
     python -m mamba2.checkpoint inspect MODEL
     python -m mamba2.checkpoint convert SOURCE TARGET --to transformers
     python -m mamba2.checkpoint convert SOURCE TARGET --to mamba-ssm --dtype bfloat16
+    python -m mamba2.checkpoint export-optimizer OUT/checkpoint-2000 moments.safetensors
 
 Read are folders of this project, of transformers, of mamba-ssm (state-spaces' mamba2-*) and of Codestral Mamba.
 """
 
 import argparse
+from pathlib import Path
 
 import torch
 
 from mamba2.checkpoint.convert import LAYOUTS, convert
 from mamba2.checkpoint.inspect import report
+from mamba2.checkpoint.training_state import export_optimizer
 from mamba2.cli import run
 
 
@@ -29,9 +32,17 @@ def main() -> None:
     conversion.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="to store in"
     )
+    moments = commands.add_parser(
+        "export-optimizer", help="AdamW's moments of a checkpoint, sharded or not, as one file"
+    )
+    moments.add_argument("checkpoint", type=Path, help="checkpoint-N of a run")
+    moments.add_argument("file", type=Path, help="safetensors file to write; must not exist")
     args = parser.parse_args()
     if args.command == "inspect":
         print(report(args.model))
+        return
+    if args.command == "export-optimizer":
+        print(f"wrote {export_optimizer(args.checkpoint, args.file)} tensors to {args.file}")
         return
     tokenizer = convert(args.source, args.target, args.to, args.tokenizer, getattr(torch, args.dtype))
     print(f"wrote {args.target}, tokenizer {tokenizer.name if tokenizer else 'none: give one with --tokenizer'}")

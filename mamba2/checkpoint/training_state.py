@@ -1,7 +1,7 @@
 """What a run needs beside the model to go on to the bit, without pickle.
 
 checkpoint-N/   model.safetensors, config.json, the tokenizer      a model folder like any other
-                optimizer.safetensors                              exp_avg.NAME, exp_avg_sq.NAME, step
+                optimizer/*.safetensors                            exp_avg.NAME, exp_avg_sq.NAME; one file, or shards
                 rng.safetensors                                    torch's generators: cpu, cuda
                 trainer_state.json                                 written last: counters, what the run was, and size
                                                                    and sha256 of every other file
@@ -10,6 +10,8 @@ checkpoint-N/   model.safetensors, config.json, the tokenizer      a model folde
 import hashlib
 import json
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +19,10 @@ import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor
 
-from mamba2.checkpoint.files import save_tensors
+from mamba2.checkpoint.files import flush, save_tensors
 
 STATE = "trainer_state.json"
 OPTIMIZER = "optimizer"
@@ -95,11 +98,26 @@ def save_optimizer(folder: Path, model: nn.Module, optimizer: torch.optim.AdamW)
     if not tensors:
         return
     if any(isinstance(tensor, DTensor) for tensor in tensors.values()):
-        dcp.save(tensors, storage_writer=dcp.HuggingFaceStorageWriter(str(folder / OPTIMIZER), save_distributed=True))
+        with _system_errors(f"cannot write {folder / OPTIMIZER}"):
+            writer = dcp.HuggingFaceStorageWriter(str(folder / OPTIMIZER), save_distributed=True)
+            dcp.save(tensors, storage_writer=writer)
         return
     (folder / OPTIMIZER).mkdir(exist_ok=True)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     save_tensors(folder / OPTIMIZER / "moments.safetensors", tensors)
+
+
+@contextmanager
+def _system_errors(what: str) -> Iterator[None]:
+    """torch.distributed.checkpoint tells every process what failed on any, with tracebacks: make it an OSError's line,
+    where nothing but the system is to blame."""
+    try:
+        yield
+    except CheckpointException as error:
+        causes = {rank: cause for rank, (cause, _) in error.failures.items()}
+        if not all(isinstance(cause, OSError) for cause in causes.values()):
+            raise
+        raise OSError(f"{what}: {'; '.join(f'process {rank}: {cause}' for rank, cause in causes.items())}") from error
 
 
 def sort_headers(folder: Path) -> None:
@@ -126,12 +144,40 @@ def load_optimizer(folder: Path, model: nn.Module, optimizer: torch.optim.AdamW,
         # Where AdamW itself keeps it when it is fused: on the parameter's device, in float32.
         step = torch.tensor(float(updates), device=parameter.device)
         optimizer.state[parameter] = {"step": step, **zeros}
-    tensors = optimizer_tensors(model, optimizer)
+    _read_moments(folder, optimizer_tensors(model, optimizer))
+
+
+def _read_moments(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Fill `tensors`, whole or sharded, from the shards in `folder`."""
     reader = dcp.HuggingFaceStorageReader(str(folder / OPTIMIZER))
     sharded = any(isinstance(tensor, DTensor) for tensor in tensors.values())
-    with warnings.catch_warnings():
+    with _system_errors(f"cannot read {folder / OPTIMIZER}"), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as is meant
         dcp.load(tensors, storage_reader=reader, no_dist=not sharded)
+
+
+def export_optimizer(folder: Path, file: Path) -> int:
+    """Write AdamW's moments of a checkpoint into one safetensors file, in whatever shards they lie there.
+
+    Returns how many tensors those are. Raises FileNotFoundError, FileExistsError, DamagedCheckpoint, ValueError when
+    the optimizer had made no update yet.
+    """
+    if file.exists():
+        raise FileExistsError(f"{file} exists already and is not overwritten")
+    read_state(folder)
+    if not (folder / OPTIMIZER).is_dir():
+        raise ValueError(f"{folder} holds no moments: the optimizer had made no update")
+    stored = dcp.HuggingFaceStorageReader(str(folder / OPTIMIZER)).read_metadata().state_dict_metadata
+    tensors = {name: torch.empty(tensor.size, dtype=tensor.properties.dtype) for name, tensor in stored.items()}
+    _read_moments(folder, tensors)
+    temporary = file.with_name(f".{file.name}.tmp")
+    try:
+        save_tensors(temporary, tensors)
+        flush(temporary)
+        temporary.rename(file)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return len(tensors)
 
 
 def rng_tensors() -> dict[str, torch.Tensor]:
