@@ -37,8 +37,12 @@ def draw(rows: list[dict[str, Any]], title: str, file: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(2, 2, figsize=(12, 8), constrained_layout=True)
-    (loss, gradient), (steps, half_lives) = axes
+    figure, axes = plt.subplot_mosaic(
+        [["loss"] * 3 + ["gradient"] * 3, ["dt"] * 2 + ["moved"] * 2 + ["half_life"] * 2],
+        figsize=(14, 8),
+        constrained_layout=True,
+    )
+    loss, gradient = axes["loss"], axes["gradient"]
     figure.suptitle(title)
     loss.plot(*column(rows, "loss"), linewidth=0.8, label="training")
     loss.plot(*column(rows, "validation_loss"), "o-", markersize=4, label="validation")
@@ -47,7 +51,8 @@ def draw(rows: list[dict[str, Any]], title: str, file: Path) -> None:
     gradient.semilogy(*column(rows, "gradient_norm"), linewidth=0.8, color="C2", label="gradient norm before clipping")
     gradient.semilogy(*column(rows, "learning_rate"), color="C3", label="learning rate")
     gradient.legend()
-    for axis, name, unit in ((steps, "dt", "dt"), (half_lives, "half_life", "half-life in tokens")):
+    for name, unit in (("dt", "dt"), ("half_life", "half-life in tokens")):
+        axis = axes[name]
         at, medians = column(rows, f"{name}_median")  # (rows,), (rows, L)
         _, least = column(rows, f"{name}_min")
         _, most = column(rows, f"{name}_max")
@@ -55,10 +60,13 @@ def draw(rows: list[dict[str, Any]], title: str, file: Path) -> None:
         for layer in range(layers):
             color = plt.cm.viridis(layer / max(1, layers - 1))
             axis.semilogy(at, medians[:, layer], color=color, label=f"layer {layer}")
+            if name == "dt":
+                axes["moved"].plot(at, medians[:, layer] / medians[0, layer], color=color)
         axis.fill_between(at, least.min(1), most.max(1), color="0.9", label="all heads of all layers")
         axis.set_ylabel(f"nominal {unit}, median of heads")
-    half_lives.legend(fontsize="x-small", loc="center left", bbox_to_anchor=(1.0, 0.5))
-    for axis in axes.flat:
+    axes["moved"].set_ylabel("the same, over its first value")
+    axes["half_life"].legend(fontsize="x-small", loc="center left", bbox_to_anchor=(1.0, 0.5))
+    for axis in axes.values():
         axis.set_xlabel("step")
     figure.savefig(file, dpi=100)
     plt.close(figure)
