@@ -77,11 +77,17 @@ def captured(function: Callable[[], object]) -> list[tuple[JITFunction, tuple, d
     return launches
 
 
+def specialize(kernel: JITFunction, args: tuple, kwargs: dict, target: str) -> tuple[dict, list, dict]:
+    """Arguments by name, what of each is compiled in (type, alignment, constants), and options, as Triton sees them:
+    two launches share a compiled kernel when the last two are equal."""
+    binder = create_function_from_signature(kernel.signature, kernel.params, make_backend(TARGETS[target].triton))
+    return binder(*args, **kwargs)
+
+
 def compile_launch(kernel: JITFunction, args: tuple, kwargs: dict, target: str) -> Compiled:
     """Compile one captured launch. Raises what Triton raises when the target cannot take it."""
     backend = make_backend(TARGETS[target].triton)
-    binder = create_function_from_signature(kernel.signature, kernel.params, backend)
-    bound, specialization, options = binder(*args, **kwargs)
+    bound, specialization, options = specialize(kernel, args, kwargs, target)
     options, signature, constants, attributes = kernel._pack_args(backend, kwargs, bound, specialization, options)
     source = ASTSource(kernel, signature, constants, attributes)
     compiled = triton.compile(source, target=TARGETS[target].triton, options=options.__dict__)

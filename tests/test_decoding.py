@@ -1,5 +1,9 @@
 """State as a value: prefill and step give what one forward pass gives, whatever the options, lengths and pieces."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -205,3 +209,37 @@ def test_backpropagation_through_a_carried_state_equals_one_long_pass_and_detach
 def test_prompts_that_do_not_fit_are_refused(ids, lengths, message):
     with pytest.raises(ValueError, match=message):
         make_model().prefill(torch.tensor(ids, dtype=torch.int64), lengths)
+
+
+ONE_KERNEL_FOR_ALL_STEPS = """
+import os
+import torch
+from benchmarks.compilation import captured, specialize
+from mamba2.model import Mamba2LM
+from tests.test_model import small_config
+
+os.environ["TRITON_INTERPRET"] = "1"  # after Triton was imported: lets tensors of a processor through, nothing runs
+for dtype in (torch.float32, torch.bfloat16):
+    model = Mamba2LM(small_config()).to(dtype).eval()
+    layers = len(model.backbone.layers)
+    os.environ["MAMBA2_BACKEND"] = "torch"
+    state, compiled = model.prefill(torch.ones(3, 1, dtype=torch.long))[1], set()
+    os.environ["MAMBA2_BACKEND"] = "triton"
+    for position in range(40):
+        launches = captured(lambda: model.step(torch.full((3,), position), state))
+        assert sum(kernel.fn.__name__ == "_step_kernel" for kernel, *_ in launches) == layers
+        for kernel, args, kwargs in launches:
+            _, specialization, options = specialize(kernel, args, kwargs, "sm_90")
+            key = (kernel.fn.__name__, str(specialization), str(options))
+            assert position == 0 or key in compiled, (position, key)
+            compiled.add(key)
+print(len(compiled), "kernels")
+"""
+
+
+def test_no_step_after_the_first_compiles_a_kernel():
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", ONE_KERNEL_FOR_ALL_STEPS]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert "kernels" in result.stdout
