@@ -16,7 +16,7 @@ study: $(VENV)/.requirements
 	$(BIN)/python eval.py
 
 test: $(VENV)/.requirements-test
-	$(BIN)/python -m pytest $(TESTFLAGS)
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile $(TESTFLAGS)
 
 lint: $(VENV)/.requirements-test
 	$(BIN)/ruff check .

@@ -2,9 +2,16 @@
 
 `@triton.jit` looks at TRITON_INTERPRET when it decorates, so the choice holds for the whole process; the tests that
 compile for real targets start a process of their own.
+
+Before anything imports torch: where pytest runs in several processes (-n), each has its share of the cores. Threads
+that wait for work spin, and those of two processes would keep each other from it.
 """
 
 import os
+
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
+    share = (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, share)))
 
 import torch
 
