@@ -190,14 +190,25 @@ def save_tokenizer(tokenizer: Tokenizer, folder: str | os.PathLike) -> None:
         (folder / RECORD).write_text(json.dumps({"name": tokenizer.name}) + "\n", encoding="utf-8")
 
 
-def load_tokenizer(folder: str | os.PathLike) -> Tokenizer:
-    """The tokenizer that a model's folder carries. Raises ValueError when it carries none."""
+def find_tokenizer(folder: str | os.PathLike) -> Tokenizer | None:
+    """The tokenizer that a model's folder carries, None when it carries none.
+
+    Raises FileNotFoundError when there is no such folder, ValueError when what it carries cannot be read.
+    """
     folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no model folder at {folder}")
     if (folder / RECORD).is_file():
         return get_tokenizer(json.loads((folder / RECORD).read_text(encoding="utf-8"))["name"])
-    if (folder / "tokenizer.json").is_file():
-        return get_tokenizer(folder)
-    raise ValueError(f"{folder} carries no tokenizer: neither {RECORD} nor tokenizer.json lies there")
+    return get_tokenizer(folder) if (folder / "tokenizer.json").is_file() else None
+
+
+def load_tokenizer(folder: str | os.PathLike) -> Tokenizer:
+    """The tokenizer that a model's folder carries. Raises ValueError when it carries none; see `find_tokenizer`."""
+    tokenizer = find_tokenizer(folder)
+    if tokenizer is None:
+        raise ValueError(f"{folder} carries no tokenizer: neither {RECORD} nor tokenizer.json lies there")
+    return tokenizer
 
 
 def _shipped(name: str) -> list[bytes]:

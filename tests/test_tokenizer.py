@@ -11,7 +11,14 @@ import pytest
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Library
 
-from mamba2.tokenizer import _shipped, byte_characters, get_tokenizer, load_tokenizer, save_tokenizer
+from mamba2.tokenizer import (
+    _shipped,
+    byte_characters,
+    find_tokenizer,
+    get_tokenizer,
+    load_tokenizer,
+    save_tokenizer,
+)
 
 ATOMS = [
     " ",
@@ -220,3 +227,9 @@ def test_a_model_folder_carries_its_tokenizer(pair, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="carries no tokenizer"):
         load_tokenizer(tmp_path / "empty")
+    assert find_tokenizer(tmp_path / "empty") is None
+    (tmp_path / "empty" / "tokenizer.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"tokenizer.json"):
+        find_tokenizer(tmp_path / "empty")
+    with pytest.raises(FileNotFoundError, match=r"no model folder at .*nowhere"):
+        load_tokenizer(tmp_path / "nowhere")

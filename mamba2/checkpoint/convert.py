@@ -10,7 +10,7 @@ from mamba2.checkpoint.files import atomic_folder
 from mamba2.checkpoint.foreign import read_config, to_mamba_ssm
 from mamba2.checkpoint.model_folder import read_model, write_model
 from mamba2.checkpoint.weights import EMBEDDINGS
-from mamba2.tokenizer import RECORD, Tokenizer, get_tokenizer, load_tokenizer, save_tokenizer
+from mamba2.tokenizer import Tokenizer, find_tokenizer, get_tokenizer, save_tokenizer
 from mamba2.tokenizer_json import write_tokenizer_json
 
 LAYOUTS = ("transformers", "mamba-ssm")
@@ -33,7 +33,7 @@ def convert(
     """
     if layout not in LAYOUTS:
         raise ValueError(f"layout {layout!r} is unknown; choose {', '.join(LAYOUTS)}")
-    chosen = _tokenizer_of(Path(source), tokenizer)
+    chosen = find_tokenizer(source) if tokenizer is None else get_tokenizer(tokenizer)
     config = read_config(Path(source))
     if chosen is not None and chosen.vocab_size > config.vocab_size:
         raise ValueError(
@@ -53,10 +53,3 @@ def convert(
             if layout == "transformers":
                 write_tokenizer_json(chosen, folder)
     return chosen
-
-
-def _tokenizer_of(source: Path, name: str | None) -> Tokenizer | None:
-    if name is not None:
-        return get_tokenizer(name)
-    carries = any((source / file).is_file() for file in (RECORD, "tokenizer.json"))
-    return load_tokenizer(source) if carries else None

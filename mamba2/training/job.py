@@ -24,7 +24,7 @@ from mamba2.generate import generate
 from mamba2.initializers import dt_table
 from mamba2.model import Mamba2LM
 from mamba2.ops.fusion import fuse
-from mamba2.tokenizer import Tokenizer, load_tokenizer, save_tokenizer
+from mamba2.tokenizer import find_tokenizer, save_tokenizer
 from mamba2.training.hardware import (
     autocast,
     choose_device,
@@ -90,7 +90,7 @@ class Job:
         self.sharded = args.parallel == "fsdp"
         self.model = self._load(model_path)
         self.config = self.model.config
-        self.tokenizer = tokenizer_of(model_path)
+        self.tokenizer = find_tokenizer(model_path)  # None: a model that is trained on ready ids
 
         self.train_tokens, self.validation_tokens = world.in_turn_on_a_node(
             lambda: (
@@ -298,11 +298,3 @@ class Job:
         """FLOP/s of all devices at best, None if unknown."""
         peak = peak_flops(self.device, self.dtype)
         return peak and peak * self.world.size
-
-
-def tokenizer_of(model_path: Path) -> Tokenizer | None:
-    """The tokenizer that a model carries, or None: such a model is trained on ready ids."""
-    try:
-        return load_tokenizer(model_path)
-    except ValueError:
-        return None
