@@ -25,12 +25,15 @@ def _pyplot():
 
 
 def png(figure) -> bytes:
-    """The figure as a PNG file; it is closed."""
-    buffer = io.BytesIO()
-    # Without a date or version two runs give the same bytes.
-    figure.savefig(buffer, format="png", bbox_inches="tight", metadata={"Software": None})
+    """The figure as a PNG file of at most 255 colours, a third as large as one of all; it is closed."""
+    from PIL import Image  # what matplotlib writes PNGs with
+
+    drawn, file = io.BytesIO(), io.BytesIO()
+    figure.savefig(drawn, format="png", bbox_inches="tight")
     _pyplot().close(figure)
-    return buffer.getvalue()
+    # It holds no date or version: two runs give the same bytes.
+    Image.open(drawn).convert("RGB").quantize(255, dither=Image.Dither.NONE).save(file, format="png", optimize=True)
+    return file.getvalue()
 
 
 def color(name: str):
