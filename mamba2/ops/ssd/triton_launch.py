@@ -72,7 +72,7 @@ WALKS = {
 
 
 def launch_for(kernel: str, target: str, itemsize: int, p: int, n: int, plain: bool = True) -> Launch:
-    """The table. `kernel` is scan, reverse, states or gradient; `plain`: no gate, no documents, over whole sequences.
+    """The table. `kernel` is scan, states, reverse or gradient; `plain`: no gate, no documents, over whole sequences.
 
     A target that is not in the table takes the row of the nearest one that is.
     """
@@ -80,8 +80,8 @@ def launch_for(kernel: str, target: str, itemsize: int, p: int, n: int, plain: b
     widest = max(16, triton.next_power_of_2(p))
     wide = n > 160  # one more doubling of the state: half the channels, or twice the warps
     if itemsize == 4:
-        return Launch(16, 8 if kernel in ("scan", "reverse") else 4, 1)
-    if kernel == "states":
+        return Launch(16, 8 if kernel == "scan" else 4, 1)
+    if kernel in ("states", "reverse"):
         return Launch(min(32, widest), 4, 1)
     if kernel == "gradient":
         # Two accumulators of (d_state, chunk); 255 registers and 8 bytes more on sm_80 where d_state takes two tiles.
