@@ -226,7 +226,7 @@ def test_no_address_is_written_by_two_programs(monkeypatch, count):
     with record(keep_stores=True) as launches:
         run(ssd, inputs, **options)
     assert [launch.name for launch in launches if launch.shared_stores()] == []
-    assert len(launches) == (7 if count == 1 else 11)  # the gate's included
+    assert len(launches) == (7 if count == 1 else 10)  # the gate's included
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="torch's operations are told apart from the interpreter's own")

@@ -157,6 +157,15 @@ def keep(kept, state1, state2, columns, p: tl.constexpr, n, N1: tl.constexpr, N2
 
 
 @triton.jit
+def span_states(span, spans, INITIAL: tl.constexpr, CARRY: tl.constexpr):
+    """Whether a state enters the span, and a gradient of its state comes back; else they are zero, and not in memory.
+
+    INITIAL, CARRY: whether the sequence begins with a state, and its last one has a gradient.
+    """
+    return span >= (0 if INITIAL else 1), span < (spans if CARRY else spans - 1)
+
+
+@triton.jit
 def load_given(given, columns, strides: tl.constexpr, p: tl.constexpr, n: tl.constexpr, N1: tl.constexpr, N2):
     """A caller's state, (p, n) with strides[1:], as its two tiles in float32."""
     state1 = load_tile(given, tl.arange(0, N1), n, columns, p, strides[2], strides[1]).to(tl.float32)

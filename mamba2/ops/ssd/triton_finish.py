@@ -15,6 +15,7 @@ Bytes per token, 16-bit dt, spans of s tokens, chunks of Q: sums of W 2 h (s / Q
 import triton
 import triton.language as tl
 
+from mamba2.ops.ssd.triton_common import span_states
 from mamba2.ops.ssd.triton_decays import activate, clamp
 from mamba2.ops.triton_math import sigmoid
 
@@ -41,6 +42,8 @@ def _finish_kernel(
     P_TILES: tl.constexpr,
     SPAN_CHUNKS: tl.constexpr,
     Q: tl.constexpr,
+    INITIAL: tl.constexpr,
+    CARRY: tl.constexpr,
     SOFTPLUS: tl.constexpr,
 ):
     """Grid (spans, h, b). A span's tokens are held as (chunks, Q).
@@ -61,7 +64,8 @@ def _finish_kernel(
     plane = tl.cast(plane, tl.int64)
     sums += sequence * seqlen + start + tokens
 
-    s = tl.load(sums + SPAN_CHUNKS * plane, mask=inside, other=0.0)
+    enters, leaves = span_states(span, spans, INITIAL, CARRY)
+    s = tl.load(sums + SPAN_CHUNKS * plane, mask=inside & enters, other=0.0)
     after = s + tl.load(sums, mask=inside, other=0.0)  # to be summed over i >= k of k's chunk
     before = tl.zeros_like(s)  # over j < k of k's chunk
     gradient = tl.zeros_like(s)
@@ -70,9 +74,10 @@ def _finish_kernel(
         of_tile = walked + (sequence * P_TILES + tile) * seqlen + start + tokens
         gradient += tl.load(of_tile, mask=inside, other=0.0)
         before += tl.load(of_tile + plane * P_TILES, mask=inside, other=0.0)
-        through += tl.load(RS + ((batch * spans + span) * h + head) * P_TILES + tile)
+        of_span = RS + ((batch * spans + span) * h + head) * P_TILES + tile
+        through += tl.load(of_span, mask=enters & leaves, other=0.0)
     here = span * SPAN_CHUNKS + chunk
-    total = tl.load(totals + sequence * chunks + here, mask=here < chunks, other=0.0)
+    total = tl.load(totals + sequence * chunks + here, mask=(here < chunks) & leaves, other=0.0)
     later = chunk[None, :] > chunk[:, None]
     across = through + tl.sum(tl.where(later, tl.sum(s, axis=1)[None, :], 0.0), axis=1)
     across += tl.sum(tl.where(later, total[:, None], 0.0), axis=0)

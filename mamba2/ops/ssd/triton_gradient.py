@@ -16,8 +16,8 @@ of exp(cs_last - cs_j) dt_j x_j·(Rᵀ B_j); those of `triton_reverse` too.
 Programs of one span and group are neighbours in the grid: x, dout, B and C reach the device once, then come from L2.
 
 Bytes per token, 16-bit input, spans of s tokens, blocks of Q: x, dout, dx 6 h p; B, C, dB, dC 8 g n; steps, cs 8 h;
-S, R 4 h p n / s; sums of W 2 h (s / Q + 1); s, v and u·x 12 h. The first span's S is not read where there is no initial
-state, the last one's R where the final state has no gradient.
+S, R 4 h p n / s; sums of W 2 h (s / Q + 1); s, v and u·x 12 h. Where a sequence begins without a state, or its last
+state has no gradient, S and R are zero there: they, and what follows from them, are neither written nor read.
 """
 
 import triton
@@ -30,6 +30,7 @@ from mamba2.ops.ssd.triton_common import (
     load_head,
     load_kept,
     load_rows,
+    span_states,
     store_tile,
     zero_state,
 )
@@ -47,8 +48,8 @@ def _gradient_kernel(
     ends,  # (b, h, chunks)
     document,  # (b, l) or None
     dout,  # (b, l, h, p)
-    kept_S,  # states entering each span: (b, spans, h, n, p); of the first unused without INITIAL
-    kept_R,  # gradients of the states leaving each span: (b, spans, h, n, p); of the last unused without CARRY
+    kept_S,  # states entering each span: (b, spans, h, n, p)
+    kept_R,  # gradients of the states leaving each span: (b, spans, h, n, p)
     dx,  # out: (b, l, h, p); this and all below contiguous
     dB,  # out: (b, l, g, n)
     dC,  # out: (b, l, g, n)
@@ -113,8 +114,7 @@ def _gradient_kernel(
     row = batch * spans + span
     kept_S += (row * h + head) * (n * p)
     kept_R += (row * h + head) * (n * p)
-    rows_S = n if INITIAL else tl.where(span > 0, n, 0)
-    rows_R = n if CARRY else tl.where(span < spans - 1, n, 0)
+    enters, leaves = span_states(span, spans, INITIAL, CARRY)
     if role < walks:
         r = (role // p_tiles).to(tl.int64)
         tile = role % p_tiles
@@ -123,10 +123,11 @@ def _gradient_kernel(
         steps += r * seqlen
         cs += r * seqlen
         ends += r * tl.cdiv(seqlen, Q)
-        R1, R2 = load_kept(kept_R + r * (n * p), columns, p, rows_R, N1, N2)
-        S1, S2 = load_kept(kept_S + r * (n * p), columns, p, rows_S, N1, N2)
-        here = (row * h + head) * p_tiles + tile
-        tl.store(RS + here, _through_span(R1, R2, S1, S2, ends, document, end, Q, N2))
+        R1, R2 = load_kept(kept_R + r * (n * p), columns, p, tl.where(leaves, n, 0), N1, N2)
+        if enters & leaves:
+            S1, S2 = load_kept(kept_S + r * (n * p), columns, p, n, N1, N2)
+            here = (row * h + head) * p_tiles + tile
+            tl.store(RS + here, _through_span(R1, R2, S1, S2, ends, document, end, Q, N2))
         skip = None
         if D is not None:
             skip = tl.load(D + head * D_strides[0] + columns * D_strides[1], mask=columns < p, other=0.0)
@@ -184,7 +185,7 @@ def _gradient_kernel(
                 document,
                 dout,
                 kept_R,
-                rows_R,
+                leaves,
                 dB + here,
                 sums,
                 totals + (batch * h + head) * tl.cdiv(seqlen, Q),
@@ -217,7 +218,7 @@ def _gradient_kernel(
                 document,
                 dout,
                 kept_S,
-                rows_S,
+                enters,
                 dC + here,
                 sums + SPAN_CHUNKS * plane,
                 seqlen,
@@ -250,7 +251,7 @@ def _write_block(
     document,
     dout,
     kept_R,
-    rows_R,  # of it to be read: n, or 0 where it is zero
+    leaves,  # whether there is one
     dB,  # to the block's first token
     sums,
     totals,
@@ -278,7 +279,7 @@ def _write_block(
     narrow = x.dtype.element_ty
     dB1, dB2 = zero_state(Q, N1, N2)  # transposed: (N1, Q), (N2, Q)
 
-    for r in tl.range(0, HEADS_PER_GROUP, disable_licm=True):
+    for r in tl.range(0, tl.where(leaves, HEADS_PER_GROUP, 0), disable_licm=True):
         to_head = tl.cast(r, tl.int64)
         at = to_head * seqlen
         weight = _write_weights(
@@ -287,7 +288,7 @@ def _write_block(
         total = tl.zeros((Q,), dtype=tl.float32)
         for tile in tl.range(0, p_tiles, disable_licm=True):
             columns = tile * P_TILE + tl.arange(0, P_TILE)
-            R1, R2 = load_kept(kept_R + to_head * (n * p), columns, p, rows_R, N1, N2)
+            R1, R2 = load_kept(kept_R + to_head * (n * p), columns, p, n, N1, N2)
             x_tile = load_head(x + to_head * x_strides[1], start, seqlen, columns, x_strides, p, Q)
             B1, B2 = load_rows(B, start, seqlen, B_strides, n, Q, N1, N2)
             part1 = dot(R1, tl.trans(x_tile), None, PRECISION) * weight[None, :]
@@ -297,7 +298,8 @@ def _write_block(
                 part2 = dot(R2, tl.trans(x_tile), None, PRECISION) * weight[None, :]
                 total += tl.sum(part2 * tl.trans(B2).to(tl.float32), axis=0)
                 dB2 += part2
-        tl.store(totals + to_head * tl.cdiv(seqlen, Q) + start // Q, tl.sum(total, axis=0))
+        # With an axis, Triton 3.7.1 fails to lay this sum out on sm_100.
+        tl.store(totals + to_head * tl.cdiv(seqlen, Q) + start // Q, tl.sum(total))
 
     for d in tl.range(0, tl.cdiv(end - start, Q), disable_licm=True):
         readers = start + d * Q
@@ -347,7 +349,7 @@ def _read_block(
     document,
     dout,
     kept_S,
-    rows_S,  # of it to be read: n, or 0 where it is zero
+    enters,  # whether there is one
     dC,  # to the block's first token
     s_out,
     seqlen,
@@ -373,14 +375,14 @@ def _read_block(
     narrow = x.dtype.element_ty
     dC1, dC2 = zero_state(Q, N1, N2)  # transposed: (N1, Q), (N2, Q)
 
-    for r in tl.range(0, HEADS_PER_GROUP, disable_licm=True):
+    for r in tl.range(0, tl.where(enters, HEADS_PER_GROUP, 0), disable_licm=True):
         to_head = tl.cast(r, tl.int64)
         at = to_head * seqlen
         into = _read_weights(cs + at, ends + to_head * tl.cdiv(seqlen, Q), document, start, first, seqlen, Q)
         s = tl.zeros((Q,), dtype=tl.float32)
         for tile in tl.range(0, p_tiles, disable_licm=True):
             columns = tile * P_TILE + tl.arange(0, P_TILE)
-            S1, S2 = load_kept(kept_S + to_head * (n * p), columns, p, rows_S, N1, N2)
+            S1, S2 = load_kept(kept_S + to_head * (n * p), columns, p, n, N1, N2)
             dout_head = dout + to_head * dout_strides[1]
             dy = load_head(dout_head, start, seqlen, columns, dout_strides, p, Q)
             C1, C2 = load_rows(C, start, seqlen, C_strides, n, Q, N1, N2)

@@ -151,7 +151,9 @@ def _backward_op(
             run.states(dy, C, dfinal, dinitial, gradients, reverse=True)
         else:
             run.reverse(dy, dfinal, gradients, dinitial)
-        run.finish(*run.gradient(dy, kept, gradients, dfinal is not None, grads), grads)
+        ends = {"INITIAL": initial_states is not None, "CARRY": dfinal is not None}
+        sums = run.gradient(dy, kept, gradients, grads, ends)
+        run.finish(*sums, grads, ends)
     return grads
 
 
@@ -407,7 +409,7 @@ class _Run:
             num_warps=4,
         )
 
-    def gradient(self, dout, kept_S, kept_R, carry: bool, grads) -> tuple[torch.Tensor | None, ...]:
+    def gradient(self, dout, kept_S, kept_R, grads, ends: dict[str, bool]) -> tuple[torch.Tensor | None, ...]:
         """dx, dB, dC; returned is what is summed later: rows of dD or None, and what the gradient of dt is made of."""
         dx, _, _, dB, dC, *_ = grads
         per_channel = self.D is not None and self.D.dim() == 2
@@ -451,8 +453,7 @@ class _Run:
                 C_strides=_strides(self.C, 3),
                 D_strides=_channel_strides(self.D),
                 dout_strides=_strides(dout, 3),
-                INITIAL=self.initial_states is not None,
-                CARRY=carry,
+                **ends,
                 D_PER_CHANNEL=per_channel,
                 STAGES=launch.num_stages,
                 **self.constants(launch),
@@ -461,7 +462,7 @@ class _Run:
 
         return self.launch("gradient", start)
 
-    def finish(self, dD_rows, sums, walked, totals, RS, grads) -> None:
+    def finish(self, dD_rows, sums, walked, totals, RS, grads, ends: dict[str, bool]) -> None:
         """ddt, dA, dD and d(dt_bias), from what `gradient` left."""
         _, ddt, dA, _, _, dD, _, dbias, _ = grads
         shares = self.new_floats(self.b * self.spans, 2 * self.h)
@@ -485,6 +486,7 @@ class _Run:
             P_TILES=walked.shape[3],
             SPAN_CHUNKS=self.span // self.chunk,
             Q=self.chunk,
+            **ends,
             SOFTPLUS=self.softplus,
             num_warps=4,
         )
