@@ -87,7 +87,7 @@ def launch_for(kernel: str, target: str, itemsize: int, p: int, n: int, plain: b
         # Two accumulators of (d_state, chunk), and where d_state takes two tiles more than 255 registers in places.
         short = target in ("sm_80", "sm_120") or (target != "gfx942" and not plain)
         eight = wide or (n_tiles(n)[1] > 0 and short)
-        return Launch(min(32, widest), 8 if eight else 4, 2 if target in ("sm_90", "sm_100") else 1)
+        return Launch(16 if wide else min(32, widest), 8 if eight else 4, 2 if target in ("sm_90", "sm_100") else 1)
     if target == "gfx942":
         return replace(WALKS[target], p_tile=16 if wide else min(32, widest))
     if wide or not plain:
