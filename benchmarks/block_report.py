@@ -12,10 +12,11 @@ summed over launches; the floor reads every input and writes every output once, 
 activations that the backward needs: here they are inputs of the op, and of the add norm the sum, which is the next
 block's input; never a copy.
 
-The rows of mamba-ssm are its own Triton kernels, counted in the same run, without the torch operations between
-launches (it sums dweight there). Its convolution is CUDA, which cannot be counted here: the floor stands for it.
-Its memory-efficient path computes the convolution once more in the backward pass, which its sum includes, and keeps
-in_proj's output, y and the stream.
+The rows of mamba-ssm are its own Triton kernels, counted in the same run. Its convolution is CUDA, which cannot be
+counted here: the floor stands for it. Its memory-efficient path computes the convolution once more in the backward
+pass, which its sum includes, and keeps in_proj's output, y and the stream. `torch` is what torch runs on data between
+the launches (sums, casts, transposes): bytes of arguments and results, on top of the other columns. The lines below
+each whole block set ours against mamba-ssm's without them and with them.
 
 Both libraries choose by the number of multiprocessors: 1 stands for a training batch, which fills any device, 132 for
 this one sequence alone on an H100. Loss and gradient of logits are counted on a few rows: they have no state.
@@ -59,6 +60,11 @@ class Cost:
     requested: float  # bytes
     dram: float
     floor: float
+    torch: float = 0.0  # bytes of arguments and results of what torch runs between the launches, on top
+
+
+def total(costs: list[Cost]) -> Cost:
+    return Cost(*(sum(getattr(cost, key) for cost in costs) for key in Cost.__dataclass_fields__))
 
 
 def leaf(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -136,7 +142,7 @@ def size(tensors) -> int:
 
 def measure(case: Case, multiprocessors: int) -> tuple[Cost, Cost, float]:
     """Forward, backward, and bytes of activations kept between the two, per token. Needs the interpreter."""
-    from benchmarks.interpreter import record
+    from benchmarks.interpreter import record, torch_operations
     from tests.oracles import mamba_ssm_environment
 
     kept = {}
@@ -151,10 +157,11 @@ def measure(case: Case, multiprocessors: int) -> tuple[Cost, Cost, float]:
         for module in ("mamba2.ops.conv1d.triton_op", "mamba2.ops.norm.triton_op", "mamba2.ops.ssd.triton_op"):
             replaced = mock.patch.object(importlib.import_module(module), "multiprocessors", lambda _: multiprocessors)
             stack.enter_context(replaced)
-        with record() as forward, torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
+        with record() as forward, torch_operations() as forward_torch, hooks:
             outputs = case.forward()
         gradients = [torch.ones_like(output) for output in outputs]
-        with record() as backward:
+        with record() as backward, torch_operations() as backward_torch:
             torch.autograd.grad(outputs, case.inputs, gradients)
     floors = size([*case.inputs, *outputs]), size([*case.reread(outputs), *outputs, *case.inputs])
     costs = [
@@ -163,8 +170,9 @@ def measure(case: Case, multiprocessors: int) -> tuple[Cost, Cost, float]:
             sum(launch.requested for launch in launches) / TOKENS,
             sum(launch.dram for launch in launches) / TOKENS,
             floor / TOKENS,
+            sum(others) / TOKENS,
         )
-        for launches, floor in zip((forward, backward), floors)
+        for launches, floor, others in zip((forward, backward), floors, (forward_torch, backward_torch))
     ]
     return *costs, sum(kept.values()) / TOKENS
 
@@ -264,11 +272,12 @@ def print_traffic() -> None:
 
     use_exact_bfloat16()
     gated, plain = mamba_ssm_norms()
-    columns = f"{'launches':>8} {'requested':>10} {'DRAM':>9} {'floor':>9} {'kept':>7}"
+    columns = f"{'launches':>8} {'requested':>10} {'DRAM':>9} {'floor':>9} {'torch':>7} {'kept':>7}"
     print(f"{'bytes per token':44} {columns}")
 
     def row(title: str, cost: Cost, kept: str = "") -> None:
-        numbers = f"{cost.launches:8} {cost.requested:10,.0f} {cost.dram:9,.0f} {cost.floor:9,.0f} {kept:>7}"
+        numbers = f"{cost.launches:8} {cost.requested:10,.0f} {cost.dram:9,.0f} {cost.floor:9,.0f} {cost.torch:7,.0f}"
+        numbers += f" {kept:>7}"
         print(f"{title:44} {numbers}", flush=True)
 
     for count in (1, 132):
@@ -301,11 +310,17 @@ def print_traffic() -> None:
                 kept_by[RECOMPUTED] += 2 * HEADS if case.name == "ssd" else kept
         # in_proj's output, y and the stream; in_proj's input is the product's own.
         kept_by["mamba-ssm"] = 2 * (2 * D_INNER + CONV + HEADS) + 4 * D_MODEL
+        totals = {}
         for who, parts in block.items():
             for part, costs in parts.items():
-                total = Cost(*(sum(getattr(cost, key) for cost in costs) for key in Cost.__dataclass_fields__))
                 kept = f"{kept_by[who]:,.0f}" if part == "forward" else ""
-                row(f"whole block {who:9} {count:3} SM  {part}", total, kept)
+                row(f"whole block {who:9} {count:3} SM  {part}", total(costs), kept)
+            totals[who] = total([cost for costs in parts.values() for cost in costs])
+        ours, theirs = totals["mamba2"], totals["mamba-ssm"]
+        whole = f"whole block, {count} SM, forward and backward: mamba2 {ours.dram + ours.torch:,.0f} bytes per token,"
+        print(whole, f"{(ours.dram + ours.torch) / ours.floor:.2f} of the floor")
+        for what, bytes_ in (("kernels", theirs.dram), ("kernels and torch operations", theirs.dram + theirs.torch)):
+            print(whole, f"{(ours.dram + ours.torch) / bytes_:.3f} of mamba-ssm's {what} ({bytes_:,.0f})", flush=True)
     row(f"softmax     mamba2     v {VOCABULARY}  both", measure_softmax())
 
 

@@ -198,35 +198,67 @@ def everything(shape=(2, 70, 4, 24, 2, 20), dtype=torch.bfloat16) -> tuple[dict,
     return inputs, {"chunk_size": 64, "seq_idx": documents(*shape[:2]).to(DEVICE), "dt_limit": (0.01, 1.0)}
 
 
+def values_and_gradients(inputs: dict, options: dict, states: bool) -> dict[str, torch.Tensor]:
+    """As `run`, or without a state before the sequence and without a gradient of the one after it."""
+    if states:
+        return run(ssd, inputs, **options)
+    inputs = {name: tensor for name, tensor in inputs.items() if name != "initial_states"}
+    y = ssd(**inputs, dt_softplus=True, **options)
+    return {"y": y, **dict(zip(inputs, torch.autograd.grad(y.square().sum(), list(inputs.values()))))}
+
+
+@pytest.mark.parametrize("states", [True, False])
 @pytest.mark.parametrize("count", [1, 10_000])
-def test_nothing_unwritten_is_read(monkeypatch, count):
+def test_nothing_unwritten_is_read(monkeypatch, count, states):
     """Outputs and workspaces start as NaN (or as a document that there is not) and end as if they had not."""
     monkeypatch.setenv("MAMBA2_BACKEND", "triton")
     monkeypatch.setattr(triton_op, "multiprocessors", lambda device: count)
     inputs, options = everything((1, 150, 2, 24, 2, 20))
-    expected = run(ssd, inputs, **options)
+    expected = values_and_gradients(inputs, options, states)
     plain = torch.Tensor.new_empty
     poison = {True: float("nan"), False: 1 << 30}
     monkeypatch.setattr(
         torch.Tensor, "new_empty", lambda *a, **k: (t := plain(*a, **k)).fill_(poison[t.is_floating_point()])
     )
-    actual = run(ssd, inputs, **options)
+    actual = values_and_gradients(inputs, options, states)
     for name in expected:
         assert torch.equal(actual[name], expected[name]), name
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="addresses are recorded by the interpreter, which a GPU does not use")
 @pytest.mark.parametrize("count", [1, 10_000])
-def test_no_address_is_written_by_two_programs(monkeypatch, count):
+@pytest.mark.parametrize("states", [True, False])
+def test_no_address_is_written_by_two_programs(monkeypatch, count, states):
     from benchmarks.interpreter import record
 
     monkeypatch.setenv("MAMBA2_BACKEND", "triton")
     monkeypatch.setattr(triton_op, "multiprocessors", lambda device: count)
     inputs, options = everything((1, 150, 2, 24, 1, 20))
     with record(keep_stores=True) as launches:
-        run(ssd, inputs, **options)
+        values_and_gradients(inputs, options, states)
     assert [launch.name for launch in launches if launch.shared_stores()] == []
-    assert len(launches) == (7 if count == 1 else 11)  # the gate's included
+    assert len(launches) == (7 if count == 1 else 10)  # the gate's included
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="addresses are recorded by the interpreter, which a GPU does not use")
+@pytest.mark.parametrize("count", [1, 10_000])
+def test_what_is_zero_at_the_ends_moves_nothing(monkeypatch, count):
+    """Without a state before the sequence or a gradient after it, walks over states leave out the span at that end."""
+    from benchmarks.interpreter import record
+
+    monkeypatch.setenv("MAMBA2_BACKEND", "triton")
+    monkeypatch.setattr(triton_op, "multiprocessors", lambda device: count)
+    inputs, options = everything((1, 128, 2, 32, 2, 32))  # one span
+    with record() as launches:
+        values_and_gradients(inputs, options, states=False)
+    moved = {launch.name: launch.dram for launch in launches}
+    assert "_states_kernel" not in moved and "_reverse_kernel" not in moved
+    with record() as launches:
+        values_and_gradients(inputs, options, states=True)
+    states = 2 * inputs["initial_states"].nbytes  # S and R, in bfloat16 as the inputs are
+    with_states = {launch.name: launch.dram for launch in launches}
+    assert with_states["_gradient_kernel"] - moved["_gradient_kernel"] >= states
+    assert with_states["_scan_kernel"] - moved["_scan_kernel"] >= states
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="torch's operations are told apart from the interpreter's own")

@@ -152,8 +152,9 @@ def _setup_context(ctx, inputs, output):
 def _backward(ctx, grads):
     x, weight, bias, seq_idx, initial = ctx.saved_tensors
     *dys, dfinal = grads
-    missing = x.new_zeros(())
-    dys = [missing.expand(*x.shape[:2], width) if dy is None else dy for dy, width in zip(dys, ctx.splits)]
+    if any(dy is None for dy in dys):
+        zero = x.new_zeros(())
+        dys = [zero.expand(*x.shape[:2], width) if dy is None else dy for dy, width in zip(dys, ctx.splits)]
     dx, dweight, dbias, dinitial = _backward_op(dys, dfinal, x, weight, bias, seq_idx, initial, ctx.activation)
     # seq_idx, the flags and the splits have none.
     return dx, dweight, None if bias is None else dbias, None, None if initial is None else dinitial, None, None, None

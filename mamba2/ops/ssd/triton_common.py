@@ -56,17 +56,23 @@ def load_rows(k, start, seqlen, strides: tl.constexpr, n: tl.constexpr, Q, N1: t
 
 
 @triton.jit
-def load_chunk_decays(steps, cs, document, start, seqlen, Q: tl.constexpr, SPAN: tl.constexpr):
+def load_steps(steps, start, seqlen, Q: tl.constexpr):
+    """dt of a chunk's tokens after its activation; the pointer is to the sequence's first token."""
+    tokens = start + tl.arange(0, Q)
+    return tl.load(steps + tokens, mask=tokens < seqlen, other=0.0)
+
+
+@triton.jit
+def load_chunk_decays(cs, document, start, seqlen, Q: tl.constexpr, SPAN: tl.constexpr):
     """What a chunk needs of its decays, as `_decays_kernel` wrote them; pointers to the sequence's first token.
 
-    Returns, for each token i, its step, cs_i, the number of its document, and the factors with which the state before
-    the chunk reaches it, it reaches the state after the chunk, and one state the other. A document boundary is an
-    infinite decay, made by `where` and never by a product: nothing is ever inf * 0.
+    Returns, for each token i, cs_i, the number of its document, and the factors with which the state before the chunk
+    reaches it, it reaches the state after the chunk, and one state the other. A document boundary is an infinite
+    decay, made by `where` and never by a product: nothing is ever inf * 0.
     """
     rows = tl.arange(0, Q)
     inside = start + rows < seqlen
     end = tl.minimum(start + Q, seqlen) - 1
-    step = tl.load(steps + start + rows, mask=inside, other=0.0)
     decay = tl.load(cs + start + rows, mask=inside, other=0.0)
     last = tl.load(cs + end)
     into = tl.exp2(decay)
@@ -80,7 +86,7 @@ def load_chunk_decays(steps, cs, document, start, seqlen, Q: tl.constexpr, SPAN:
         into = tl.where(number == first, into, 0.0)
         out = tl.where(number == final, out, 0.0)
         through = tl.where(final == first, through, 0.0)
-    return step, decay, number, into, out, through
+    return decay, number, into, out, through
 
 
 @triton.jit
@@ -133,8 +139,8 @@ def scaled(value, weight):
 
 
 @triton.jit
-def load_kept(kept, columns, p: tl.constexpr, n: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr):
-    """A state kept as (n, p), contiguous, as its two tiles."""
+def load_kept(kept, columns, p: tl.constexpr, n, N1: tl.constexpr, N2: tl.constexpr):
+    """A state kept as (n, p), contiguous, as its two tiles; zero, and nothing read, with n = 0."""
     state1 = load_tile(kept, tl.arange(0, N1), n, columns, p, p, 1)
     state2 = state1
     if N2 > 0:
@@ -148,6 +154,15 @@ def keep(kept, state1, state2, columns, p: tl.constexpr, n, N1: tl.constexpr, N2
     store_tile(kept, tl.arange(0, N1), n, columns, p, p, state1)
     if N2 > 0:
         store_tile(kept + N1 * p, tl.arange(0, N2), n - N1, columns, p, p, state2)
+
+
+@triton.jit
+def span_states(span, spans, INITIAL: tl.constexpr, CARRY: tl.constexpr):
+    """Whether a state enters the span, and a gradient of its state comes back; else they are zero, and not in memory.
+
+    INITIAL, CARRY: whether the sequence begins with a state, and its last one has a gradient.
+    """
+    return span >= (0 if INITIAL else 1), span < (spans if CARRY else spans - 1)
 
 
 @triton.jit

@@ -31,6 +31,12 @@ def activate(dt, stride: tl.constexpr, tokens, left, bias, head, SOFTPLUS: tl.co
 
 
 @triton.jit
+def clamp(step, low, high):
+    """Between the two; a NaN stays one."""
+    return tl.where(step < low, low, tl.where(step > high, high, step))
+
+
+@triton.jit
 def _decays_kernel(
     dt,  # (b, l, h)
     A,  # (h)
@@ -60,8 +66,7 @@ def _decays_kernel(
     tokens = tl.arange(0, SPAN)
     dt += batch * batch_strides[0] + head * dt_strides[1] + offset * dt_strides[0]
     _, step = activate(dt, dt_strides[0], tokens, left, bias, head, SOFTPLUS)
-    step = tl.where(step < low, low, tl.where(step > high, high, step))  # a NaN stays one
-    step = tl.where(tokens < left, step, 0.0)
+    step = tl.where(tokens < left, clamp(step, low, high), 0.0)
     rate = tl.load(A + head).to(tl.float32) * LOG2E
     here = (batch * h + head) * seqlen + start + tokens
     tl.store(steps + here, step, mask=tokens < left)

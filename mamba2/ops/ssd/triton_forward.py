@@ -28,6 +28,7 @@ from mamba2.ops.ssd.triton_common import (
     load_head,
     load_kept,
     load_rows,
+    load_steps,
     scaled,
     store_tile,
     zero_state,
@@ -45,7 +46,7 @@ def _scan_kernel(
     steps,  # (b, h, l)
     cs,  # (b, h, l)
     document,  # (b, l) or None
-    initial,  # (b, h, p, n) or None; unused when FROM_KEPT
+    initial,  # (b, h, p, n) or None; when FROM_KEPT only whether it is there matters
     y,  # out: (b, l, h, p), contiguous
     ungated,  # out: y before the gate, like y, or None
     kept,  # (b, spans, h, n, p): out, or None; in when FROM_KEPT
@@ -74,7 +75,8 @@ def _scan_kernel(
 ):
     """Grid (h * p tiles, b, FROM_KEPT ? spans : 1). A program owns P_TILE channels of one head, over the sequence.
 
-    FROM_KEPT: over one span only, from the state that earlier launches left in `kept`.
+    FROM_KEPT: over one span only, from the state that earlier launches left in `kept`. The first span's is neither
+    written nor read where it is zero, without an initial state.
     """
     p_tiles: tl.constexpr = (p + P_TILE - 1) // P_TILE
     SPAN: tl.constexpr = SPAN_CHUNKS * Q
@@ -104,7 +106,8 @@ def _scan_kernel(
     state1, state2 = zero_state(P_TILE, N1, N2)
     if FROM_KEPT:
         end = tl.minimum(end, first + SPAN_CHUNKS)
-        state1, state2 = load_kept(kept + tl.program_id(2).to(tl.int64) * h * (n * p), columns, p, n, N1, N2)
+        rows_kept = n if initial is not None else tl.where(first > 0, n, 0)
+        state1, state2 = load_kept(kept + tl.program_id(2).to(tl.int64) * h * (n * p), columns, p, rows_kept, N1, N2)
         state1, state2 = state1.to(tl.float32), state2.to(tl.float32)
     elif initial is not None:
         initial += batch * batch_strides[4] + head * initial_strides[0]
@@ -113,11 +116,15 @@ def _scan_kernel(
     for chunk in tl.range(first, end, num_stages=STAGES, disable_licm=True):
         start = chunk * Q
         left = seqlen - start
-        step, decay, number, into, out, through = load_chunk_decays(steps, cs, document, start, seqlen, Q, SPAN)
+        step = load_steps(steps, start, seqlen, Q)
+        decay, number, into, out, through = load_chunk_decays(cs, document, start, seqlen, Q, SPAN)
         narrow1, narrow2 = state1.to(narrow), state2.to(narrow)
         if kept is not None and not FROM_KEPT:
             here = kept + tl.cast(chunk // SPAN_CHUNKS, tl.int64) * h * (n * p)
-            keep(here, narrow1, narrow2, columns, p, tl.where(chunk % SPAN_CHUNKS == 0, n, 0), N1, N2)
+            enters = chunk % SPAN_CHUNKS == 0
+            if initial is None:
+                enters = enters & (chunk > 0)
+            keep(here, narrow1, narrow2, columns, p, tl.where(enters, n, 0), N1, N2)
 
         # What earlier chunks left.
         C1, C2 = load_rows(C, start, seqlen, C_strides, n, Q, N1, N2)

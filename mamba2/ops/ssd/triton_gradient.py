@@ -1,4 +1,4 @@
-"""SSD backward, second part: dB and dC, and sums from which `triton_finish` makes the gradient of dt.
+"""SSD backward, after R: dx, dB and dC, and sums from which `triton_finish` makes the gradient of dt.
 
 For a span with incoming state S and R the gradient of its outgoing state, i and j tokens of it, `cs` the inclusive
 cumulative sum of dt A, CB_ij = C_i·B_j, E_ij = exp(cs_i - cs_j) for j <= i:
@@ -6,13 +6,18 @@ cumulative sum of dt A, CB_ij = C_i·B_j, E_ij = exp(cs_i - cs_j) for j <= i:
     dCB_ij = Σ_heads (dout_i·x_j) dt_j E_ij
     dC_i   = Σ_j dCB_ij B_j + Σ_heads exp(cs_i) S dout_i
     dB_j   = Σ_i dCB_ij C_i + Σ_heads exp(cs_last - cs_j) dt_j R x_j
+    dx_j   see `triton_reverse`
 
-A program sums over the heads of a group in registers, so that dB and dC are written once. For the gradient of dt it
-leaves s_i = exp(cs_i) dout_i·(Sᵀ C_i), v_j = exp(cs_last - cs_j) dt_j x_j·(Rᵀ B_j), exp(cs_last) <R, S>, and sums by
-row and by column of W_ij = (dout_i·x_j) dt_j E_ij CB_ij, j < i.
+A program for dB or dC sums over the heads of a group in registers, so that they are written once. For the gradient of
+dt the launch leaves s_i = exp(cs_i) dout_i·(Sᵀ C_i), exp(cs_last) <R, S>, sums by row of
+W_ij = (dout_i·x_j) dt_j E_ij CB_ij, j < i, less those by column where i and j share a block, and for each block the sum
+of exp(cs_last - cs_j) dt_j x_j·(Rᵀ B_j); those of `triton_reverse` too.
 
-Bytes per token, 16-bit input, spans of s tokens, blocks of Q: x, dout 4 h p; B, C, dB, dC 8 g n; steps, cs 8 h;
-S, R 4 h p n / s; sums of W 8 h s / Q; s and v 8 h.
+Programs of one span and group are neighbours in the grid: x, dout, B and C reach the device once, then come from L2.
+
+Bytes per token, 16-bit input, spans of s tokens, blocks of Q: x, dout, dx 6 h p; B, C, dB, dC 8 g n; steps, cs 8 h;
+S, R 4 h p n / s; sums of W 2 h (s / Q + 1); s, v and u·x 12 h. Where a sequence begins without a state, or its last
+state has no gradient, S and R are zero there: they, and what follows from them, are neither written nor read.
 """
 
 import triton
@@ -25,9 +30,11 @@ from mamba2.ops.ssd.triton_common import (
     load_head,
     load_kept,
     load_rows,
+    span_states,
     store_tile,
     zero_state,
 )
+from mamba2.ops.ssd.triton_reverse import walk_span
 
 
 @triton.jit
@@ -35,6 +42,7 @@ def _gradient_kernel(
     x,  # (b, l, h, p)
     B,  # (b, l, g, n)
     C,  # (b, l, g, n)
+    D,  # (h) or (h, p), or None
     steps,  # (b, h, l)
     cs,  # (b, h, l)
     ends,  # (b, h, chunks)
@@ -42,10 +50,14 @@ def _gradient_kernel(
     dout,  # (b, l, h, p)
     kept_S,  # states entering each span: (b, spans, h, n, p)
     kept_R,  # gradients of the states leaving each span: (b, spans, h, n, p)
-    dB,  # out: (b, l, g, n), contiguous
-    dC,  # out: (b, l, g, n), contiguous
-    sums,  # out: (2 d + 2, b, h, l), float32; d planes of sums of W by row, d by column, s, v
-    RS,  # out: exp(cs_last) <R, S> of each span: (b, spans, h), float32
+    dx,  # out: (b, l, h, p); this and all below contiguous
+    dB,  # out: (b, l, g, n)
+    dC,  # out: (b, l, g, n)
+    dD,  # out: (b * spans, h, p) or (b * spans * p tiles, h), float32, or None
+    sums,  # out: (d + 1, b, h, l), float32; d planes of sums of W, then s
+    walked,  # out: (2, b, h, p tiles, l), float32: u·x, v
+    totals,  # out: (b, h, chunks), float32: sums over a block that reach the end of its span
+    RS,  # out: exp(cs_last) <R, S> of each span: (b, spans, h, p tiles), float32
     batch_strides,  # of x, B, C, dout
     seqlen,
     spans,
@@ -53,6 +65,7 @@ def _gradient_kernel(
     x_strides: tl.constexpr,
     B_strides: tl.constexpr,
     C_strides: tl.constexpr,
+    D_strides: tl.constexpr,
     dout_strides: tl.constexpr,
     h: tl.constexpr,
     p: tl.constexpr,
@@ -63,21 +76,28 @@ def _gradient_kernel(
     P_TILE: tl.constexpr,
     N1: tl.constexpr,
     N2: tl.constexpr,
+    INITIAL: tl.constexpr,
+    CARRY: tl.constexpr,
+    D_PER_CHANNEL: tl.constexpr,
     PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
-    """Grid (2 * blocks, g, b). Two programs share a block of Q tokens of one group, each with all heads of the group.
+    """Grid (spans * roles, g, b). Of a group, a span has one program for each head and P_TILE channels, which walks
+    the span for dx, and two for each block of Q tokens, each with all heads of the group.
 
-    The even one takes its tokens as j, the writers, and makes dB; the odd one as i, the readers, and makes dC. W is
-    summed by the writers' program. The one for blocks j and i = j + d fills plane d of the sums by row at i and of
-    those by column at j, so that no two programs write to one place.
+    Of the two, one takes its tokens as j, the writers, and makes dB; the other as i, the readers, and makes dC. W is
+    summed by the writers' program. The one for blocks j and i = j + d fills plane d of the sums at i, so that no two
+    programs write to one place.
     """
     ngroups: tl.constexpr = h // HEADS_PER_GROUP
+    p_tiles: tl.constexpr = (p + P_TILE - 1) // P_TILE
+    walks: tl.constexpr = HEADS_PER_GROUP * p_tiles
+    roles: tl.constexpr = walks + 2 * SPAN_CHUNKS
     group = tl.program_id(1).to(tl.int64)
     batch = tl.program_id(2).to(tl.int64)
     head = group * HEADS_PER_GROUP  # the group's first
-    block = tl.program_id(0) // 3
-    start = block * Q
-    span = block // SPAN_CHUNKS
+    span = tl.program_id(0) // roles
+    role = tl.program_id(0) % roles
     first = span * SPAN_CHUNKS * Q
     end = tl.minimum(first + SPAN_CHUNKS * Q, seqlen)
 
@@ -88,92 +108,136 @@ def _gradient_kernel(
     steps += (batch * h + head) * seqlen
     cs += (batch * h + head) * seqlen
     ends += (batch * h + head) * tl.cdiv(seqlen, Q)
-    sums += (batch * h + head) * seqlen
     if document is not None:
         document += batch * seqlen
     plane = tl.cast(plane, tl.int64)
-    kept = (batch * spans + span) * h + head
-    here = ((batch * seqlen + start) * ngroups + group) * n
-    if tl.program_id(0) % 3 == 0:
-        _write_block(
-            x,
+    row = batch * spans + span
+    kept_S += (row * h + head) * (n * p)
+    kept_R += (row * h + head) * (n * p)
+    enters, leaves = span_states(span, spans, INITIAL, CARRY)
+    if role < walks:
+        r = (role // p_tiles).to(tl.int64)
+        tile = role % p_tiles
+        head += r
+        columns = tile * P_TILE + tl.arange(0, P_TILE)
+        steps += r * seqlen
+        cs += r * seqlen
+        ends += r * tl.cdiv(seqlen, Q)
+        R1, R2 = load_kept(kept_R + r * (n * p), columns, p, tl.where(leaves, n, 0), N1, N2)
+        if enters & leaves:
+            S1, S2 = load_kept(kept_S + r * (n * p), columns, p, n, N1, N2)
+            here = (row * h + head) * p_tiles + tile
+            tl.store(RS + here, _through_span(R1, R2, S1, S2, ends, document, end, Q, N2))
+        skip = None
+        if D is not None:
+            skip = tl.load(D + head * D_strides[0] + columns * D_strides[1], mask=columns < p, other=0.0)
+            skip = skip.to(tl.float32)
+        ux = walked + ((batch * h + head) * p_tiles + tile) * seqlen
+        dD_sum = walk_span(
+            x + r * x_strides[1],
             B,
             C,
+            skip,
             steps,
             cs,
-            ends,
             document,
-            dout,
-            kept_R + kept * (n * p),
-            dB + here,
-            sums,
+            dout + r * dout_strides[1],
+            R1,
+            R2,
+            dx + (batch * seqlen * h + head) * p,
+            ux,
+            ux + plane * p_tiles,
             seqlen,
-            plane,
-            start,
             first,
-            end,
+            columns,
             x_strides,
             B_strides,
             C_strides,
             dout_strides,
-            ngroups,
+            h,
             p,
             n,
-            HEADS_PER_GROUP,
             SPAN_CHUNKS,
             Q,
             P_TILE,
             N1,
             N2,
             PRECISION,
+            STAGES,
         )
-    elif tl.program_id(0) % 3 == 1:
-        _read_block(
-            x,
-            B,
-            C,
-            steps,
-            cs,
-            ends,
-            document,
-            dout,
-            kept_S + kept * (n * p),
-            dC + here,
-            sums + 2 * SPAN_CHUNKS * plane,
-            seqlen,
-            start,
-            first,
-            x_strides,
-            B_strides,
-            C_strides,
-            dout_strides,
-            ngroups,
-            p,
-            n,
-            HEADS_PER_GROUP,
-            Q,
-            P_TILE,
-            N1,
-            N2,
-            PRECISION,
-        )
-    elif start == first:
-        _state_products(
-            kept_S + kept * (n * p),
-            kept_R + kept * (n * p),
-            RS + kept,
-            ends,
-            document,
-            seqlen,
-            end,
-            p,
-            n,
-            HEADS_PER_GROUP,
-            Q,
-            P_TILE,
-            N1,
-            N2,
-        )
+        if D is not None:
+            if D_PER_CHANNEL:
+                tl.store(dD + (row * h + head) * p + columns, dD_sum, mask=columns < p)
+            else:
+                tl.store(dD + (row * p_tiles + tile) * h + head, tl.sum(dD_sum, axis=0))
+    else:
+        start = first + (role - walks) // 2 * Q
+        sums += (batch * h + head) * seqlen
+        here = ((batch * seqlen + start) * ngroups + group) * n
+        if (start < seqlen) & ((role - walks) % 2 == 0):
+            _write_block(
+                x,
+                B,
+                C,
+                steps,
+                cs,
+                ends,
+                document,
+                dout,
+                kept_R,
+                leaves,
+                dB + here,
+                sums,
+                totals + (batch * h + head) * tl.cdiv(seqlen, Q),
+                seqlen,
+                plane,
+                start,
+                end,
+                x_strides,
+                B_strides,
+                C_strides,
+                dout_strides,
+                ngroups,
+                p,
+                n,
+                HEADS_PER_GROUP,
+                Q,
+                P_TILE,
+                N1,
+                N2,
+                PRECISION,
+            )
+        elif start < seqlen:
+            _read_block(
+                x,
+                B,
+                C,
+                steps,
+                cs,
+                ends,
+                document,
+                dout,
+                kept_S,
+                enters,
+                dC + here,
+                sums + SPAN_CHUNKS * plane,
+                seqlen,
+                start,
+                first,
+                x_strides,
+                B_strides,
+                C_strides,
+                dout_strides,
+                ngroups,
+                p,
+                n,
+                HEADS_PER_GROUP,
+                Q,
+                P_TILE,
+                N1,
+                N2,
+                PRECISION,
+            )
 
 
 @triton.jit
@@ -187,12 +251,13 @@ def _write_block(
     document,
     dout,
     kept_R,
+    leaves,  # whether there is one
     dB,  # to the block's first token
     sums,
+    totals,
     seqlen,
     plane,
     start,  # of the block
-    first,  # of the span
     end,  # of the span
     x_strides: tl.constexpr,
     B_strides: tl.constexpr,
@@ -202,39 +267,39 @@ def _write_block(
     p: tl.constexpr,
     n: tl.constexpr,
     HEADS_PER_GROUP: tl.constexpr,
-    SPAN_CHUNKS: tl.constexpr,
     Q: tl.constexpr,
     P_TILE: tl.constexpr,
     N1: tl.constexpr,
     N2: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """dB, v and the sums of W, of a block of writers j: through R, then through the readers i of its span."""
+    """dB, the total and the sums of W, of a block of writers j: through R, then through the readers i of its span."""
     p_tiles: tl.constexpr = (p + P_TILE - 1) // P_TILE
     rows = tl.arange(0, Q)
     narrow = x.dtype.element_ty
     dB1, dB2 = zero_state(Q, N1, N2)  # transposed: (N1, Q), (N2, Q)
 
-    for r in tl.range(0, HEADS_PER_GROUP, disable_licm=True):
+    for r in tl.range(0, tl.where(leaves, HEADS_PER_GROUP, 0), disable_licm=True):
         to_head = tl.cast(r, tl.int64)
         at = to_head * seqlen
         weight = _write_weights(
             steps + at, cs + at, ends + to_head * tl.cdiv(seqlen, Q), document, start, end, seqlen, Q
         )
-        v = tl.zeros((Q,), dtype=tl.float32)
+        total = tl.zeros((Q,), dtype=tl.float32)
         for tile in tl.range(0, p_tiles, disable_licm=True):
             columns = tile * P_TILE + tl.arange(0, P_TILE)
             R1, R2 = load_kept(kept_R + to_head * (n * p), columns, p, n, N1, N2)
             x_tile = load_head(x + to_head * x_strides[1], start, seqlen, columns, x_strides, p, Q)
             B1, B2 = load_rows(B, start, seqlen, B_strides, n, Q, N1, N2)
             part1 = dot(R1, tl.trans(x_tile), None, PRECISION) * weight[None, :]
-            v += tl.sum(part1 * tl.trans(B1).to(tl.float32), axis=0)
+            total += tl.sum(part1 * tl.trans(B1).to(tl.float32), axis=0)
             dB1 += part1
             if N2 > 0:
                 part2 = dot(R2, tl.trans(x_tile), None, PRECISION) * weight[None, :]
-                v += tl.sum(part2 * tl.trans(B2).to(tl.float32), axis=0)
+                total += tl.sum(part2 * tl.trans(B2).to(tl.float32), axis=0)
                 dB2 += part2
-        tl.store(sums + (2 * SPAN_CHUNKS + 1) * plane + at + start + rows, v, mask=start + rows < seqlen)
+        # With an axis, Triton 3.7.1 fails to lay this sum out on sm_100.
+        tl.store(totals + to_head * tl.cdiv(seqlen, Q) + start // Q, tl.sum(total))
 
     for d in tl.range(0, tl.cdiv(end - start, Q), disable_licm=True):
         readers = start + d * Q
@@ -264,10 +329,10 @@ def _write_block(
             )
             dBC += pairs
             W = tl.where(start + rows[:, None] == readers + rows[None, :], 0.0, pairs * BC)
-            row_sums = sums + d * plane + at + readers + rows
-            column_sums = sums + (SPAN_CHUNKS + d) * plane + at + start + rows
-            tl.store(row_sums, tl.sum(W, axis=0), mask=readers + rows < seqlen)
-            tl.store(column_sums, tl.sum(W, axis=1), mask=start + rows < seqlen)
+            by_reader = tl.sum(W, axis=0)
+            if d == 0:
+                by_reader -= tl.sum(W, axis=1)
+            tl.store(sums + d * plane + at + readers + rows, by_reader, mask=readers + rows < seqlen)
         C1, C2 = load_rows(C, readers, seqlen, C_strides, n, Q, N1, N2)
         dB1, dB2 = add_outer(dB1, dB2, C1, C2, tl.trans(dBC.to(narrow)), 1.0, N2, PRECISION)
     _store_rows(dB, dB1, dB2, seqlen - start, ngroups, n, Q, N1, N2)
@@ -284,6 +349,7 @@ def _read_block(
     document,
     dout,
     kept_S,
+    enters,  # whether there is one
     dC,  # to the block's first token
     s_out,
     seqlen,
@@ -309,7 +375,7 @@ def _read_block(
     narrow = x.dtype.element_ty
     dC1, dC2 = zero_state(Q, N1, N2)  # transposed: (N1, Q), (N2, Q)
 
-    for r in tl.range(0, HEADS_PER_GROUP, disable_licm=True):
+    for r in tl.range(0, tl.where(enters, HEADS_PER_GROUP, 0), disable_licm=True):
         to_head = tl.cast(r, tl.int64)
         at = to_head * seqlen
         into = _read_weights(cs + at, ends + to_head * tl.cdiv(seqlen, Q), document, start, first, seqlen, Q)
@@ -430,37 +496,15 @@ def _pairs(
 
 
 @triton.jit
-def _state_products(
-    kept_S,
-    kept_R,
-    RS,
-    ends,
-    document,
-    seqlen,
-    end,
-    p: tl.constexpr,
-    n: tl.constexpr,
-    HEADS_PER_GROUP: tl.constexpr,
-    Q: tl.constexpr,
-    P_TILE: tl.constexpr,
-    N1: tl.constexpr,
-    N2: tl.constexpr,
-):
-    """exp(cs_last) <R, S> of a span, for each head."""
-    for r in tl.range(0, HEADS_PER_GROUP, disable_licm=True):
-        to_head = tl.cast(r, tl.int64)
-        through = tl.exp2(tl.load(ends + to_head * tl.cdiv(seqlen, Q) + (end - 1) // Q))
-        if document is not None:
-            through = tl.where(tl.load(document + end - 1) == 0, through, 0.0)
-        product = 0.0
-        for tile in tl.range(0, (p + P_TILE - 1) // P_TILE, disable_licm=True):
-            columns = tile * P_TILE + tl.arange(0, P_TILE)
-            S1, S2 = load_kept(kept_S + to_head * (n * p), columns, p, n, N1, N2)
-            R1, R2 = load_kept(kept_R + to_head * (n * p), columns, p, n, N1, N2)
-            product += tl.sum(tl.sum(R1.to(tl.float32) * S1.to(tl.float32), axis=1), axis=0)
-            if N2 > 0:
-                product += tl.sum(tl.sum(R2.to(tl.float32) * S2.to(tl.float32), axis=1), axis=0)
-        tl.store(RS + r, product * through)
+def _through_span(R1, R2, S1, S2, ends, document, end, Q: tl.constexpr, N2: tl.constexpr):
+    """exp(cs_last) <R, S> of the span that ends at `end`, over the tile's channels."""
+    through = tl.exp2(tl.load(ends + (end - 1) // Q))
+    if document is not None:
+        through = tl.where(tl.load(document + end - 1) == 0, through, 0.0)
+    product = tl.sum(tl.sum(R1.to(tl.float32) * S1.to(tl.float32), axis=1), axis=0)
+    if N2 > 0:
+        product += tl.sum(tl.sum(R2.to(tl.float32) * S2.to(tl.float32), axis=1), axis=0)
+    return product * through
 
 
 @triton.jit

@@ -24,7 +24,7 @@ class Launch:
     registers: int = 255
 
     def options(self, target: str) -> dict[str, int]:
-        options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        options = {"num_warps": self.num_warps, "num_stages": 1}  # of loops that say nothing
         return options if target.startswith("gfx") else {**options, "maxnreg": self.registers}
 
 
@@ -72,7 +72,7 @@ WALKS = {
 
 
 def launch_for(kernel: str, target: str, itemsize: int, p: int, n: int, plain: bool = True) -> Launch:
-    """The table. `kernel` is scan, reverse, states or gradient; `plain`: no gate, no documents, over whole sequences.
+    """The table. `kernel` is scan, states, reverse or gradient; `plain`: no gate, no documents, over whole sequences.
 
     A target that is not in the table takes the row of the nearest one that is.
     """
@@ -80,14 +80,14 @@ def launch_for(kernel: str, target: str, itemsize: int, p: int, n: int, plain: b
     widest = max(16, triton.next_power_of_2(p))
     wide = n > 160  # one more doubling of the state: half the channels, or twice the warps
     if itemsize == 4:
-        return Launch(16, 8 if kernel in ("scan", "reverse") else 4, 1)
-    if kernel == "states":
+        return Launch(16, 8 if kernel == "scan" else 4, 1)
+    if kernel in ("states", "reverse"):
         return Launch(min(32, widest), 4, 1)
     if kernel == "gradient":
-        # Two accumulators of (d_state, chunk); 255 registers and 8 bytes more on sm_80 where d_state takes two tiles.
-        eight = wide or (n_tiles(n)[1] > 0 and (target == "sm_80" or not plain))
-        bound = 168 if plain and target == "sm_90" and p <= 64 and n in (64, 128) else 255
-        return Launch(min(32, widest), 8 if eight else 4, 1, bound)
+        # Two accumulators of (d_state, chunk), and where d_state takes two tiles more than 255 registers in places.
+        short = target in ("sm_80", "sm_120") or (target != "gfx942" and not plain)
+        eight = wide or (n_tiles(n)[1] > 0 and short)
+        return Launch(16 if wide else min(32, widest), 8 if eight else 4, 2 if target in ("sm_90", "sm_100") else 1)
     if target == "gfx942":
         return replace(WALKS[target], p_tile=16 if wide else min(32, widest))
     if wide or not plain:

@@ -5,9 +5,9 @@ Two forms of each direction. Forward:
     sequential       decays; one program per sequence, head and tile of channels walks the sequence     2 launches
     chunk-parallel   decays; what each span adds to the state; spans in order; outputs of all spans     4 launches
 
-The backward pass gets R, the gradient of the state, in the same two ways (1 or 3 launches, which also make dx), then
-dB and dC, then the gradient of dt, then sums (3 launches); with a gate, one launch more before. Nothing else runs on
-the device.
+The backward pass gets R, the gradient of the state, in the same two ways (1 or 2 launches; none where it is zero
+between all spans), then dx, dB and dC, then the gradient of dt, then sums (3 launches); with a gate, one launch more
+before. Nothing else runs on the device.
 
 The rule: the sequential form moves fewer bytes and is taken whenever its programs number at least the multiprocessors
 of the device.
@@ -25,8 +25,8 @@ from mamba2.ops.ssd.triton_finish import _finish_kernel
 from mamba2.ops.ssd.triton_forward import _scan_kernel
 from mamba2.ops.ssd.triton_gradient import _gradient_kernel
 from mamba2.ops.ssd.triton_launch import Launch, choose_launch, chunk_for, launch_for, n_tiles, span_for
-from mamba2.ops.ssd.triton_reverse import _gate_kernel, _reverse_kernel
-from mamba2.ops.ssd.triton_states import _pass_kernel, _states_kernel
+from mamba2.ops.ssd.triton_reverse import _gate_kernel
+from mamba2.ops.ssd.triton_states import _pass_kernel, _reverse_kernel, _states_kernel
 from mamba2.ops.triton_reduce import sum_rows
 
 
@@ -143,16 +143,17 @@ def _backward_op(
     run = _Run(
         steps, cs, ends, document, x, dt, A, B, C, D, z, dt_bias, initial_states, seq_idx, dt_softplus, dt_low, dt_high
     )
-    parallel = run.parallel("reverse")
     gradients = run.empty_states()
     with torch.cuda.device_of(x):
         dy = dout if z is None else run.gate(dout, ungated, grads)
-        if parallel:
-            dinitial = None if initial_states is None else grads[8]
+        dinitial = None if initial_states is None else grads[8]
+        if run.parallel("reverse"):
             run.states(dy, C, dfinal, dinitial, gradients, reverse=True)
-        ux, dD = run.reverse(dy, dfinal, gradients, grads, from_kept=parallel)
-        sums, RS = run.gradient(dy, kept, gradients, grads)
-        run.finish(ux, dD, sums, RS, grads)
+        else:
+            run.reverse(dy, dfinal, gradients, dinitial)
+        ends = {"INITIAL": initial_states is not None, "CARRY": dfinal is not None}
+        sums = run.gradient(dy, kept, gradients, grads, ends)
+        run.finish(*sums, grads, ends)
     return grads
 
 
@@ -283,7 +284,7 @@ class _Run:
 
     def scan(self, y, ungated, kept, final, from_kept: bool) -> None:
         def start(launch: Launch) -> None:
-            _scan_kernel[self.walks(launch, from_kept)](
+            _scan_kernel[self.walks(launch, self.spans if from_kept else 1)](
                 self.x,
                 self.B,
                 self.C,
@@ -292,7 +293,7 @@ class _Run:
                 self.steps,
                 self.cs,
                 self.document,
-                None if from_kept else self.initial_states,
+                self.initial_states,
                 y,
                 ungated,
                 kept,
@@ -335,60 +336,42 @@ class _Run:
         )
         return dy
 
-    def reverse(self, dout, dfinal, kept, grads, from_kept: bool):
-        """dx and what is summed later: u·x (b, h, p tiles, l), and dD's rows, or None."""
-        dx, *_, dinitial = grads
-        per_channel = self.D is not None and self.D.dim() == 2
+    def reverse(self, dout, dfinal, kept, dinitial) -> None:
+        """The gradient of the state leaving each span, from that of the last to that of the first, if wanted."""
+        if self.spans == 1 and dfinal is None and dinitial is None:
+            return  # all are zero
 
-        def start(launch: Launch) -> tuple[torch.Tensor, torch.Tensor | None]:
-            grid = self.walks(launch, from_kept)
-            tiles = triton.cdiv(self.p, launch.p_tile)
-            ux = self.new_floats(self.b, self.h, tiles, self.l)
-            dD = None
-            if self.D is not None:
-                dD = self.new_floats(self.b * grid[2] * (1 if per_channel else tiles), self.D.numel())
-            _reverse_kernel[grid](
-                self.x,
-                self.B,
+        def start(launch: Launch) -> None:
+            _reverse_kernel[self.walks(launch, 1)](
+                dout,
                 self.C,
-                self.D,
-                self.steps,
                 self.cs,
                 self.document,
-                dout,
-                None if from_kept else dfinal,
+                dfinal,
                 kept,
-                dx,
-                ux,
-                dD,
-                None if from_kept or self.initial_states is None else dinitial,
-                _batch_strides(self.x, self.B, self.C, dout, dfinal),
+                dinitial,
+                _batch_strides(dout, self.C, dfinal),
                 self.l,
                 self.spans,
-                x_strides=_strides(self.x, 3),
-                B_strides=_strides(self.B, 3),
-                C_strides=_strides(self.C, 3),
-                D_strides=_channel_strides(self.D),
                 dout_strides=_strides(dout, 3),
+                C_strides=_strides(self.C, 3),
                 carry_strides=_strides(dfinal, 3),
-                FROM_KEPT=from_kept,
-                D_PER_CHANNEL=per_channel,
                 STAGES=launch.num_stages,
                 **self.constants(launch),
             )
-            return ux, dD
 
-        return self.launch("reverse", start, from_kept)
+        self.launch("reverse", start)
 
-    def walks(self, launch: Launch, from_kept: bool) -> tuple[int, int, int]:
-        return self.h * triton.cdiv(self.p, launch.p_tile), self.b, self.spans if from_kept else 1
+    def walks(self, launch: Launch, spans: int) -> tuple[int, int, int]:
+        return self.h * triton.cdiv(self.p, launch.p_tile), self.b, spans
 
     def states(self, v, k, carry, end, kept, reverse: bool) -> None:
         """The state entering each span, or in reverse the gradient of the one leaving it, from `carry` to `end`."""
         through = self.new_floats(self.b, self.spans, self.h)
+        walked = self.spans - (end is None)
 
         def start(launch: Launch) -> None:
-            _states_kernel[self.walks(launch, from_kept=True)](
+            _states_kernel[self.walks(launch, walked)](
                 v,
                 k,
                 self.steps,
@@ -399,6 +382,7 @@ class _Run:
                 _batch_strides(v, k),
                 self.l,
                 self.spans,
+                self.spans - walked if reverse else 0,
                 v_strides=_strides(v, 3),
                 k_strides=_strides(k, 3),
                 REVERSE=reverse,
@@ -415,6 +399,7 @@ class _Run:
             end,
             0 if carry is None else carry.stride(0),
             self.spans,
+            walked,
             carry_strides=_strides(carry, 3),
             h=self.h,
             p=self.p,
@@ -424,17 +409,26 @@ class _Run:
             num_warps=4,
         )
 
-    def gradient(self, dout, kept_S, kept_R, grads) -> tuple[torch.Tensor, torch.Tensor]:
-        """dB, dC and what the gradient of dt needs of them: `sums` and `RS` of `_gradient_kernel`."""
-        _, _, _, dB, dC, _, _, _, _ = grads
-        sums = self.new_floats(2 * self.span // self.chunk + 2, self.b, self.h, self.l)
-        RS = self.new_floats(self.b, self.spans, self.h)
+    def gradient(self, dout, kept_S, kept_R, grads, ends: dict[str, bool]) -> tuple[torch.Tensor | None, ...]:
+        """dx, dB, dC; returned is what is summed later: rows of dD or None, and what the gradient of dt is made of."""
+        dx, _, _, dB, dC, *_ = grads
+        per_channel = self.D is not None and self.D.dim() == 2
+        sums = self.new_floats(self.span // self.chunk + 1, self.b, self.h, self.l)
+        totals = self.new_floats(*self.ends.shape)
 
-        def start(launch: Launch) -> None:
-            _gradient_kernel[(3 * triton.cdiv(self.l, self.chunk), self.g, self.b)](
+        def start(launch: Launch) -> tuple[torch.Tensor | None, ...]:
+            tiles = triton.cdiv(self.p, launch.p_tile)
+            walked = self.new_floats(2, self.b, self.h, tiles, self.l)
+            RS = self.new_floats(self.b, self.spans, self.h, tiles)
+            dD = None
+            if self.D is not None:
+                dD = self.new_floats(self.b * self.spans * (1 if per_channel else tiles), self.D.numel())
+            roles = self.h // self.g * tiles + 2 * self.span // self.chunk
+            _gradient_kernel[(self.spans * roles, self.g, self.b)](
                 self.x,
                 self.B,
                 self.C,
+                self.D,
                 self.steps,
                 self.cs,
                 self.ends,
@@ -442,9 +436,13 @@ class _Run:
                 dout,
                 kept_S,
                 kept_R,
+                dx,
                 dB,
                 dC,
+                dD,
                 sums,
+                walked,
+                totals,
                 RS,
                 _batch_strides(self.x, self.B, self.C, dout),
                 self.l,
@@ -453,24 +451,28 @@ class _Run:
                 x_strides=_strides(self.x, 3),
                 B_strides=_strides(self.B, 3),
                 C_strides=_strides(self.C, 3),
+                D_strides=_channel_strides(self.D),
                 dout_strides=_strides(dout, 3),
+                **ends,
+                D_PER_CHANNEL=per_channel,
+                STAGES=launch.num_stages,
                 **self.constants(launch),
             )
+            return dD, sums, walked, totals, RS
 
-        self.launch("gradient", start)
-        return sums, RS
+        return self.launch("gradient", start)
 
-    def finish(self, ux, dD_rows, sums, RS, grads) -> None:
-        """ddt, dA, dD and d(dt_bias), from what the other launches left."""
+    def finish(self, dD_rows, sums, walked, totals, RS, grads, ends: dict[str, bool]) -> None:
+        """ddt, dA, dD and d(dt_bias), from what `gradient` left."""
         _, ddt, dA, _, _, dD, _, dbias, _ = grads
         shares = self.new_floats(self.b * self.spans, 2 * self.h)
         _finish_kernel[(self.spans, self.h, self.b)](
             self.dt,
             self.A,
             self.dt_bias,
-            self.steps,
-            ux,
             sums,
+            walked,
+            totals,
             RS,
             ddt,
             shares,
@@ -481,9 +483,10 @@ class _Run:
             **self.limits,
             dt_strides=_strides(self.dt, 2),
             h=self.h,
-            P_TILES=ux.shape[2],
+            P_TILES=walked.shape[3],
             SPAN_CHUNKS=self.span // self.chunk,
             Q=self.chunk,
+            **ends,
             SOFTPLUS=self.softplus,
             num_warps=4,
         )
