@@ -219,5 +219,6 @@ def _verdict(c: Paired) -> str:
             f"the interval leaves out zero, which holds if differences are normally distributed; the exact test does "
             f"not show it (p = {c.p:.2g}, Holm {c.p_holm:.2g})"
         )
-    needed = f"to find {EQUIVALENCE} nats here takes about {c.seeds_needed or f'more than {MOST_SEEDS}'} seeds"
-    return text + f"neither a difference nor its absence is shown (p = {c.p:.2g}); {needed}"
+    needed = f"about {c.seeds_needed}" if c.seeds_needed else f"more than {MOST_SEEDS:,}"
+    text += f"neither a difference nor its absence is shown (p = {c.p:.2g}); "
+    return text + f"to find {EQUIVALENCE} nats here takes {needed} seeds"
