@@ -31,6 +31,7 @@ from mamba2.evaluation.recall import recall
 from mamba2.evaluation.report import Evaluated, write_report
 from mamba2.evaluation.runs import check_comparable, read_history
 from mamba2.generate import generate
+from mamba2.host_memory import keep_freed_memory
 from mamba2.model import Mamba2LM
 from mamba2.study import add_study
 from mamba2.tokenizer import Tokenizer, load_tokenizer
@@ -87,6 +88,7 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     args = parse()
+    keep_freed_memory()
 
     # 1. Find the models, and refuse what cannot be compared before computing anything.
     base = Path(args.model_base_path)

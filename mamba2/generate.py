@@ -18,6 +18,7 @@ import torch
 from mamba2.cli import run
 from mamba2.cuda_graph import GraphDecoder
 from mamba2.decoder import Decoder
+from mamba2.host_memory import keep_freed_memory
 from mamba2.model import Mamba2LM, MixerState
 from mamba2.ops.backend import choose_backend
 from mamba2.sampling import Sampling
@@ -219,6 +220,7 @@ def main() -> None:
         raise ValueError("--samples must be at least 1 and --max-new-tokens at least 0")
     if args.interactive and args.samples > 1:
         raise ValueError("--interactive carries one text on: --samples must be 1")
+    keep_freed_memory()
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = get_tokenizer(args.tokenizer) if args.tokenizer else load_tokenizer(args.model)
     model = Mamba2LM.from_pretrained(args.model, device, getattr(torch, args.dtype)).eval()

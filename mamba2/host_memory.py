@@ -1,4 +1,4 @@
-"""What the C library does with memory that a training step gives back."""
+"""What the C library does with memory that a step gives back."""
 
 import ctypes
 import platform
@@ -11,8 +11,8 @@ def keep_freed_memory() -> bool:
     """Let glibc keep freed memory for the next allocation. Returns False where the C library is another one.
 
     By default it hands large blocks back to the system, and each step then has every page of every activation cleared
-    and mapped anew: a twentieth of a float32 step on a processor, a quarter of a fused bf16 one. For the whole process,
-    so it is for a script to ask for.
+    and mapped anew: a twentieth of a float32 training step on a processor, a quarter of a fused bf16 one. For the whole
+    process, so it is for a script to ask for.
     """
     if platform.libc_ver()[0] != "glibc":
         return False
