@@ -125,7 +125,6 @@ def _cuda_usage(cubin: bytes) -> tuple[int, int]:
 def _amd_usage(assembly: str) -> tuple[int, int]:
     """Vector registers per thread, and spilled registers plus bytes of scratch memory."""
     usage = {name: int(value) for name, value in re.findall(r"\.(\w+):\s+(\d+)\n", assembly)}
-    # Scalar registers that do not fit go to lanes of vector registers, which `vgpr_count` has, not to memory. For some
-    # the compiler reserves scratch memory all the same; where no instruction touches it, nothing has been spilled.
-    scratch = usage["private_segment_fixed_size"] if re.search(r"\sscratch_(load|store)", assembly) else 0
-    return usage["vgpr_count"], usage["vgpr_spill_count"] + scratch
+    # Scalar registers that do not fit go to lanes of vector registers, which `vgpr_count` has, not to memory.
+    spills = usage["vgpr_spill_count"] + usage["private_segment_fixed_size"]
+    return usage["vgpr_count"], spills

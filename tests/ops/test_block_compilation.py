@@ -6,8 +6,6 @@ import sys
 
 import pytest
 
-from benchmarks import compilation
-
 # Kernels decorated under the interpreter cannot be compiled: that needs a process of its own.
 SCRIPT = """
 from benchmarks.block_report import resources
@@ -24,9 +22,3 @@ def test_every_kernel_fits_every_target():
     result = subprocess.run([sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-200:] + result.stderr[-2000:]
     assert "softmax" in result.stdout and "gfx942" in result.stdout
-
-
-def test_scratch_memory_counts_as_spilled_where_an_instruction_touches_it():
-    usage = "    .private_segment_fixed_size: 36\n    .vgpr_count:     206\n    .vgpr_spill_count: 0\n"
-    assert compilation._amd_usage(usage) == (206, 0)
-    assert compilation._amd_usage("\tscratch_store_dword off, v2, off offset:32\n" + usage) == (206, 36)

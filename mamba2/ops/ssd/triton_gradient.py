@@ -13,7 +13,8 @@ dt the launch leaves s_i = exp(cs_i) dout_i·(Sᵀ C_i), exp(cs_last) <R, S>, su
 W_ij = (dout_i·x_j) dt_j E_ij CB_ij, j < i, less those by column where i and j share a block, and for each block the sum
 of exp(cs_last - cs_j) dt_j x_j·(Rᵀ B_j); those of `triton_reverse` too.
 
-Programs of one span and group are neighbours in the grid: x, dout, B and C reach the device once, then come from L2.
+Programs of one span and group are neighbours in the grid: x, dout, B and C reach the device once, then come from L2
+(on AMD, where the three kinds of program are launched one by one, once for each).
 
 Bytes per token, 16-bit input, spans of s tokens, blocks of Q: x, dout, dx 6 h p; B, C, dB, dC 8 g n; steps, cs 8 h;
 S, R 4 h p n / s; sums of W 2 h (s / Q + 1); s, v and u·x 12 h. Where a sequence begins without a state, or its last
@@ -76,6 +77,7 @@ def _gradient_kernel(
     P_TILE: tl.constexpr,
     N1: tl.constexpr,
     N2: tl.constexpr,
+    PART: tl.constexpr,
     INITIAL: tl.constexpr,
     CARRY: tl.constexpr,
     D_PER_CHANNEL: tl.constexpr,
@@ -83,7 +85,8 @@ def _gradient_kernel(
     STAGES: tl.constexpr,
 ):
     """Grid (spans * roles, g, b). Of a group, a span has one program for each head and P_TILE channels, which walks
-    the span for dx, and two for each block of Q tokens, each with all heads of the group.
+    the span for dx, and two for each block of Q tokens, each with all heads of the group. A launch has all of these,
+    or with PART "walk", "write" or "read" those of one kind.
 
     Of the two, one takes its tokens as j, the writers, and makes dB; the other as i, the readers, and makes dC. W is
     summed by the writers' program. The one for blocks j and i = j + d fills plane d of the sums at i, so that no two
@@ -91,8 +94,9 @@ def _gradient_kernel(
     """
     ngroups: tl.constexpr = h // HEADS_PER_GROUP
     p_tiles: tl.constexpr = (p + P_TILE - 1) // P_TILE
-    walks: tl.constexpr = HEADS_PER_GROUP * p_tiles
-    roles: tl.constexpr = walks + 2 * SPAN_CHUNKS
+    walks: tl.constexpr = HEADS_PER_GROUP * p_tiles if PART == "all" or PART == "walk" else 0
+    kinds: tl.constexpr = 2 if PART == "all" else 1
+    roles: tl.constexpr = walks + (0 if PART == "walk" else kinds * SPAN_CHUNKS)
     group = tl.program_id(1).to(tl.int64)
     batch = tl.program_id(2).to(tl.int64)
     head = group * HEADS_PER_GROUP  # the group's first
@@ -115,7 +119,13 @@ def _gradient_kernel(
     kept_S += (row * h + head) * (n * p)
     kept_R += (row * h + head) * (n * p)
     enters, leaves = span_states(span, spans, INITIAL, CARRY)
-    if role < walks:
+    if PART == "all":
+        walking = role < walks
+        writing = (role - walks) % 2 == 0
+    else:
+        walking: tl.constexpr = PART == "walk"
+        writing: tl.constexpr = PART == "write"
+    if walking:
         r = (role // p_tiles).to(tl.int64)
         tile = role % p_tiles
         head += r
@@ -171,10 +181,12 @@ def _gradient_kernel(
             else:
                 tl.store(dD + (row * p_tiles + tile) * h + head, tl.sum(dD_sum, axis=0))
     else:
-        start = first + (role - walks) // 2 * Q
+        start = first + (role - walks) // kinds * Q
         sums += (batch * h + head) * seqlen
         here = ((batch * seqlen + start) * ngroups + group) * n
-        if (start < seqlen) & ((role - walks) % 2 == 0):
+        if start >= seqlen:
+            return
+        if writing:
             _write_block(
                 x,
                 B,
@@ -207,7 +219,7 @@ def _gradient_kernel(
                 N2,
                 PRECISION,
             )
-        elif start < seqlen:
+        else:
             _read_block(
                 x,
                 B,

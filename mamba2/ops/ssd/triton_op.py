@@ -6,8 +6,8 @@ Two forms of each direction. Forward:
     chunk-parallel   decays; what each span adds to the state; spans in order; outputs of all spans     4 launches
 
 The backward pass gets R, the gradient of the state, in the same two ways (1 or 2 launches; none where it is zero
-between all spans), then dx, dB and dC, then the gradient of dt, then sums (3 launches); with a gate, one launch more
-before. Nothing else runs on the device.
+between all spans), then dx, dB and dC, then the gradient of dt, then sums (3 launches; on AMD dx, dB and dC are one
+each); with a gate, one launch more before. Nothing else runs on the device.
 
 The rule: the sequential form moves fewer bytes and is taken whenever its programs number at least the multiprocessors
 of the device.
@@ -423,41 +423,45 @@ class _Run:
             dD = None
             if self.D is not None:
                 dD = self.new_floats(self.b * self.spans * (1 if per_channel else tiles), self.D.numel())
-            roles = self.h // self.g * tiles + 2 * self.span // self.chunk
-            _gradient_kernel[(self.spans * roles, self.g, self.b)](
-                self.x,
-                self.B,
-                self.C,
-                self.D,
-                self.steps,
-                self.cs,
-                self.ends,
-                self.document,
-                dout,
-                kept_S,
-                kept_R,
-                dx,
-                dB,
-                dC,
-                dD,
-                sums,
-                walked,
-                totals,
-                RS,
-                _batch_strides(self.x, self.B, self.C, dout),
-                self.l,
-                self.spans,
-                sums.stride(0),
-                x_strides=_strides(self.x, 3),
-                B_strides=_strides(self.B, 3),
-                C_strides=_strides(self.C, 3),
-                D_strides=_channel_strides(self.D),
-                dout_strides=_strides(dout, 3),
-                **ends,
-                D_PER_CHANNEL=per_channel,
-                STAGES=launch.num_stages,
-                **self.constants(launch),
-            )
+            walks, blocks = self.h // self.g * tiles, self.span // self.chunk
+            roles = {"all": walks + 2 * blocks, "walk": walks, "write": blocks, "read": blocks}
+            # One kernel of all takes more scalar registers than AMD's devices have, and some of scratch memory for it.
+            for part in ("walk", "write", "read") if self.target.startswith("gfx") else ("all",):
+                _gradient_kernel[(self.spans * roles[part], self.g, self.b)](
+                    self.x,
+                    self.B,
+                    self.C,
+                    self.D,
+                    self.steps,
+                    self.cs,
+                    self.ends,
+                    self.document,
+                    dout,
+                    kept_S,
+                    kept_R,
+                    dx,
+                    dB,
+                    dC,
+                    dD,
+                    sums,
+                    walked,
+                    totals,
+                    RS,
+                    _batch_strides(self.x, self.B, self.C, dout),
+                    self.l,
+                    self.spans,
+                    sums.stride(0),
+                    x_strides=_strides(self.x, 3),
+                    B_strides=_strides(self.B, 3),
+                    C_strides=_strides(self.C, 3),
+                    D_strides=_channel_strides(self.D),
+                    dout_strides=_strides(dout, 3),
+                    PART=part,
+                    **ends,
+                    D_PER_CHANNEL=per_channel,
+                    STAGES=launch.num_stages,
+                    **self.constants(launch),
+                )
             return dD, sums, walked, totals, RS
 
         return self.launch("gradient", start)
