@@ -128,6 +128,16 @@ def test_an_option_that_should_change_the_training_does(study, whole, tmp_path, 
     assert losses(tmp_path / "run") != losses(whole)
 
 
+@pytest.mark.parametrize(
+    ("beside", "option"), [("--eps 1e-3", "--clip 0.01"), ("--weight-decay 5", "--decay all_but_biases")]
+)
+def test_an_option_that_acts_only_beside_another_does(study, tmp_path, beside, option):
+    """AdamW hardly sees the scale of gradients above eps, and what is decayed matters only with decay."""
+    run_train(*arguments(study, tmp_path / "without", "--keep", "1", *beside.split()))
+    run_train(*arguments(study, tmp_path / "with", "--keep", "1", *beside.split(), *option.split()))
+    assert losses(tmp_path / "with") != losses(tmp_path / "without")
+
+
 def test_decay_ratio_is_where_wsd_leaves_the_peak(study, tmp_path):
     run_train(*arguments(study, tmp_path / "run", "--schedule", "wsd", "--decay-ratio", 0.25, "--warmup-ratio", 0.5))
     rates = [row["learning_rate"] for row in metrics(tmp_path / "run", "loss")]
