@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from mamba2.cli import run
+from mamba2.compiled_decoder import CompiledDecoder
 from mamba2.cuda_graph import GraphDecoder
 from mamba2.decoder import Decoder
 from mamba2.host_memory import keep_freed_memory
@@ -41,6 +42,7 @@ class TokenStream:
         lengths: list[int] | None = None,
         state: list[MixerState] | None = None,
         samples: int = 1,
+        compiled: bool = False,
     ):
         """Read the prompts; arguments as `generate`'s. With `samples` each prompt is read once and continued so often:
         row i of what is drawn continues prompt i // samples."""
@@ -55,7 +57,7 @@ class TokenStream:
             rows = [row for row in range(len(self.logits)) for _ in range(samples)]
             self.logits, state = self.logits[rows], [s.rows(rows) for s in state]
             self.seen = None if self.seen is None else self.seen[rows]
-        self._decoder = make_decoder(model, state)
+        self._decoder = make_decoder(model, state, compiled)
 
     def __iter__(self) -> Iterator[torch.Tensor]:
         return self
@@ -87,14 +89,23 @@ class PlainDecoder:
         return [s.rows(slice(None)) for s in self._state]
 
 
-def make_decoder(model: Mamba2LM, state: list[MixerState]) -> Decoder | GraphDecoder | PlainDecoder:
-    """What advances `state` fastest: prepared buffers on a processor, a CUDA graph on a GPU. MAMBA2_BACKEND=reference
-    asks for the readable form, and so do weights of which each process holds a part: they are gathered when used.
+def make_decoder(
+    model: Mamba2LM, state: list[MixerState], compiled: bool = False
+) -> Decoder | CompiledDecoder | GraphDecoder | PlainDecoder:
+    """What advances `state` fastest: on a processor prepared buffers, or, if asked for, a compiled step; on a GPU a
+    CUDA graph. MAMBA2_BACKEND=reference asks for the readable form, and so do weights of which each process holds a
+    part: they are gathered when used. Raises ValueError where a compiled step is asked for and cannot serve.
     """
     weight = model.lm_head.weight
     sharded = type(model.backbone.layers[0].norm.weight.data) is not torch.Tensor
     backend = choose_backend(weight, ("reference", "torch", "triton"))
-    if backend == "reference" or sharded or torch.is_autocast_enabled(weight.device.type):
+    autocast = torch.is_autocast_enabled(weight.device.type)
+    if compiled:
+        if backend != "torch" or weight.is_cuda or sharded or autocast:
+            where = f"{weight.device.type}, backend {backend}{', sharded' * sharded}{', under autocast' * autocast}"
+            raise ValueError(f"compiled decoding is for whole weights on a processor, backend torch; here: {where}")
+        return CompiledDecoder(model, state)
+    if backend == "reference" or sharded or autocast:
         return PlainDecoder(model, state)
     if weight.is_cuda:
         return GraphDecoder(model, state)
@@ -116,6 +127,7 @@ def generate(
     lengths: list[int] | None = None,
     eos_token_id: int | None = None,
     vocab_size: int | None = None,
+    compiled: bool = False,
 ) -> torch.Tensor:
     """Continue each row of `input_ids` (b, l) by `max_new_tokens` ids. Returns (b, l + max_new_tokens) int64.
 
@@ -126,6 +138,7 @@ def generate(
         lengths: tokens of each row that are its prompt, where they differ. The new ids follow the prompt directly, and
             fill the row up to the longest result's length with eos_token_id, or 0.
         eos_token_id: rows that drew it are filled up with it.
+        compiled: on a processor, compile the step first (`mamba2.compiled_decoder`): a quarter of a minute, once.
 
     Memory and time per token do not depend on the length. Raises ValueError naming an id outside the vocabulary or an
     option out of range.
@@ -150,7 +163,7 @@ def generate(
         return result
     ended = torch.zeros(b, dtype=torch.bool, device=input_ids.device)
     rows = torch.arange(b, device=input_ids.device)
-    stream = TokenStream(model, input_ids, sampling, generator, lengths)
+    stream = TokenStream(model, input_ids, sampling, generator, lengths, compiled=compiled)
     for count, ids in zip(range(max_new_tokens), stream):
         if eos_token_id is not None:
             ids = torch.where(ended, eos_token_id, ids)
@@ -209,6 +222,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before TEXT; may be repeated")
     parser.add_argument("--samples", type=int, default=1, help="continuations, computed side by side")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights")
+    what = "on a processor: compile first, a quarter of a minute, then write up to twice as fast"
+    parser.add_argument("--compile", action="store_true", help=what)
     parser.add_argument("--device", default=None, help="cuda where there is one, else cpu")
     parser.add_argument("--tokenizer", default=None, help="name or tokenizer.json, for a model that carries none")
     return parser.parse_args()
@@ -242,7 +257,7 @@ def main() -> None:
         return
     prompt = sys.stdin.read() if args.prompt is None else args.prompt
     ids = torch.tensor([tokenizer.encode(prompt) or [tokenizer.eot_id]], device=device)
-    stream = TokenStream(model, ids, sampling, generator, samples=args.samples)
+    stream = TokenStream(model, ids, sampling, generator, samples=args.samples, compiled=args.compile)
     if args.samples == 1:
         print_continuation(stream, tokenizer, prompt, args)
         return
@@ -285,7 +300,7 @@ def interact(
             state, unread = None, [tokenizer.eot_id]
             continue
         ids = torch.tensor([unread + tokenizer.encode(line)], device=model.lm_head.weight.device)
-        stream = TokenStream(model, ids, sampling, generator, state=state)
+        stream = TokenStream(model, ids, sampling, generator, state=state, compiled=args.compile)
         print_continuation(stream, tokenizer, "", args)
         state, unread = stream.state(), [] if stream.last is None else stream.last.tolist()
         unread += tokenizer.encode("\n")

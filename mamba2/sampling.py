@@ -41,7 +41,7 @@ class Sampling:
             penalised = torch.where(logits > 0, logits / self.repetition_penalty, logits * self.repetition_penalty)
             logits = torch.where(seen[:, : logits.shape[1]], penalised, logits)
         if self.temperature == 0:
-            return logits.argmax(dim=-1)
+            return logits.float().argmax(dim=-1)  # in half precision argmax takes five times as long
         return torch.multinomial(self.probabilities(logits), 1, generator=generator).squeeze(1)
 
     def probabilities(self, logits: torch.Tensor) -> torch.Tensor:

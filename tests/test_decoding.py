@@ -1,12 +1,18 @@
 """State as a value: prefill and step give what one forward pass gives, whatever the options, lengths and pieces."""
 
+import gc
 import os
 import subprocess
 import sys
+import weakref
+from unittest import mock
 
 import pytest
 import torch
+from torch._inductor import config
+from torch._inductor.utils import run_and_get_code
 
+from mamba2.compiled_decoder import CompiledDecoder
 from mamba2.decoder import Decoder
 from mamba2.generate import PlainDecoder, make_decoder
 from mamba2.model import Mamba2LM
@@ -53,7 +59,13 @@ def assert_same_state(actual: list, expected: list) -> None:
             assert a.shape == b.shape and (b.numel() == 0 or relative_error(a, b) < 1e-5)
 
 
-@pytest.mark.parametrize("make", [Decoder, PlainDecoder])
+def as_written(model: Mamba2LM, state: list) -> CompiledDecoder:
+    """The step that would be compiled, not compiled."""
+    with mock.patch("mamba2.compiled_decoder._compile", lambda decoder: CompiledDecoder._step):
+        return CompiledDecoder(model, state)
+
+
+@pytest.mark.parametrize("make", [Decoder, PlainDecoder, as_written])
 @pytest.mark.parametrize("changes", OPTIONS, ids=str)
 def test_steps_after_a_prefill_equal_the_full_forward(changes, make):
     model = make_model(**changes)
@@ -83,6 +95,95 @@ def test_other_dtypes_decode_too(dtype, batch):
         logits = decoder.step(ids[:, t])
         assert logits.dtype == dtype and relative_error(logits, expected[:, t]) < tolerance
     assert decoder.state()[0].ssm.dtype == torch.promote_types(dtype, torch.float32)
+
+
+COMPILED = [
+    {},
+    {"n_groups": 8, "use_bias": True, "use_conv_bias": False, "tie_word_embeddings": True},
+    {"residual_in_fp32": False, "conv_kernel": 1, "state_size": 5, "time_step_limit": (0.01, 0.05), "vocab_size": 67},
+]
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("changes", COMPILED, ids=str)
+def test_compiled_steps_equal_the_full_forward(changes, batch):
+    model = make_model(num_hidden_layers=2, **changes)
+    ids = random_ids(model, batch, 30)
+    with torch.no_grad():
+        expected, last = model(ids, return_state=True)
+    _, state = model.prefill(ids[:, :9])
+    before = [s.rows(slice(None)) for s in state]
+    decoder = make_decoder(model, state, compiled=True)
+    for t in range(9, 30):
+        assert relative_error(decoder.step(ids[:, t]), expected[:, t]) < 1e-5, t
+    assert_same_state(decoder.state(), last)
+    assert_same_state(state, before)
+
+
+def test_models_and_numbers_of_rows_that_take_turns_each_have_their_own_compiled_step():
+    """What torch.compile would check at each call, and here does not, must not lead to another model's function."""
+    kinds = [
+        ({}, 1, torch.float32),
+        ({}, 2, torch.float32),
+        ({}, 1, torch.bfloat16),
+        ({"use_bias": True}, 1, torch.float32),
+    ]
+    decoders = []
+    for seed, (changes, batch, dtype) in enumerate([*kinds, kinds[0]]):
+        model = make_model(seed=seed, num_hidden_layers=1, **changes).to(dtype)
+        ids = random_ids(model, batch, 12)
+        with torch.no_grad():
+            expected = model(ids)
+        decoders.append((make_decoder(model, model.prefill(ids[:, :4])[1], compiled=True), ids, expected))
+    for t in range(4, 12):
+        for decoder, ids, expected in decoders:
+            logits = decoder.step(ids[:, t])
+            tolerance = 2e-2 if logits.dtype == torch.bfloat16 else 1e-5
+            assert logits.dtype == expected.dtype and relative_error(logits, expected[:, t]) < tolerance
+
+
+def test_a_compiled_step_of_one_row_is_one_function_without_calls():
+    """Neither a matrix product nor a second kernel: what makes it worth compiling."""
+    model = make_model()
+    _, state = model.prefill(random_ids(model, 1, 4))
+    _, (source,) = run_and_get_code(CompiledDecoder, model, state)
+    assert source.count("async_compile.cpp_pybinding(") == 1 and source.count("#pragma omp parallel") <= 1
+    called = source[source.index("def call(") :]
+    assert "extern_kernels." not in called and "torch.ops." not in called
+
+
+def test_a_compiled_step_does_not_hold_on_to_its_model():
+    model = make_model(num_hidden_layers=1)
+    decoder = make_decoder(model, model.prefill(random_ids(model, 1, 4))[1], compiled=True)
+    decoder.step(torch.tensor([3]))
+    weight, state = weakref.ref(model.lm_head.weight), weakref.ref(decoder.layers[0].ssm)
+    del model, decoder
+    gc.collect()
+    assert weight() is None and state() is None
+
+
+@pytest.mark.parametrize("wrong", [torch.tensor([1, 2]), torch.tensor(1), torch.tensor([1.0])], ids=str)
+def test_ids_that_a_compiled_step_was_not_made_for_are_refused(wrong):
+    model = make_model(num_hidden_layers=1)
+    decoder = as_written(model, model.prefill(random_ids(model, 1, 4))[1])
+    with pytest.raises(ValueError, match=r"input_ids must be \(1,\) int64"):
+        decoder.step(wrong)
+
+
+def test_a_compiled_step_is_refused_where_another_form_has_to_serve(monkeypatch):
+    model = make_model()
+    _, state = model.prefill(random_ids(model, 1, 4))
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match="under autocast"):
+        make_decoder(model, state, compiled=True)
+    monkeypatch.setenv("MAMBA2_BACKEND", "reference")
+    with pytest.raises(ValueError, match="on a processor, backend torch; here: cpu, backend reference"):
+        make_decoder(model, state, compiled=True)
+    monkeypatch.delenv("MAMBA2_BACKEND")
+    with (
+        config.patch({"cpp.cxx": (None, "no-such-compiler")}),
+        pytest.raises(ValueError, match=r"needs a C\+\+ compiler"),
+    ):
+        make_decoder(model, state, compiled=True)
 
 
 @pytest.mark.parametrize("backend", ["reference", "triton"])

@@ -8,6 +8,7 @@ import torch
 from transformers import Mamba2ForCausalLM
 
 from mamba2 import generate as command
+from mamba2.compiled_decoder import CompiledDecoder
 from mamba2.generate import TextStream, TokenStream, generate
 from mamba2.model import Mamba2LM
 from mamba2.sampling import Sampling
@@ -223,6 +224,18 @@ def test_the_command_prints_the_prompt_and_its_continuation(folder, monkeypatch,
     assert call(monkeypatch, capsys, folder, "héllo", "--greedy", "--max-new-tokens", 40) == expected
     assert call(monkeypatch, capsys, folder, "--greedy", "--max-new-tokens", 40, stdin="héllo") == expected
     assert call(monkeypatch, capsys, folder, "héllo", "--temperature", 0, "--max-new-tokens", 40) == expected
+
+
+def test_the_command_compiles_when_told_and_prints_the_same(folder, monkeypatch, capsys):
+    made = []
+    monkeypatch.setattr(command, "CompiledDecoder", lambda *args: made.append(CompiledDecoder(*args)) or made[-1])
+    plain = (folder, "héllo", "--greedy", "--max-new-tokens", 20)
+    expected = call(monkeypatch, capsys, *plain)
+    assert not made and call(monkeypatch, capsys, *plain, "--compile") == expected and len(made) == 1
+    interactive = (folder, "--interactive", *plain[2:])
+    assert "\n" in call(monkeypatch, capsys, *interactive, "--compile", stdin="a\nb\n") and len(made) == 3
+    two = call(monkeypatch, capsys, *plain, "--samples", 2)
+    assert call(monkeypatch, capsys, *plain, "--samples", 2, "--compile") == two and len(made) == 4
 
 
 def test_the_options_of_the_command_change_the_text(folder, monkeypatch, capsys):

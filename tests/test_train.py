@@ -9,6 +9,7 @@ import types
 
 import pytest
 import torch
+from torch._inductor import config
 
 import train
 from mamba2.checkpoint import read_model
@@ -191,6 +192,16 @@ def test_fused_training_is_the_same_training(study, whole, tmp_path, monkeypatch
     fuse(False)
     assert fused and all(fused)
     assert losses(tmp_path / "run") == pytest.approx(losses(whole)[:2], rel=1e-5)
+
+
+@pytest.mark.parametrize("what", ["fused", "blocks", "model"])
+def test_compiling_without_a_compiler_ends_in_one_sentence(study, tmp_path, what):
+    with (
+        config.patch({"cpp.cxx": (None, "no-such-compiler")}),
+        pytest.raises(ValueError, match=r"needs a C\+\+ compiler"),
+    ):
+        run_train(*arguments(study, tmp_path / "run", "--compile", what, "--max-steps", 2, "--schedule", "constant"))
+    assert not list((tmp_path / "run").glob("checkpoint-*"))
 
 
 @pytest.mark.slow

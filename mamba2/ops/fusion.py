@@ -23,6 +23,20 @@ def is_fused() -> bool:
     return _fused
 
 
+def require_cxx_compiler() -> None:
+    """Raise ValueError where torch.compile, for a processor, would not find a C++ compiler."""
+    # Not before compiling is asked for: a second and a tenth of a gigabyte.
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler as error:
+        raise ValueError(
+            "compiling for a processor needs a C++ compiler; install g++ or clang++, name one in CXX, or do not compile"
+        ) from error
+
+
 def fusable(function: Callable) -> Callable:
     """Mark a function of tensors; any others of its arguments are constants.
 

@@ -23,7 +23,7 @@ from mamba2.distributed import World, full, parallelize, reshard
 from mamba2.generate import generate
 from mamba2.initializers import dt_table
 from mamba2.model import Mamba2LM
-from mamba2.ops.fusion import fuse
+from mamba2.ops.fusion import fuse, require_cxx_compiler
 from mamba2.tokenizer import find_tokenizer, save_tokenizer
 from mamba2.training.hardware import (
     autocast,
@@ -135,6 +135,8 @@ class Job:
         every = args.checkpoint_every
         for i, layer in enumerate(self.model.backbone.layers):
             layer.mixer.recompute_scan = args.recompute_scan and (every == 0 or i % every != 0)
+        if args.compile != "off" and self.device.type == "cpu":
+            require_cxx_compiler()
         fuse(args.compile == "fused")
         if args.compile == "model":
             self.model.compile()

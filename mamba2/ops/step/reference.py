@@ -26,7 +26,7 @@ def ssd_step_reference(
     B, C = (t.to(wide).repeat_interleave(repeats, dim=1) for t in (B, C))  # (b, h, n)
     dtx = dt[..., None] * x.to(wide)  # (b, h, p)
     state.mul_(torch.exp(dt * A.to(wide))[..., None, None]).add_(dtx[..., None] * B[:, :, None])
-    y = (state.to(wide) @ C[..., None]).squeeze(-1)  # (b, h, p)
+    y = (state * C[:, :, None]).sum(-1)  # (b, h, p)
     if D is not None:
         y = y + x * (D if D.dim() == 2 else D[:, None]).to(wide)
     if z is not None:

@@ -1,0 +1,174 @@
+"""Token after token on a processor, the whole step compiled into one function.
+
+`mamba2.decoder` starts some three hundred operations for a token. Here the step is written as in `mamba2.model`, on the
+readable forms of `mamba2.ops`, and torch.compile makes one C++ function of all layers: loop after loop, between which
+threads meet and nothing is dispatched. For the products to be such loops, too, one row is multiplied by sums over the
+rows of a weight; several rows leave the function for a matrix product.
+
+Compiling takes a quarter of a minute, once for each shape of model and number of rows, and needs a C++ compiler.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Callable
+from typing import NamedTuple, Self
+
+import torch
+import torch.nn.functional as F
+
+from mamba2.model import Mamba2Block, Mamba2LM, MixerState
+from mamba2.ops.fusion import require_cxx_compiler
+from mamba2.ops.norm.reference import add_rms_norm_reference, gated_rms_norm_reference
+from mamba2.ops.step.reference import ssd_step_reference
+
+_steps: dict[tuple, Callable] = {}
+
+
+class CompiledDecoder:
+    """A model on a processor with the state of b rows, advanced in place; no gradients.
+
+    Weights are read when it is made: make a new one after changing the model. In half precision they keep their dtype;
+    everything computed is float32, as the state is.
+    """
+
+    @torch.no_grad()
+    def __init__(self, model: Mamba2LM, state: list[MixerState]):
+        """Start from `state` (as `Mamba2LM.prefill` returns it), which is copied.
+
+        Raises ValueError where there is no C++ compiler.
+        """
+        require_cxx_compiler()
+        self.config = model.config
+        self.embeddings, self.head = model.backbone.embeddings.weight.detach(), model.lm_head.weight.detach()
+        self.norm_f = model.backbone.norm_f.weight.detach()
+        self.layers = [
+            _Layer.of(layer, layer_state, self.head.dtype)
+            for layer, layer_state in zip(model.backbone.layers, state, strict=True)
+        ]
+        self._compiled = _compile(self)
+
+    @torch.no_grad()
+    def step(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Take one token per row, (b,) int64; returns logits (b, v)."""
+        rows = len(self.layers[0].ssm)
+        if input_ids.shape != (rows,) or input_ids.dtype != torch.long:  # the compiled function takes it for granted
+            raise ValueError(f"input_ids must be ({rows},) int64, not {tuple(input_ids.shape)} {input_ids.dtype}")
+        return self._compiled(self, input_ids.contiguous())
+
+    @torch.no_grad()
+    def state(self) -> list[MixerState]:
+        """A copy of the state, as `Mamba2LM.prefill` and `forward` take it."""
+        return [layer.state() for layer in self.layers]
+
+    def _step(self, input_ids: torch.Tensor) -> torch.Tensor:
+        cfg, dtype = self.config, self.head.dtype
+        wide = torch.promote_types(dtype, torch.float32)
+        sizes = [cfg.d_inner, cfg.n_groups * cfg.state_size, cfg.n_groups * cfg.state_size]
+        x, residual = F.embedding(input_ids, self.embeddings), None  # (b, d)
+        if cfg.residual_in_fp32:
+            x = x.to(wide)
+        for layer in self.layers:
+            u, residual = add_rms_norm_reference(x, residual, layer.norm, cfg.layer_norm_epsilon, wide)
+            zxBCdt = _product(u, layer.in_proj, layer.in_bias)
+            z, xBC, dt = zxBCdt.split([cfg.d_inner, cfg.conv_dim, cfg.num_heads], dim=-1)
+            x, B, C = _convolve(layer, xBC).split(sizes, dim=-1)
+            y = ssd_step_reference(
+                layer.ssm,
+                x.unflatten(-1, (cfg.num_heads, cfg.head_dim)),  # (b, h, p)
+                dt,  # (b, h)
+                -layer.A_log.exp(),
+                B.unflatten(-1, (cfg.n_groups, cfg.state_size)),  # (b, g, n)
+                C.unflatten(-1, (cfg.n_groups, cfg.state_size)),
+                D=layer.D,
+                z=None,
+                dt_bias=layer.dt_bias,
+                dt_softplus=True,
+                dt_limit=cfg.time_step_limit,
+            )
+            y = gated_rms_norm_reference(
+                y.flatten(-2), z, layer.gated_norm, cfg.layer_norm_epsilon, cfg.n_groups, norm_before_gate=False
+            )
+            x = _product(y, layer.out_proj, layer.out_bias)
+        hidden, _ = add_rms_norm_reference(x, residual, self.norm_f, cfg.layer_norm_epsilon, wide)
+        return _product(hidden, self.head, None).to(dtype)
+
+
+class _Layer(NamedTuple):
+    """The tensors of one block, and its state, which a step advances in place."""
+
+    norm: torch.Tensor  # (d,)
+    in_proj: torch.Tensor  # (d_inner + conv + h, d), conv = d_inner + 2 g n
+    in_bias: torch.Tensor | None
+    taps: torch.Tensor  # (K, conv), the last row meets the newest token
+    conv_bias: torch.Tensor | None  # (conv,)
+    dt_bias: torch.Tensor  # (h,)
+    A_log: torch.Tensor  # (h,)
+    D: torch.Tensor  # (h,)
+    gated_norm: torch.Tensor  # (d_inner,)
+    out_proj: torch.Tensor  # (d, d_inner)
+    out_bias: torch.Tensor | None
+    window: list[torch.Tensor]  # K - 1 of (b, conv), oldest first: apart, they move on in the convolution's own loop
+    ssm: torch.Tensor  # (b, h, p, n)
+
+    @classmethod
+    def of(cls, block: Mamba2Block, state: MixerState, dtype: torch.dtype) -> Self:
+        """Matrices in `dtype` and contiguous, which they nearly always are already; the rest in the state's dtype."""
+        mixer, wide = block.mixer, state.ssm.dtype
+
+        def of_dtype(parameter: torch.Tensor | None, dtype: torch.dtype = wide) -> torch.Tensor | None:
+            return None if parameter is None else parameter.detach().to(dtype).contiguous()
+
+        return cls(
+            of_dtype(block.norm.weight),
+            of_dtype(mixer.in_proj.weight, dtype),
+            of_dtype(mixer.in_proj.bias),
+            of_dtype(mixer.conv1d.weight.squeeze(1).t()),
+            of_dtype(mixer.conv1d.bias),
+            of_dtype(mixer.dt_bias),
+            of_dtype(mixer.A_log),
+            of_dtype(mixer.D),
+            of_dtype(mixer.norm.weight),
+            of_dtype(mixer.out_proj.weight, dtype),
+            of_dtype(mixer.out_proj.bias),
+            [row.to(wide, copy=True) for row in state.conv.unbind(1)],
+            state.ssm.clone(memory_format=torch.contiguous_format),
+        )
+
+    def state(self) -> MixerState:
+        none = self.ssm.new_empty(len(self.ssm), 0, self.taps.shape[1])  # with K = 1 this is all
+        return MixerState(torch.cat([none, *(row[:, None] for row in self.window)], dim=1), self.ssm.clone())
+
+
+def _compile(decoder: CompiledDecoder) -> Callable[[CompiledDecoder, torch.Tensor], torch.Tensor]:
+    """`CompiledDecoder._step`, compiled for decoders like this one; what makes them alike is the key.
+
+    Compiled ahead of the call, since torch.compile's own checks of every tensor at each call take a tenth of the time.
+    """
+    # Nothing of the computation depends on where dt_bias came from, or on keys that are only passed on.
+    config = dataclasses.replace(decoder.config, dt_bias_init=None, extra={})
+    batch = len(decoder.layers[0].ssm)
+    key = (repr(config), batch, decoder.head.dtype, torch.get_num_threads())
+    if key not in _steps:
+        step = torch.compile(CompiledDecoder._step, fullgraph=True, dynamic=False, options={"size_asserts": False})
+        _steps[key] = step.aot_compile(((decoder, torch.zeros(batch, dtype=torch.long)), {}))
+        _steps[key].disable_guard_check()
+    return _steps[key]
+
+
+def _convolve(layer: _Layer, xBC: torch.Tensor) -> torch.Tensor:
+    """The causal convolution's output for the newest inputs xBC (b, conv); moves the window on."""
+    rows = [*layer.window, xBC]
+    y = sum(row * tap for row, tap in zip(rows, layer.taps, strict=True))
+    for row, newer in itertools.pairwise(rows):
+        row.copy_(newer)
+    return F.silu(y if layer.conv_bias is None else y + layer.conv_bias)
+
+
+def _product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """x (b, columns) times weight (rows, columns) plus bias: (b, rows), in x's dtype."""
+    if len(x) > 1:
+        y = F.linear(x.to(weight.dtype), weight).to(x.dtype)
+    else:
+        # A view by strides needs x in memory; otherwise the norm would be computed again for every row of the weight.
+        y = (weight.to(x.dtype) * x.as_strided(x.shape, x.stride())).sum(-1)[None]
+    return y if bias is None else y + bias
