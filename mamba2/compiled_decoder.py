@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from mamba2.model import Mamba2Block, Mamba2LM, MixerState
-from mamba2.ops.fusion import require_cxx_compiler
+from mamba2.ops.fusion import compile_like, require_cxx_compiler
 from mamba2.ops.norm.reference import add_rms_norm_reference, gated_rms_norm_reference
 from mamba2.ops.step.reference import ssd_step_reference
 
@@ -140,18 +140,13 @@ class _Layer(NamedTuple):
 
 
 def _compile(decoder: CompiledDecoder) -> Callable[[CompiledDecoder, torch.Tensor], torch.Tensor]:
-    """`CompiledDecoder._step`, compiled for decoders like this one; what makes them alike is the key.
-
-    Compiled ahead of the call, since torch.compile's own checks of every tensor at each call take a tenth of the time.
-    """
+    """`CompiledDecoder._step`, compiled for decoders like this one; what makes them alike is the key."""
     # Nothing of the computation depends on where dt_bias came from, or on keys that are only passed on.
     config = dataclasses.replace(decoder.config, dt_bias_init=None, extra={})
     batch = len(decoder.layers[0].ssm)
     key = (repr(config), batch, decoder.head.dtype, torch.get_num_threads())
     if key not in _steps:
-        step = torch.compile(CompiledDecoder._step, fullgraph=True, dynamic=False, options={"size_asserts": False})
-        _steps[key] = step.aot_compile(((decoder, torch.zeros(batch, dtype=torch.long)), {}))
-        _steps[key].disable_guard_check()
+        _steps[key] = compile_like(CompiledDecoder._step, decoder, torch.zeros(batch, dtype=torch.long))
     return _steps[key]
 
 

@@ -6,6 +6,7 @@ compiled: on a processor about twice as fast, after half a minute of compiling, 
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -37,19 +38,43 @@ def require_cxx_compiler() -> None:
         ) from error
 
 
-def fusable(function: Callable) -> Callable:
-    """Mark a function of tensors; any others of its arguments are constants.
+def compile_like(function: Callable, *args: Any) -> Callable:
+    """`function`, compiled for arguments like `args`: the same shapes, strides and dtypes, the same other values.
 
-    Each set of shapes is compiled by itself; after as many as `SHAPES`, others run as written.
+    The caller answers for that, and for no gradients being recorded. torch.compile's own checks at each call take longer
+    than a small function does.
     """
+    options = {"size_asserts": False}
+    examples = tuple(a.detach() if isinstance(a, torch.Tensor) else a for a in args)
+    compiled = torch.compile(function, fullgraph=True, dynamic=False, options=options).aot_compile((examples, {}))
+    compiled.disable_guard_check()
+    return compiled
 
-    @functools.cache
-    def compiled() -> Callable:
-        # Not before it is asked for: the compiler takes a second and a tenth of a gigabyte to import.
-        return torch.compile(function, dynamic=False, recompile_limit=SHAPES)
+
+def fusable(function: Callable) -> Callable:
+    """Mark a function of tensors; any others of its arguments are constants, and what it writes overlaps with nothing.
+
+    For backward passes of their own: while autograd records, it runs as written. Each set of shapes, strides and dtypes
+    is compiled by itself; after as many as `SHAPES`, others run as written.
+    """
+    forms: dict[tuple, Callable] = {}
 
     @functools.wraps(function)
     def call(*args):
-        return (compiled() if _fused else function)(*args)
+        if not _fused or torch.is_grad_enabled():
+            return function(*args)
+        key = (torch.get_num_threads(), torch.is_autocast_enabled("cpu"), *map(_kind, args))
+        form = forms.get(key)
+        if form is None:
+            if len(forms) == SHAPES:
+                return function(*args)
+            form = forms[key] = compile_like(function, *args)
+        return form(*args)
 
     return call
+
+
+def _kind(argument: Any) -> Any:
+    if not isinstance(argument, torch.Tensor):
+        return argument
+    return argument.shape, argument.stride(), argument.dtype, argument.device

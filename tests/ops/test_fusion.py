@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mamba2.ops import causal_conv1d, gated_rms_norm, linear_cross_entropy, ssd
+from mamba2.ops import causal_conv1d, fusion, gated_rms_norm, linear_cross_entropy, ssd
 from mamba2.ops.fusion import fusable, fuse, is_fused
 
 
@@ -80,7 +80,7 @@ def test_the_fused_form_equals_the_one_as_written(name: str, dtype: torch.dtype,
         torch.testing.assert_close(ours, wanted, rtol=tolerance, atol=tolerance * wanted.abs().max().item())
 
 
-def test_functions_run_compiled_only_between_fuse_and_its_end():
+def test_functions_run_compiled_only_between_fuse_and_its_end_and_without_gradients():
     seen = []
 
     @fusable
@@ -88,11 +88,50 @@ def test_functions_run_compiled_only_between_fuse_and_its_end():
         seen.append(torch.compiler.is_compiling())
         return 2 * x
 
-    x = torch.ones(3)
-    double(x)
+    x = torch.ones(3, requires_grad=True)
     fuse()
     assert is_fused()
-    double(x)
-    fuse(False)
-    double(x)
+    assert double(x).requires_grad and seen == [False]
+    with torch.no_grad():
+        double(x)
+        fuse(False)
+        double(x)
     assert seen == [False, True, False]
+
+
+@torch.no_grad()
+def test_every_layout_dtype_and_constant_has_its_own_form(fused):
+    """Nothing is checked when a form is called: the wrong one would read the wrong memory."""
+
+    @fusable
+    def affine(x: torch.Tensor, shift: torch.Tensor | None, factor: int, y: torch.Tensor) -> torch.Tensor:
+        y.copy_(factor * x if shift is None else factor * x + shift)
+        return y.sum(dim=0)
+
+    square = torch.arange(36.0).view(6, 6)
+    ones, turned = torch.ones(6), torch.empty(6, 6).t()
+    calls = [
+        (square, None, 2, torch.empty(6, 6)),
+        (square, None, 3, torch.empty(6, 6)),
+        (square, ones, 2, torch.empty(6, 6)),
+        (square, None, 2, turned),
+        (square.t(), None, 2, torch.empty(6, 6)),
+        (square.double(), None, 2, torch.empty(6, 6)),
+        (square[:, ::2], ones[:3], 2, torch.empty(6, 3)),
+        (square[1:], None, 2, torch.empty(5, 6)),
+    ]
+    for x, shift, factor, y in calls + calls:
+        wanted = (factor * x + (0 if shift is None else shift)).to(y.dtype)
+        assert torch.equal(affine(x, shift, factor, y), wanted.sum(dim=0)) and torch.equal(y, wanted)
+
+
+@torch.no_grad()
+def test_after_so_many_forms_others_run_as_written(fused, monkeypatch):
+    monkeypatch.setattr(fusion, "SHAPES", 2)
+    compiled = []
+    compile_like = fusion.compile_like
+    monkeypatch.setattr(fusion, "compile_like", lambda *args: compiled.append(args[1]) or compile_like(*args))
+    double = fusable(lambda x: 2 * x)
+    for length in (1, 2, 3, 1, 2, 3):
+        assert torch.equal(double(torch.ones(length)), torch.full((length,), 2.0))
+    assert [len(x) for x in compiled] == [1, 2]
