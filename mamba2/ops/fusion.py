@@ -41,8 +41,8 @@ def require_cxx_compiler() -> None:
 def compile_like(function: Callable, *args: Any) -> Callable:
     """`function`, compiled for arguments like `args`: the same shapes, strides and dtypes, the same other values.
 
-    The caller answers for that, and for no gradients being recorded. torch.compile's own checks at each call take longer
-    than a small function does.
+    The caller answers for that, and for no gradients being recorded. torch.compile's own checks at each call take
+    longer than a small function does.
     """
     options = {"size_asserts": False}
     examples = tuple(a.detach() if isinstance(a, torch.Tensor) else a for a in args)
