@@ -144,7 +144,7 @@ def _compile(decoder: CompiledDecoder) -> Callable[[CompiledDecoder, torch.Tenso
     # Nothing of the computation depends on where dt_bias came from, or on keys that are only passed on.
     config = dataclasses.replace(decoder.config, dt_bias_init=None, extra={})
     batch = len(decoder.layers[0].ssm)
-    key = (repr(config), batch, decoder.head.dtype, torch.get_num_threads())
+    key = (repr(config), batch, decoder.head.dtype, decoder.embeddings.dtype, torch.get_num_threads())
     if key not in _steps:
         _steps[key] = compile_like(CompiledDecoder._step, decoder, torch.zeros(batch, dtype=torch.long))
     return _steps[key]

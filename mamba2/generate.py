@@ -222,7 +222,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before TEXT; may be repeated")
     parser.add_argument("--samples", type=int, default=1, help="continuations, computed side by side")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights")
-    what = "on a processor: compile first, a quarter of a minute, then write up to twice as fast"
+    what = "on a processor: compile first, a quarter of a minute, then write half as fast again"
     parser.add_argument("--compile", action="store_true", help=what)
     parser.add_argument("--device", default=None, help="cuda where there is one, else cpu")
     parser.add_argument("--tokenizer", default=None, help="name or tokenizer.json, for a model that carries none")
