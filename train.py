@@ -99,7 +99,8 @@ def parse() -> argparse.Namespace:
     add = parser.add_argument_group("the machine").add_argument
     every = "recompute every k-th block in backward, to need less memory; off, all, or k [all]"
     add("--checkpoint-every", type=checkpoint_interval, default=1, metavar="off|all|K", help=every)
-    add("--recompute-scan", action="store_true", help="recompute convolution and SSD of the other blocks")
+    what = "of the other blocks keep the results of products alone: half of the memory for a few percent of the time"
+    add("--keep-products-only", action="store_true", help=what)
     add("--dtype", choices=("auto", "bf16", "fp32"), default="auto", help="of matrix products [bf16 where it is fast]")
     add("--parallel", choices=PARALLEL, default="ddp", help="under torchrun: copies, or shards of the model [ddp]")
     what = "torch.compile of whole blocks, of the model, or, on a processor, of what is fused between products [off]"

@@ -16,7 +16,8 @@ The rows of mamba-ssm are its own Triton kernels, counted in the same run. Its c
 counted here: the floor stands for it. Its memory-efficient path computes the convolution once more in the backward
 pass, which its sum includes, and keeps in_proj's output, y and the stream. `torch` is what torch runs on data between
 the launches (sums, casts, transposes): bytes of arguments and results, on top of the other columns. The lines below
-each whole block set ours against mamba-ssm's without them and with them.
+each whole block set ours against mamba-ssm's without them and with them. `mamba2-lean` is a block that keeps the
+results of its products and the stream alone and runs every forward kernel once more.
 
 Both libraries choose by the number of multiprocessors: 1 stands for a training batch, which fills any device, 132 for
 this one sequence alone on an H100. Loss and gradient of logits are counted on a few rows: they have no state.
@@ -37,7 +38,7 @@ TOKENS, D_MODEL, D_INNER, GROUPS, D_STATE, HEADS, WIDTH = 512, 256, 768, 8, 142,
 SPLITS = (D_INNER, GROUPS * D_STATE, GROUPS * D_STATE)  # of the convolution's result: x, B, C
 CONV = sum(SPLITS)
 VOCABULARY, LOSS_TOKENS = 50280, 8
-RECOMPUTED = "mamba2-rs"  # Mamba2Mixer.recompute_scan
+LEAN = "mamba2-lean"  # Mamba2Block.keep_products_only
 EPS = 1e-5
 
 
@@ -281,7 +282,7 @@ def print_traffic() -> None:
         print(f"{title:44} {numbers}", flush=True)
 
     for count in (1, 132):
-        block = {who: {"forward": [], "backward": []} for who in ("mamba2", RECOMPUTED, "mamba-ssm")}
+        block = {who: {"forward": [], "backward": []} for who in ("mamba2", LEAN, "mamba-ssm")}
         kept_by = dict.fromkeys(block, 0.0)
         for who, case in (
             ("mamba2", add_norm_case()),
@@ -302,12 +303,9 @@ def print_traffic() -> None:
                 block["mamba-ssm"]["forward"].append(at_floor[0])
                 block["mamba-ssm"]["backward"] += [at_floor[1], dataclasses.replace(at_floor[0], floor=0.0)]
             if who == "mamba2":
-                block[RECOMPUTED]["forward"].append(forward)
-                block[RECOMPUTED]["backward"].append(backward)
-                if case.name in ("conv", "ssd"):
-                    block[RECOMPUTED]["backward"].append(dataclasses.replace(forward, floor=0.0))
-                # Of the SSD's inputs dt alone is not made again from the convolution's.
-                kept_by[RECOMPUTED] += 2 * HEADS if case.name == "ssd" else kept
+                block[LEAN]["forward"].append(forward)
+                block[LEAN]["backward"] += [backward, dataclasses.replace(forward, floor=0.0)]
+        kept_by[LEAN] = 2 * (D_INNER + CONV + HEADS) + 2 * D_MODEL + 4 * D_MODEL
         # in_proj's output, y and the stream; in_proj's input is the product's own.
         kept_by["mamba-ssm"] = 2 * (2 * D_INNER + CONV + HEADS) + 4 * D_MODEL
         totals = {}

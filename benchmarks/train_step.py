@@ -6,9 +6,9 @@
 
 A step is forward, backward and AdamW, on random ids. Each contender runs in its own process, which reports its best
 step and its largest resident memory (on a GPU: the allocator's peak). Share of peak: FLOPs of the model (config.py's
-count, the same for every contender) by time, over the best matrix product measured in the same dtype. "recomputed":
-convolution and SSD a second time in the backward pass, as with train.py's `--recompute-scan --checkpoint-every off`.
-"compiled": on a processor `mamba2.ops.fusion.fuse`, on a GPU torch.compile of the model.
+count, the same for every contender) by time, over the best matrix product measured in the same dtype. "lean": as
+with train.py's `--keep-products-only --checkpoint-every off`, norms, convolution and gate a second time in the
+backward pass. "compiled": on a processor `mamba2.ops.fusion.fuse`, on a GPU torch.compile of the model.
 """
 
 import argparse
@@ -42,7 +42,7 @@ class Contender:
     build: Callable[[Mamba2Config], tuple[nn.Module, Callable]]
     dtype: torch.dtype = torch.float32
     compile: bool = False
-    recompute_scan: bool = False
+    lean: bool = False
 
 
 # -------------------------------------------------------------------------------------------------- contenders
@@ -150,10 +150,11 @@ CONTENDERS = {
     "transformers": Contender("transformers, float32", build_transformers),
     "minimal": Contender("minimal PyTorch, float32", build_minimal),
     "ours": Contender("mamba2, float32", build_ours),
-    "ours-recomputed": Contender("mamba2, float32, recomputed", build_ours, recompute_scan=True),
+    "ours-lean": Contender("mamba2, float32, lean", build_ours, lean=True),
     "ours-bf16": Contender("mamba2, bf16 autocast", build_ours, torch.bfloat16),
     "ours-compiled": Contender("mamba2, float32, compiled", build_ours, compile=True),
     "ours-bf16-compiled": Contender("mamba2, bf16, compiled", build_ours, torch.bfloat16, compile=True),
+    "ours-bf16-compiled-lean": Contender("mamba2, bf16, compiled, lean", build_ours, torch.bfloat16, True, True),
 }
 
 
@@ -169,7 +170,7 @@ def measure(contender: Contender, batch: int, length: int, seconds: float) -> di
     if contender.build is build_ours:
         keep_freed_memory()  # as train.py does
         for layer in model.backbone.layers:
-            layer.mixer.recompute_scan = contender.recompute_scan
+            layer.keep_products_only = contender.lean
     if contender.compile:
         if device.type == "cpu":
             fuse()

@@ -7,6 +7,7 @@ d_inner = h p; b batch, l seqlen, d hidden_size, h nheads, p headdim, g ngroups,
 """
 
 import dataclasses
+import functools
 import math
 import os
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import NamedTuple, Self
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from mamba2.checkpoint import read_model, write_model
 from mamba2.config import Mamba2Config
@@ -63,6 +64,18 @@ class Linear(nn.Linear):
         pass
 
 
+# For the backward pass: keeps results of products and, on a processor, of SSD, which is made of products there. On a
+# GPU its kernels take less time than there would be to save in keeping the states between chunks.
+_keep_products = functools.partial(
+    create_selective_checkpoint_contexts,
+    [
+        torch.ops.aten.mm.default,
+        torch.ops.aten.addmm.default,
+        torch.ops.mamba2.ssd_blocked_forward.default,
+    ],
+)
+
+
 class SplitLinear(Linear):
     """One weight whose result comes in pieces (..., width), each a product of its own.
 
@@ -86,7 +99,6 @@ class Mamba2Mixer(nn.Module):
     def __init__(self, config: Mamba2Config):
         super().__init__()
         self.config = config
-        self.recompute_scan = False
         widths = config.d_inner, config.conv_dim, config.num_heads
         self.in_proj = SplitLinear(config.hidden_size, widths, bias=config.use_bias)
         self.conv1d = Parameters(config.conv_dim, 1, config.conv_kernel, bias=config.use_conv_bias)
@@ -102,10 +114,7 @@ class Mamba2Mixer(nn.Module):
         """Mix u (b, l, d) along the sequence, starting from `state` (zeros if None). Returns (b, l, d), new state."""
         cfg = self.config
         z, xBC, dt = self.in_proj(u)  # (b, l, d_inner), (b, l, d_inner + 2 g n), (b, l, h)
-        if self.training and self.recompute_scan:
-            y, state = checkpoint(self.scan, xBC, dt, seq_idx, state, use_reentrant=False)
-        else:
-            y, state = self.scan(xBC, dt, seq_idx, state)
+        y, state = self.scan(xBC, dt, seq_idx, state)
         # Each group is normalised by itself, in training and evaluation alike.
         y = gated_rms_norm(y, z, self.norm.weight, cfg.layer_norm_epsilon, ngroups=cfg.n_groups)
         return self.out_proj(y), state
@@ -175,6 +184,7 @@ class Mamba2Block(nn.Module):
     def __init__(self, config: Mamba2Config):
         super().__init__()
         self.eps = config.layer_norm_epsilon
+        self.keep_products_only = False
         self.norm = Parameters(config.hidden_size)
         self.mixer = Mamba2Mixer(config)
 
@@ -186,6 +196,12 @@ class Mamba2Block(nn.Module):
         state: MixerState | None,
     ) -> tuple[torch.Tensor, torch.Tensor, MixerState]:
         """Returns (output (b, l, d), residual (b, l, d), state)."""
+        if self.training and self.keep_products_only:
+            options = {"use_reentrant": False, "preserve_rng_state": False, "context_fn": _keep_products}
+            return checkpoint(self._mix, x, residual, seq_idx, state, **options)
+        return self._mix(x, residual, seq_idx, state)
+
+    def _mix(self, x, residual, seq_idx, state):
         dtype = _compute_dtype(self.norm.weight)
         normed, residual = add_rms_norm(x, residual, self.norm.weight, self.eps, dtype)
         x, state = self.mixer(normed, seq_idx, state)
@@ -248,10 +264,11 @@ class Mamba2LM(nn.Module):
 
     Attributes:
         config: the Mamba2Config, which also records how dt_bias was initialised.
-        backbone.layers[i].mixer.recompute_scan: keep the inputs of convolution and SSD alone and compute both again in
-            the backward pass: little more than half of the activations, for a few percent of the time.
         backbone.checkpoint_every: activation checkpointing. 0 keeps all activations; k recomputes every k-th block in
             the backward pass (1: every block), which trades time for memory.
+        backbone.layers[i].keep_products_only: keep the results of that block's products alone and compute norms,
+            convolution and gate, and on a GPU SSD, again in the backward pass: half of the activations, for a few
+            percent of the time. Of no effect where checkpoint_every already recomputes the block.
     """
 
     def __init__(

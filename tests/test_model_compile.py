@@ -16,10 +16,11 @@ def loss_and_gradients(model, function, ids: torch.Tensor, seq_idx: torch.Tensor
     return {"loss": loss.detach(), **{name: p.grad.clone() for name, p in model.named_parameters()}}
 
 
-def compare(monkeypatch, implementation: str, compiler: str) -> None:
+def compare(monkeypatch, implementation: str, compiler: str, keep_products_only: bool = False) -> None:
     monkeypatch.setenv("MAMBA2_BACKEND", implementation)
     torch.compiler.reset()
     model = Mamba2LM(small_config(num_hidden_layers=1), seed=1).to(DEVICE)
+    model.backbone.layers[0].keep_products_only = keep_products_only
     ids = torch.randint(0, model.config.vocab_size, (2, 15), generator=torch.Generator().manual_seed(0)).to(DEVICE)
     seq_idx = (torch.arange(14, device=DEVICE) >= 9).int().expand(2, 14)
     expected = loss_and_gradients(model, model, ids, seq_idx)
@@ -29,11 +30,13 @@ def compare(monkeypatch, implementation: str, compiler: str) -> None:
         torch.testing.assert_close(actual[name], value, rtol=1e-4, atol=1e-5, msg=name)
 
 
+@pytest.mark.parametrize("keep_products_only", [False, True])
 @pytest.mark.parametrize("implementation", ["torch", "triton"])
-def test_the_model_compiles_whole(monkeypatch, implementation):
-    compare(monkeypatch, implementation, "aot_eager")
+def test_the_model_compiles_whole(monkeypatch, implementation, keep_products_only):
+    compare(monkeypatch, implementation, "aot_eager", keep_products_only)
 
 
 @pytest.mark.slow
-def test_the_model_compiles_with_inductor(monkeypatch):
-    compare(monkeypatch, "torch", "inductor")
+@pytest.mark.parametrize("keep_products_only", [False, True])
+def test_the_model_compiles_with_inductor(monkeypatch, keep_products_only):
+    compare(monkeypatch, "torch", "inductor", keep_products_only)

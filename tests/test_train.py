@@ -165,7 +165,7 @@ def test_epochs_count_passes_over_the_data(study, tmp_path):
 
 @pytest.mark.parametrize(
     "options",
-    [["--checkpoint-every", "all"], ["--checkpoint-every", "2"], ["--checkpoint-every", "2", "--recompute-scan"]],
+    [["--checkpoint-every", "all"], ["--checkpoint-every", "2"], ["--checkpoint-every", "2", "--keep-products-only"]],
 )
 def test_recomputation_changes_nothing_but_what_is_kept(study, whole, tmp_path, options, monkeypatch):
     seen = []
@@ -174,7 +174,7 @@ def test_recomputation_changes_nothing_but_what_is_kept(study, whole, tmp_path, 
     run_train(*arguments(study, tmp_path / "run", *options))
     assert losses(tmp_path / "run") == losses(whole)
     assert seen[0].checkpoint_every == {"all": 1}.get(options[1], 2)
-    recomputed = [layer.mixer.recompute_scan for layer in seen[0].layers]
+    recomputed = [layer.keep_products_only for layer in seen[0].layers]
     assert recomputed == [len(options) > 2 and i % 2 == 1 for i in range(len(recomputed))]
 
 

@@ -84,7 +84,7 @@ def memory_estimate(
     length: int,
     dtype: torch.dtype,
     checkpoint_every: int,
-    recompute_scan: bool = False,
+    keep_products_only: bool = False,
     shards: int = 1,
 ) -> int:
     """Bytes that training takes on one device at its fullest, to about a quarter: weights, gradients and AdamW's
@@ -92,16 +92,20 @@ def memory_estimate(
     tokens, e = micro_batch * length, torch.finfo(dtype).bits // 8
     d, inner = config.hidden_size, config.d_inner
     between = d * (e + 4)  # output and residual stream: all that a recomputed block keeps
-    # The residual stream; inputs and outputs of in_proj, convolution, scan and gated norm; dt; states between chunks.
-    states = 4 * inner * config.state_size // min(config.chunk_size, length)
-    scan = e * config.conv_dim + 8 * config.num_heads + states
-    block = 4 * d + e * (d + config.d_in_proj + 2 * inner) + scan
+    # The residual stream; inputs and outputs of in_proj, convolution, scan and gated norm; dt; some of the states.
+    states = e * inner * config.state_size // min(128, length)
+    products = 4 * d + e * (d + config.d_in_proj + inner) + states
+    block = products + e * (d + config.conv_dim + inner) + 8 * config.num_heads
     recomputed = 0 if checkpoint_every == 0 else -(-config.num_hidden_layers // checkpoint_every)
     whole = config.num_hidden_layers - recomputed
-    kept = recomputed * between + whole * (block - scan if recompute_scan else block)
-    kept += block if recomputed or recompute_scan else 0  # the one that is being recomputed
+    kept = recomputed * between + whole * (products if keep_products_only else block)
+    again = bool(recomputed or keep_products_only)  # one block at a time is being recomputed
+    kept += again * block
+    copies = 0
+    if e < 4:  # autocast's, of the weights of products
+        copies = (again + whole * (not keep_products_only)) * e * d * (config.d_in_proj + inner)
     logits = 8 * config.vocab_size * min(tokens, 1024)
-    return 16 * config.num_parameters() // shards + tokens * kept + logits
+    return 16 * config.num_parameters() // shards + tokens * kept + copies + logits
 
 
 def memory_used(device: torch.device) -> int:

@@ -134,7 +134,7 @@ class Job:
         self.model.backbone.checkpoint_every = args.checkpoint_every
         every = args.checkpoint_every
         for i, layer in enumerate(self.model.backbone.layers):
-            layer.mixer.recompute_scan = args.recompute_scan and (every == 0 or i % every != 0)
+            layer.keep_products_only = args.keep_products_only and (every == 0 or i % every != 0)
         if args.compile != "off" and self.device.type == "cpu":
             require_cxx_compiler()
         fuse(args.compile == "fused")
@@ -265,7 +265,7 @@ class Job:
             args.max_length,
             self.dtype,
             args.checkpoint_every,
-            args.recompute_scan,
+            args.keep_products_only,
             shards=self.world.size if self.sharded else 1,
         )
         applied = self.config.dt_bias_init
