@@ -49,7 +49,7 @@ class CompiledDecoder:
 
     @torch.no_grad()
     def step(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """Take one token per row, (b,) int64; returns logits (b, v)."""
+        """Take one token per row, (b,) int64; returns logits (b, v), which are not rounded to half precision."""
         rows = len(self.layers[0].ssm)
         if input_ids.shape != (rows,) or input_ids.dtype != torch.long:  # the compiled function takes it for granted
             raise ValueError(f"input_ids must be ({rows},) int64, not {tuple(input_ids.shape)} {input_ids.dtype}")
@@ -61,8 +61,8 @@ class CompiledDecoder:
         return [layer.state() for layer in self.layers]
 
     def _step(self, input_ids: torch.Tensor) -> torch.Tensor:
-        cfg, dtype = self.config, self.head.dtype
-        wide = torch.promote_types(dtype, torch.float32)
+        cfg = self.config
+        wide = torch.promote_types(self.head.dtype, torch.float32)
         sizes = [cfg.d_inner, cfg.n_groups * cfg.state_size, cfg.n_groups * cfg.state_size]
         x, residual = F.embedding(input_ids, self.embeddings), None  # (b, d)
         if cfg.residual_in_fp32:
@@ -90,7 +90,7 @@ class CompiledDecoder:
             )
             x = _product(y, layer.out_proj, layer.out_bias)
         hidden, _ = add_rms_norm_reference(x, residual, self.norm_f, cfg.layer_norm_epsilon, wide)
-        return _product(hidden, self.head, None).to(dtype)
+        return _product(hidden, self.head, None)
 
 
 class _Layer(NamedTuple):
