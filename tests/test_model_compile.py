@@ -30,8 +30,10 @@ def compare(monkeypatch, implementation: str, compiler: str, keep_products_only:
         torch.testing.assert_close(actual[name], value, rtol=1e-4, atol=1e-5, msg=name)
 
 
-@pytest.mark.parametrize("keep_products_only", [False, True])
-@pytest.mark.parametrize("implementation", ["torch", "triton"])
+@pytest.mark.parametrize(
+    ("implementation", "keep_products_only"),
+    [("torch", False), ("triton", False), ("torch", True), pytest.param("triton", True, marks=pytest.mark.slow)],
+)
 def test_the_model_compiles_whole(monkeypatch, implementation, keep_products_only):
     compare(monkeypatch, implementation, "aot_eager", keep_products_only)
 
