@@ -1,6 +1,6 @@
 """What one training step of the study's model costs, beside other implementations.
 
-    python -m benchmarks.train_step                # the table: about ten minutes on two cores
+    python -m benchmarks.train_step                # the table: a third of an hour on two cores
     python -m benchmarks.train_step --quick        # batch 1, length 1024, fewer repetitions
     python -m benchmarks.train_step --no-compile   # without a C++ compiler
 
