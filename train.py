@@ -99,7 +99,7 @@ def parse() -> argparse.Namespace:
     add = parser.add_argument_group("the machine").add_argument
     every = "recompute every k-th block in backward, to need less memory; off, all, or k [all]"
     add("--checkpoint-every", type=checkpoint_interval, default=1, metavar="off|all|K", help=every)
-    what = "of the other blocks keep the results of products alone: half of the memory for a few percent of the time"
+    what = "of the other blocks keep the results of products alone: half of the activations, a few percent slower"
     add("--keep-products-only", action="store_true", help=what)
     add("--dtype", choices=("auto", "bf16", "fp32"), default="auto", help="of matrix products [bf16 where it is fast]")
     add("--parallel", choices=PARALLEL, default="ddp", help="under torchrun: copies, or shards of the model [ddp]")
