@@ -64,8 +64,8 @@ class Linear(nn.Linear):
         pass
 
 
-# For the backward pass: keeps results of products and, on a processor, of SSD, which is made of products there. On a
-# GPU its kernels take less time than there would be to save in keeping the states between chunks.
+# For the backward pass: keeps results of products and, on a processor, of SSD, which is made of products there. SSD's
+# kernels run again: their result and the states that they keep would be a quarter of all that is kept.
 _keep_products = functools.partial(
     create_selective_checkpoint_contexts,
     [
@@ -201,7 +201,13 @@ class Mamba2Block(nn.Module):
             return checkpoint(self._mix, x, residual, seq_idx, state, **options)
         return self._mix(x, residual, seq_idx, state)
 
-    def _mix(self, x, residual, seq_idx, state):
+    def _mix(
+        self,
+        x: torch.Tensor,
+        residual: torch.Tensor | None,
+        seq_idx: torch.Tensor | None,
+        state: MixerState | None,
+    ) -> tuple[torch.Tensor, torch.Tensor, MixerState]:
         dtype = _compute_dtype(self.norm.weight)
         normed, residual = add_rms_norm(x, residual, self.norm.weight, self.eps, dtype)
         x, state = self.mixer(normed, seq_idx, state)
@@ -268,7 +274,7 @@ class Mamba2LM(nn.Module):
             the backward pass (1: every block), which trades time for memory.
         backbone.layers[i].keep_products_only: keep the results of that block's products alone and compute norms,
             convolution and gate, and on a GPU SSD, again in the backward pass: half of the activations, for a few
-            percent of the time. Of no effect where checkpoint_every already recomputes the block.
+            percent of the time. For blocks that checkpoint_every leaves alone.
     """
 
     def __init__(
