@@ -1,14 +1,17 @@
 # make study   the whole project in a few minutes: models, training, comparison
 # make test    everything that the tests need, then the tests
 # make lint    style
+# make gpu     everything that can be learned of a GPU in eight minutes: correct? fast? into runs/gpu
+# make wheels  what that compares with, as wheels, for a machine with a GPU and no network
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 MAMBA_SSM = mamba-ssm==2.3.2.post1
 LM_EVAL = lm-eval==0.4.13
+FLA = flash-linear-attention==0.6.0 fla-core==0.6.0
 
-.PHONY: study test lint clean
+.PHONY: study test lint gpu wheels clean
 
 study: $(VENV)/.requirements
 	$(BIN)/python init.py
@@ -22,8 +25,19 @@ lint: $(VENV)/.requirements-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+# On a machine without a network, with torch of its own: python3 -m pip install --no-index --no-deps wheels/*.whl,
+# then python3 -m benchmarks.gpu.
+gpu: $(VENV)/.requirements-test
+	$(BIN)/python -m pip install --quiet --no-deps $(FLA)
+	$(BIN)/python -m benchmarks.gpu
+
+wheels: $(VENV)/.requirements-test
+	MAMBA_FORCE_BUILD=TRUE MAMBA_SKIP_CUDA_BUILD=TRUE \
+	  $(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir wheels $(MAMBA_SSM)
+	$(BIN)/python -m pip download --quiet --no-deps --dest wheels $(FLA)
+
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) runs wheels
 
 $(VENV)/.requirements: requirements.txt
 	$(PYTHON) -m venv $(VENV)

@@ -50,6 +50,7 @@ class Compiled:
     shared: int  # bytes
     matrix_instructions: dict[str, int]  # how many of each kind
     dots: bool  # whether the kernel has any tl.dot
+    transposed: int  # products on Hopper whose first operand is another's result, transposed, in registers
 
     @property
     def programs(self) -> int:
@@ -62,7 +63,10 @@ class Compiled:
 
     @property
     def fits(self) -> bool:
-        return self.spills == 0 and self.shared <= TARGETS[self.target].shared_limit
+        """Whether the target can run it, and Triton before 3.7.1 compiles it rightly: on Hopper that one multiplies
+        wrongly by a transposed result as first operand (triton-lang/triton#6124, fla-org/flash-linear-attention#640).
+        """
+        return self.spills == 0 and self.shared <= TARGETS[self.target].shared_limit and not self.transposed
 
 
 def captured(function: Callable[[], object]) -> list[tuple[JITFunction, tuple, dict]]:
@@ -108,6 +112,7 @@ def compile_launch(kernel: JITFunction, args: tuple, kwargs: dict, target: str) 
         compiled.metadata.shared,
         matrix,
         "tt.dot" in compiled.asm["ttir"],
+        len(re.findall(r"warp_group_dot .*: tensor<\S+, #linear", compiled.asm["ttgir"])),
     )
 
 

@@ -3,8 +3,11 @@
     python -m benchmarks.kernel_report                        both tables, then `benchmarks.block_report`: some minutes
     python -m benchmarks.kernel_report --traffic [SHAPE …]    the first
     python -m benchmarks.kernel_report --resources [SHAPE …]  the second; exit code 1 if a kernel spills, asks for more
-                                                              shared memory than the device has, or multiplies without
-                                                              matrix instructions
+                                                              shared memory than the device has, multiplies without
+                                                              matrix instructions, or in a way that Triton before
+                                                              3.7.1 compiles wrongly on Hopper
+    python -m benchmarks.kernel_report --json FILE            what each launch moves and multiplies per token, for
+                                                              `benchmarks.gpu` to put beside what it measures
 
 Two shapes, `study` and `second`, bfloat16, with D, dt_bias and softplus, all that the backward needs kept. DRAM bytes
 are the unique 32-byte sectors that each launch reads plus those that it writes, summed over launches; the floor reads
@@ -21,10 +24,13 @@ The estimates divide bytes by bandwidth and operations by arithmetic peak and ta
 """
 
 import argparse
+import functools
+import json
 import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 from unittest import mock
 
@@ -56,11 +62,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Traffic and resources of the SSD kernels, counted without a GPU.")
     parser.add_argument("--traffic", nargs="*", choices=SHAPES, metavar="SHAPE", help="only traffic, of these shapes")
     parser.add_argument("--resources", nargs="*", choices=SHAPES, metavar="SHAPE", help="only resources")
+    parser.add_argument(
+        "--json", metavar="FILE", help="write what was counted for each launch at benchmarks.gpu's shapes"
+    )
     arguments = parser.parse_args()
     os.environ["MAMBA2_BACKEND"] = "triton"
     if arguments.resources is not None:
         sys.exit(0 if print_resources(arguments.resources or list(SHAPES)) else 1)
     os.environ["TRITON_INTERPRET"] = "1"
+    if arguments.json:
+        write_counts(Path(arguments.json))
+        return
     print_traffic(arguments.traffic or list(SHAPES))
     if arguments.traffic is None:
         print(flush=True)
@@ -154,6 +166,48 @@ def print_traffic(shapes: list[str]) -> None:
     print(f"{'':44} " + " ".join(f"{name:>15}" for name in DEVICES))
     for row, bounds in estimates:
         print(f"{row:44} " + " ".join(f"{bound:15.1f}" for bound in bounds))
+
+
+def write_counts(path: Path) -> None:
+    """DRAM bytes and operations per token of every launch, forward and backward, in a sequence of 512 tokens.
+
+    Where one group has all heads, 8 and 16 of them are counted and the rest follows: each head more adds the same.
+    """
+    from benchmarks.gpu.fast import SHAPES as MEASURED
+    from benchmarks.interpreter import use_exact_bfloat16
+
+    use_exact_bfloat16()
+    rows = []
+    for h, p, g, n in dict.fromkeys(shape[2:] for shape in MEASURED):
+        for form in ("plain", "documents"):
+            for walk in ("sequential", "chunk-parallel"):
+                few, many = (count_launches((heads, p, g, n), form, walk) for heads in ((8, 16) if g == 1 else (h, h)))
+                for (kernel, *at_few), (_, *at_many) in zip(few, many, strict=True):
+                    dram, flops = (a + (b - a) * (h - 8) / 8 for a, b in zip(at_few, at_many))
+                    row = {"shape": (h, p, g, n), "form": form, "walk": walk, "kernel": kernel}
+                    rows.append({**row, "dram": round(dram, 1), "flops": round(flops)})
+                print(f"{(h, p, g, n)}, {form}, {walk}: {len(few)} launches", flush=True)
+    lines = ",\n".join(json.dumps(row) for row in rows)
+    about = "per token, bfloat16; printed by python -m benchmarks.kernel_report --json"
+    path.write_text(f'{{"about": "{about}", "launches": [\n{lines}\n]}}\n', encoding="utf-8")
+
+
+@functools.cache
+def count_launches(shape: tuple[int, int, int, int], form: str, walk: str) -> list[tuple[str, float, float]]:
+    """(kernel, DRAM bytes, operations) per token of each launch, in order."""
+    import torch
+
+    from benchmarks.gpu.right import FORMS as WALKS
+    from benchmarks.interpreter import record
+    from mamba2.ops import ssd
+    from mamba2.ops.ssd import triton_op
+
+    l, documents = 512, form == "documents"
+    arguments = make_arguments(l, *shape, seq_idx=documents)
+    with mock.patch.object(triton_op, "multiprocessors", lambda _: WALKS[walk]), record() as launches:
+        y = ssd(**arguments, chunk_size=256, dt_softplus=True, return_final_states=documents)
+        torch.autograd.backward(y[0] if documents else y, torch.ones_like(arguments["x"]))
+    return [(launch.name, launch.dram / l, launch.flops / l) for launch in launches]
 
 
 STEP_BATCH = 8

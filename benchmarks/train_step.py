@@ -52,11 +52,11 @@ def build_ours(config: Mamba2Config) -> tuple[nn.Module, Callable]:
     return (model := Mamba2LM(config)), model
 
 
-def build_transformers(config: Mamba2Config) -> tuple[nn.Module, Callable]:
+def build_transformers(config: Mamba2Config, path: Path = CONFIG) -> tuple[nn.Module, Callable]:
     from transformers import Mamba2Config as TheirConfig
     from transformers import Mamba2ForCausalLM
 
-    model = Mamba2ForCausalLM(TheirConfig.from_pretrained(CONFIG))
+    model = Mamba2ForCausalLM(TheirConfig.from_pretrained(path))
 
     def loss(ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         logits = model(ids, use_cache=False).logits

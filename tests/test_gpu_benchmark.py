@@ -1,0 +1,134 @@
+"""The command for a GPU, rehearsed without one: every section runs, and nothing that goes wrong in a case is lost."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.gpu import __main__ as command
+from benchmarks.gpu import kernels, second
+from benchmarks.gpu.worker import Bench, Wrong, run_cases
+
+WITHOUT_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="looks at what is said and done without a GPU")
+
+
+@WITHOUT_GPU
+def test_without_a_gpu_one_sentence_says_so_and_what_a_rehearsal_is():
+    result = subprocess.run([sys.executable, "-m", "benchmarks.gpu"], capture_output=True, text=True)
+    assert result.returncode == 1 and len(result.stderr.splitlines()) == 1
+    assert "torch sees no GPU here" in result.stderr and "--rehearse" in result.stderr
+
+
+@WITHOUT_GPU
+@pytest.mark.slow
+def test_the_rehearsal_runs_every_section(tmp_path):
+    options = ["--rehearse", "--output", str(tmp_path), "--seconds", "900"]
+    result = subprocess.run([sys.executable, "-m", "benchmarks.gpu", *options], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-2000:]
+    rows = json.loads((tmp_path / "gpu.json").read_text())["rows"]
+    bad = [row for row in rows if row["status"] != "ok"]
+    assert not bad, (tmp_path / "gpu.log").read_text()[-3000:]
+    assert {row["section"] for row in rows} == set(command.LIMITS)
+    kernel_cases = {row["case"].split(",")[0] for row in rows if row["section"] == "kernels"}
+    assert {"_decays_kernel", "_finish_kernel", "_scan_kernel", "_gradient_kernel", "_step_kernel"} <= kernel_cases
+    page = (tmp_path / "gpu.md").read_text()
+    assert all(f"| {row['case']} | ok |" in page for row in rows)
+
+
+class FakeRun(command.Run):
+    """Its section is a script of its own: a good case, one that ends its process, one that hangs, a good one."""
+
+    SCRIPT = """
+import json, os, sys, time
+def say(**event): print(json.dumps(event), flush=True)
+say(cases=["good", "crash", "hang", "lost", "last"])
+for i in range(int(sys.argv[1]), 5):
+    say(begin=i)
+    if i == 1: print("the reason", file=sys.stderr, flush=True); os._exit(3)
+    if i == 2: time.sleep(60)
+    say(status="failed" if i == 3 else "ok", values={"i": i}, lost=i == 3)
+    if i == 3: time.sleep(60)
+"""
+
+    def start(self, section: str, start: int, mode: str = "run", of: int = 1) -> subprocess.Popen:
+        with open(self.output / "gpu.log", "a") as log:
+            return subprocess.Popen(
+                [sys.executable, "-c", self.SCRIPT, str(start)],
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                start_new_session=True,
+            )
+
+
+def run_section(tmp_path: Path, seconds: float) -> list[tuple]:
+    report = command.Report(tmp_path, "gpu", {})
+    FakeRun(tmp_path, tmp_path, rehearse=True).section("kernels", report, time.monotonic() + seconds)
+    return [(row["case"], row["status"]) for row in json.loads((tmp_path / "gpu.json").read_text())["rows"]]
+
+
+def test_a_case_that_crashes_hangs_or_loses_the_device_costs_itself_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(command, "CASE", 2)
+    ends = [("good", "ok"), ("crash", "crashed"), ("hang", "hung"), ("lost", "failed"), ("last", "ok")]
+    assert run_section(tmp_path, 60) == ends
+    assert "the reason" in (tmp_path / "gpu.md").read_text()
+
+
+def test_cases_for_which_there_is_no_time_are_named(tmp_path):
+    assert run_section(tmp_path, 3) == [
+        ("good", "ok"),
+        ("crash", "crashed"),
+        ("hang", "not run"),
+        ("lost", "not run"),
+        ("last", "not run"),
+    ]
+
+
+def test_a_kernel_that_leaves_other_values_is_wrong():
+    def launch(tensor: torch.Tensor) -> dict:
+        return {
+            "case": "_sum",
+            "kernel": ("mamba2.ops.triton_reduce", "_sum_rows_kernel"),
+            "grid": (1,),
+            "before": ((torch.ones(3, 8), torch.zeros(8), None, None, None, 3, 8, 8, 0, 0), {"ROWS": 16, "COLUMNS": 8}),
+            "after": [torch.ones(3, 8), tensor, *[None] * 8],
+        }
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "synchronize", lambda: None)
+        assert kernels.start(launch(torch.full((8,), 3.0)))["error / bound"] < 1
+        for other in (torch.full((8,), 3.1), torch.zeros(8), torch.full((8,), float("nan"))):
+            with pytest.raises(Wrong, match="error / bound"):
+                kernels.start(launch(other))
+
+
+def test_what_a_case_raises_is_a_row():
+    said = []
+
+    def wrong() -> dict:
+        raise Wrong({"error": 2.0})
+
+    cases = {"good": lambda: {"a": 1}, "wrong": wrong, "failed": lambda: {}["missing"], "after": dict}
+    run_cases(cases, 0, lambda **event: said.append(event))
+    assert [event["status"] for event in said if "status" in event] == ["ok", "wrong", "failed", "ok"]
+    assert said[3]["values"] == {"error": 2.0} and "KeyError" in said[5]["values"]["reason"]
+
+
+def test_the_profilers_table_is_read_and_failed_cases_come_first(tmp_path):
+    report = (
+        "==PROF== Connected\n"
+        '"ID","Kernel Name","gpu__time_duration.sum","lts__t_sector_hit_rate.pct"\n'
+        '"","","ns","%"\n"0","_scan_kernel","2000","50.5"\n"1","_scan_kernel","1000","60"\n"2","_gradient_kernel","9","1"\n'
+    )
+    assert second.parse(report) == {
+        "_scan_kernel": {"ns": "1000", "L2 hits %": "60"},
+        "_gradient_kernel": {"ns": "9", "L2 hits %": "1"},
+    }
+    rows = [{"section": "right", "case": "repeated runs of ssd", "status": "wrong"}]
+    (tmp_path / "gpu.json").write_text(json.dumps({"rows": rows}))
+    names = list(second.cases(Bench(tmp_path, tmp_path, rehearse=True)))
+    assert names[0] == "compute-sanitizer, right: repeated runs of ssd" and "Nsight Compute" in names[1]
