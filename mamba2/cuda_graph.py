@@ -21,10 +21,11 @@ class GraphDecoder:
     @torch.no_grad()
     def step(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Take one token per row, (b,) int64; returns logits (b, v), which the next call overwrites."""
-        if self._graph is None:
-            self._capture(input_ids)
-        self._ids.copy_(input_ids)
-        self._graph.replay()
+        with torch.cuda.device(self._state[0].ssm.device):
+            if self._graph is None:
+                self._capture(input_ids)
+            self._ids.copy_(input_ids)
+            self._graph.replay()
         return self._logits
 
     def state(self) -> list[MixerState]:

@@ -1,5 +1,6 @@
 """State as a value: prefill and step give what one forward pass gives, whatever the options, lengths and pieces."""
 
+import contextlib
 import gc
 import os
 import subprocess
@@ -12,10 +13,13 @@ import torch
 from torch._inductor import config
 from torch._inductor.utils import run_and_get_code
 
+from benchmarks.gpu.stand_in import pretend_gpu
 from mamba2.compiled_decoder import CompiledDecoder
+from mamba2.cuda_graph import GraphDecoder
 from mamba2.decoder import Decoder
 from mamba2.generate import PlainDecoder, make_decoder
 from mamba2.model import Mamba2LM
+from tests.ops.kernel_checks import DEVICE
 from tests.test_model import relative_error, small_config
 
 OPTIONS = [
@@ -344,3 +348,29 @@ def test_no_step_after_the_first_compiles_a_kernel():
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-2000:]
     assert "kernels" in result.stdout
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_cuda_graph_replays_what_steps_give(rows):
+    """Where there is no GPU, a stand-in records what a capture would and runs it again on the same memory."""
+    model = make_model().to(DEVICE)
+    ids = random_ids(model, rows, 20).to(DEVICE)
+    _, state = model.prefill(ids[:, :10])
+    before = [s.rows(slice(None)) for s in state]
+    with contextlib.nullcontext() if DEVICE == "cuda" else pretend_gpu(), torch.no_grad():
+        decoder = GraphDecoder(model, state)
+        assert_same_state(state, before)
+        expected = [s.rows(slice(None)) for s in state]
+        for i in range(10, 20):
+            logits, expected = model.step(ids[:, i], expected)
+            assert relative_error(decoder.step(ids[:, i]), logits) < 1e-5
+        assert_same_state(decoder.state(), expected)
+
+
+def test_a_step_that_waits_for_the_device_cannot_be_captured(monkeypatch):
+    model = make_model()
+    _, state = model.prefill(random_ids(model, 1, 5))
+    plain = model.step
+    monkeypatch.setattr(model, "step", lambda ids, state: ids.sum().item() and plain(ids, state))
+    with pretend_gpu(), pytest.raises(RuntimeError, match="waits for the device"):
+        GraphDecoder(model, state).step(random_ids(model, 1))

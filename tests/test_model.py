@@ -5,6 +5,8 @@ from collections import Counter
 
 import pytest
 import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Mamba2ForCausalLM
 
@@ -293,3 +295,16 @@ def test_a_time_step_limit_reaches_the_computation(tmp_path):
     ids = torch.arange(40).view(1, 40)
     with torch.no_grad():
         assert relative_error(model(ids), free(ids)) > 1e-3
+
+
+def test_a_forward_pass_on_a_gpu_mixes_no_devices_and_waits_for_nothing():
+    """On tensors that only say that they are on one: reading a value raises, and so do operands on two devices."""
+    model = Mamba2LM(small_config())
+    with torch.no_grad(), FakeTensorMode():
+        for module in model.modules():
+            for name, parameter in module._parameters.items():
+                if parameter is not None:
+                    module._parameters[name] = nn.Parameter(torch.empty(parameter.shape, device="cuda"))
+        ids, seq_idx = (torch.zeros(2, 300, dtype=kind, device="cuda") for kind in (torch.int64, torch.int32))
+        results = [model(ids), model(ids, ids, seq_idx=seq_idx), model.token_losses(ids, ids, seq_idx)[0]]
+        assert all(result.device.type == "cuda" for result in results)

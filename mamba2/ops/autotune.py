@@ -1,15 +1,19 @@
 """MAMBA2_AUTOTUNE=1: choose how a kernel is started by timing it, once per device and shape; kept on disk."""
 
+import contextlib
+import fcntl
 import json
 import os
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import TypeVar
 
 import torch
 import triton
+from triton.errors import TritonError
 
 Candidate = TypeVar("Candidate")
 
@@ -21,17 +25,19 @@ def autotuning() -> bool:
 def fastest(key: str, candidates: Sequence[Candidate], start: Callable[[Candidate], object]) -> Candidate:
     """The candidate with which `start` takes the least time; remembered under `key` in the file of `path`.
 
-    Candidates are told apart by their `repr`, so that a result is measured again when the list changes. A candidate
-    that the device cannot run (too much shared memory) is passed over.
+    Candidates are told apart by their `repr`, so that a result is measured again when the list changes. One that cannot
+    be compiled for the device, or asks more of it than it has, is passed over; RuntimeError if all are. Of several
+    processes that share the file one measures, and the others wait for what it finds: all take the same.
     """
     names = [repr(candidate) for candidate in candidates]
-    known = _read()
-    if known.get(key) not in names:
-        times = [_seconds(candidate, start) for candidate in candidates]
-        known = _read()  # another process may have added to it meanwhile
-        known[key] = names[times.index(min(times))]
-        _write(known)
-    return candidates[names.index(known[key])]
+    if read().get(key) not in names:
+        with _locked():
+            if read().get(key) not in names:
+                times = [_seconds(candidate, start) for candidate in candidates]
+                if min(times) == float("inf"):
+                    raise RuntimeError(f"no launch of {key} compiles for this device; leave MAMBA2_AUTOTUNE unset")
+                _write({**read(), key: names[times.index(min(times))]})
+    return candidates[names.index(read()[key])]
 
 
 def path() -> Path:
@@ -39,28 +45,46 @@ def path() -> Path:
     return Path(os.environ.get("MAMBA2_CACHE", "~/.cache/mamba2")).expanduser() / "autotune.json"
 
 
+@contextlib.contextmanager
+def _locked() -> Iterator[None]:
+    path().parent.mkdir(parents=True, exist_ok=True)
+    with open(path().with_suffix(".lock"), "w", encoding="utf-8") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 def _seconds(candidate: Candidate, start: Callable[[Candidate], object]) -> float:
     try:
         if torch.cuda.is_available():
-            return triton.testing.do_bench(lambda: start(candidate)) / 1e3
+            return triton.testing.do_bench(lambda: start(candidate), return_mode="median") / 1e3
         begin = time.perf_counter()
         start(candidate)
         return time.perf_counter() - begin
-    except triton.runtime.errors.OutOfResources:
+    except TritonError:  # the compiler's, the assembler's, or too much shared memory
+        return float("inf")
+    except RuntimeError as error:
+        if "PassManager" not in str(error):  # the compiler's as well; anything else is a fault of the kernel
+            raise
         return float("inf")
 
 
-def _read() -> dict[str, str]:
+def read() -> dict[str, str]:
+    """What the file holds: the `repr` of a candidate by key."""
     try:
-        return json.loads(path().read_text())
+        return _parse(path(), path().stat().st_mtime_ns)
     except FileNotFoundError:
         return {}
+
+
+@lru_cache(1)
+def _parse(file: Path, changed: int) -> dict[str, str]:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path()} is not the JSON that MAMBA2_AUTOTUNE=1 writes; delete it to tune anew") from error
+        raise ValueError(f"{file} is not the JSON that MAMBA2_AUTOTUNE=1 writes; delete it to tune anew") from error
 
 
 def _write(known: dict[str, str]) -> None:
-    path().parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile("w", dir=path().parent, prefix="autotune-", delete=False) as file:
         json.dump(known, file, indent=1, sort_keys=True)
     os.replace(file.name, path())

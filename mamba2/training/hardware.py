@@ -2,6 +2,7 @@
 
 import contextlib
 import platform
+import re
 import resource
 import subprocess
 import time
@@ -14,7 +15,7 @@ import triton
 from mamba2.config import Mamba2Config
 
 # Dense matrix products, 1e12 FLOP/s by the vendors' data sheets: (float32 without TF32, bfloat16; float16 where the
-# device has no bfloat16). The first entry that the device's name contains counts.
+# device has no bfloat16), for names that contain the entry as a word; the first that does counts.
 PEAKS = {
     "B200": (75, 2250),
     "H200": (67, 989),
@@ -28,6 +29,7 @@ PEAKS = {
     "A40": (37.4, 149.7),
     "RTX A6000": (38.7, 154.8),
     "L40S": (91.6, 362),
+    "L40": (90.5, 181),
     "L4": (30.3, 121),
     "V100": (15.7, 125),
     "T4": (8.1, 65),
@@ -46,10 +48,12 @@ def choose_device(local_rank: int = 0) -> torch.device:
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """Dtype of the matrix products: `bf16`, `fp32`, or `auto`: bf16 on a GPU and on a processor that computes in it."""
+    """Dtype of the matrix products: `bf16`, `fp32`, or `auto`: bf16 on a device that computes in it."""
     if name == "auto":
         capabilities = torch.cpu.get_capabilities()
-        in_hardware = device.type == "cuda" or capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
+        in_hardware = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
+        if device.type == "cuda":  # before Ampere, products in bfloat16 are only emulated
+            in_hardware = torch.cuda.is_bf16_supported(including_emulation=False)
         name = "bf16" if in_hardware else "fp32"
     return {"bf16": torch.bfloat16, "fp32": torch.float32}[name]
 
@@ -64,7 +68,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
     processor the best of a few products that are timed now, on all threads."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
-        peaks = next((peaks for part, peaks in PEAKS.items() if part in name), None)
+        peaks = next((peaks for part, peaks in PEAKS.items() if re.search(rf"\b{part}\b", name)), None)
         return peaks and peaks[dtype != torch.float32] * 1e12
     size, best = 1024, 0.0
     a, b = (torch.ones(size, size, dtype=dtype) for _ in range(2))

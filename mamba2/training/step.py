@@ -102,4 +102,6 @@ def _count(targets: torch.Tensor) -> int:
 
 
 def _to(tensors: tuple[torch.Tensor | None, ...], device: torch.device) -> list[torch.Tensor | None]:
+    if device.type == "cuda":  # a copy from pageable memory would wait for the device
+        tensors = tuple(tensor if tensor is None else tensor.pin_memory() for tensor in tensors)
     return [None if tensor is None else tensor.to(device, non_blocking=True) for tensor in tensors]

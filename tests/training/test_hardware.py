@@ -2,6 +2,7 @@
 
 import dataclasses
 import subprocess
+import types
 
 import pytest
 import torch
@@ -66,7 +67,9 @@ def test_the_peak_of_a_gpu_comes_from_the_table_and_is_unknown_for_others(monkey
         ("AMD Instinct MI300X", 1307e12),
         ("NVIDIA GeForce RTX 4090", 165.2e12),
         ("NVIDIA L40S", 362e12),
+        ("NVIDIA L40", 181e12),
         ("NVIDIA L4", 121e12),
+        ("NVIDIA L400", None),
         ("Unheard Of 9000", None),
     ):
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda _, name=name: name)
@@ -95,3 +98,14 @@ def test_versions_name_the_revision_or_say_that_it_is_unknown(monkeypatch):
 def test_the_dtype_that_is_asked_for_is_used():
     device = torch.device("cpu")
     assert choose_dtype("bf16", device) == torch.bfloat16 and choose_dtype("fp32", device) == torch.float32
+
+
+@pytest.mark.parametrize(("capability", "dtype"), [((7, 0), torch.float32), ((8, 0), torch.bfloat16)])
+def test_a_gpu_that_only_emulates_bfloat16_is_not_given_it(monkeypatch, capability, dtype):
+    """Volta and Turing; asked as torch asks, of a device's capability."""
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    properties = types.SimpleNamespace(major=capability[0], minor=capability[1])
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *_: properties)
+    assert choose_dtype("auto", torch.device("cuda", 0)) == dtype

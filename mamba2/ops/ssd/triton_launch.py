@@ -77,6 +77,7 @@ def launch_for(kernel: str, target: str, itemsize: int, p: int, n: int, plain: b
     A target that is not in the table takes the row of the nearest one that is.
     """
     target = nearest(target)
+    earlier = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7)  # needs a few registers more in places
     widest = max(16, triton.next_power_of_2(p))
     wide = n > 160  # one more doubling of the state: half the channels, or twice the warps
     if itemsize == 4:
@@ -85,15 +86,15 @@ def launch_for(kernel: str, target: str, itemsize: int, p: int, n: int, plain: b
         return Launch(min(32, widest), 4, 1)
     if kernel == "gradient":
         # Two accumulators of (d_state, chunk), and where d_state takes two tiles more than 255 registers in places.
-        short = target in ("sm_80", "sm_120") or (target != "gfx942" and not plain)
-        eight = wide or (n_tiles(n)[1] > 0 and short)
+        short = target in ("sm_80", "sm_120") or (target != "gfx942" and not plain) or (earlier and target == "sm_90")
+        eight = wide or (n_tiles(n)[1] > 0 and short) or (earlier and target == "sm_80")
         return Launch(16 if wide else min(32, widest), 8 if eight else 4, 2 if target in ("sm_90", "sm_100") else 1)
     if target == "gfx942":
         return replace(WALKS[target], p_tile=16 if wide else min(32, widest))
     if wide or not plain:
         ahead = target in ("sm_90", "sm_100")
         if n_tiles(n)[1] > 0 and not ahead:  # found by trying: no rule says why sm_80 takes 32 channels more easily
-            return Launch(min(widest, 32 if target == "sm_80" else 16), 8, 1)
+            return Launch(min(widest, 32 if target == "sm_80" and not earlier else 16), 8, 1)
         return Launch(16, 8 if wide else 4, 2 if wide and ahead else 1)
     return replace(WALKS[target], p_tile=min(WALKS[target].p_tile, widest))
 
@@ -107,15 +108,28 @@ def nearest(target: str) -> str:
 
 
 def choose_launch(
-    kernel: str, target: str, dtype: torch.dtype, p: int, n: int, plain: bool, start: Callable[[Launch], object]
+    kernel: str,
+    target: str,
+    dtype: torch.dtype,
+    sizes: tuple[int, int, int, int, int, int],
+    plain: bool,
+    programs: int,
+    start: Callable[[Launch], object],
 ) -> Launch:
-    """The table's launch, or with MAMBA2_AUTOTUNE=1 the fastest of its neighbours; `start` runs the kernel with one."""
+    """The table's launch, or with MAMBA2_AUTOTUNE=1 the fastest of its neighbours; `start` runs the kernel with one.
+
+    `sizes` are b, l, h, p, g, n. `programs` are the fewest that the launch must have: a sequential form was chosen
+    since the table's launch has as many, and stays right with these.
+    """
+    b, l, h, p, g, n = sizes
     launch = launch_for(kernel, target, dtype.itemsize, p, n, plain)
     if not autotuning():
         return launch
     form = "plain" if plain else "with gate, documents or spans"
-    key = f"ssd {kernel}, {target}, {dtype}, headdim {p}, d_state {n}, {form}, triton {triton.__version__}"
-    return fastest(key, neighbours(launch, target), start)
+    shape = f"batch {b}, length to {triton.next_power_of_2(l)}, {h} heads of {p}, {g} groups, d_state {n}"
+    key = f"ssd {kernel}, {target}, {dtype}, {shape}, {form}, triton {triton.__version__}"
+    tried = [other for other in neighbours(launch, target) if b * h * triton.cdiv(p, other.p_tile) >= programs]
+    return fastest(key, tried, start)
 
 
 def neighbours(launch: Launch, target: str) -> list[Launch]:

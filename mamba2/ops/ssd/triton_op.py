@@ -241,7 +241,10 @@ class _Run:
         """Run `start` with the launch chosen for a kernel; it may be run with others before, to compare."""
         gated = kernel == "scan" and self.z is not None
         plain = not (gated or from_kept or self.seq_idx is not None)
-        return start(choose_launch(kernel, self.target, self.x.dtype, self.p, self.n, plain, start))
+        sizes = (self.b, self.l, self.h, self.p, self.g, self.n)
+        walks = kernel in ("scan", "reverse") and not from_kept and self.spans > 1
+        programs = multiprocessors(self.x.device) if walks else 1
+        return start(choose_launch(kernel, self.target, self.x.dtype, sizes, plain, programs, start))
 
     def constants(self, launch: Launch) -> dict:
         """Compile-time values that the large kernels share."""
