@@ -8,34 +8,44 @@ the merging, longest first, and `<|endoftext|>` = 0. The runs are taken out by t
 Text is text: `encode` never yields the end-of-text id, whatever a document says; append `eot_id` yourself.
 """
 
-import hashlib
-import itertools
 import json
 import lzma
 import os
 import re
 import shutil
 import unicodedata
+from collections.abc import Callable, Collection, Iterable
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tiktoken
 
+from mamba2.tokenizer_reader import GPT2_SPLIT, LLAMA3_SPLIT, QWEN2_SPLIT, read_tokenizer_json
+
 BUILTIN = ("bytes", "gpt2", "gpt-neox-20b")
 RECORD = "mamba2_tokenizer.json"
 VOCABULARIES = Path(__file__).parent / "vocab"
-END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
 
-# GPT-2's rule for what may merge: contractions, words, numbers, other signs, white space (Radford et al. 2019).
-GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-
-# The same rule after runs of 2 to MOST spaces are taken out: a run is tried first wherever one begins, and white space
+# GPT-2's rule after runs of 2 to MOST spaces are taken out: a run is tried first wherever one begins, and white space
 # stops where a run begins. No other alternative can enter a run, for it holds one space at most, in front.
 BLANK = r"(?:[^\S ]| (?! ))+"
 SPACES_SPLIT = (
     rf" {{2,MOST}}|'(?:[sdmt]|ll|ve|re)| ?\p{{L}}++| ?\p{{N}}++| ?[^\s\p{{L}}\p{{N}}]++|{BLANK}(?!\S)|{BLANK}"
 )
+
+# tiktoken's engine for regular expressions stops at 500 000 to 1 000 000 signs of white space in one piece. Text that
+# is white from one multiple of BLOCK to the next is searched for STRETCHES, each one piece, save perhaps its last sign.
+BLOCK = 100_000
+WHITE = "\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"  # \s for tiktoken; Python's holds four more
+STRETCHES = {
+    GPT2_SPLIT: rf"[{WHITE}]++",
+    SPACES_SPLIT: rf" {{2,MOST}}|(?:(?! )[{WHITE}]| (?! ))++",
+    # up to the last newline it is another piece, which is no trouble
+    QWEN2_SPLIT: rf"(?:(?![\r\n])[{WHITE}])++",
+    LLAMA3_SPLIT: rf"(?:(?![\r\n])[{WHITE}])++",
+}
 
 # Stands between documents that are encoded together; tiktoken gives it the id of end of text.
 SEPARATOR = "<|end of document|>"
@@ -49,7 +59,7 @@ class Tokenizer:
         identity: equal for tokenizers that give equal ids: the built-in's name, or the file's sha256.
         vocab_size: one more than the largest id. A model may have more rows (GPT-NeoX: 50 277 ids, 50 280 rows).
         eot_id: the id that ends a document.
-        tokens: the bytes of each id; extra: the id of each token that is not the result of merging.
+        tokens: the bytes of each id; extra: the id of each token that is taken out of text before the merging.
         nfc: whether text is normalised to NFC first.
     """
 
@@ -60,61 +70,102 @@ class Tokenizer:
         ranks: dict[bytes, int],
         eot_id: int,
         extra: dict[bytes, int] | None = None,
+        raw: Collection[bytes] = (),
+        unused: dict[bytes, int] | None = None,
         pattern: str = GPT2_SPLIT,
         nfc: bool = False,
         file: Path | None = None,
     ):
         """`ranks`: id of each token that merging can yield, in the order of merging. `extra`: id of each token that is
-        taken out of the text before, or that stands in no text at all (end of text)."""
+        taken out of the text before; those in `raw` before it is normalised. `unused`: id of each token that no text
+        comes to, such as the special ones."""
         extra = extra or {}
         self.name, self.identity, self.eot_id, self.file = name, identity, eot_id, file
         self.nfc = nfc
         # Some bytes have two ids: a run of spaces can be merged, which no text comes to, but a model may draw it.
         self.extra = extra
-        self.tokens = {i: token for some in (ranks, extra) for token, i in some.items()}
+        self.tokens = {i: token for some in (unused or {}, ranks, extra) for token, i in some.items()}
         self.vocab_size = max(*self.tokens, eot_id) + 1
-        atoms = sorted((t.decode() for t, i in extra.items() if i != eot_id), key=len, reverse=True)
-        runs = [atom for atom in atoms if set(atom) == {" "}]
-        others = [atom for atom in atoms if set(atom) != {" "}]
-        by_rule = runs and sorted(map(len, runs)) == list(range(2, len(runs) + 2)) and pattern == GPT2_SPLIT
-        if by_rule and not any(" " in atom for atom in others):
-            ranks = ranks | {run.encode(): extra[run.encode()] for run in runs}
-            pattern, atoms = SPACES_SPLIT.replace("MOST", str(len(runs) + 1)), others
-        self._encoding = tiktoken.Encoding(
-            name, pat_str=pattern, mergeable_ranks=ranks, special_tokens={SEPARATOR: eot_id}
-        )
-        self._atoms = re.compile("|".join(map(re.escape, atoms))) if atoms else None
-        self._atom_ids = {token.decode(): i for token, i in extra.items()}
+        raw_ids = {token.decode(): i for token, i in extra.items() if token in raw}
+        # of two tokens that are the same when normalised the first counts
+        atom_ids = {self._normalise(token.decode()): extra[token] for token in reversed(extra) if token not in raw}
+        runs = {" " * n: extra[b" " * n] for n in range(2, len(extra) + 2) if b" " * n in extra}
+        rule = pattern
+        in_a_row = runs and len(max(runs)) == len(runs) + 1
+        if in_a_row and pattern == GPT2_SPLIT and not any(" " in atom for atom in (raw_ids | atom_ids).keys() - runs):
+            ranks = ranks | {run.encode(): i for run, i in runs.items()}
+            rule = SPACES_SPLIT
+            for run in runs:
+                raw_ids.pop(run, None), atom_ids.pop(run, None)
+        most = str(len(runs) + 1)
+        try:
+            self._encoding = tiktoken.Encoding(
+                name, pat_str=rule.replace("MOST", most), mergeable_ranks=ranks, special_tokens={SEPARATOR: eot_id}
+            )
+        except ValueError as error:
+            raise ValueError(f"{name}: the regular expression {pattern!r} cannot be read: {error}") from None
+        self._stretch = re.compile(STRETCHES[rule].replace("MOST", most)) if rule in STRETCHES else None
+        self._raw_ids, self._raw = raw_ids, _any_of(raw_ids)
+        self._atom_ids, self._atoms = atom_ids, _any_of(atom_ids)
 
     def encode(self, text: str) -> list[int]:
-        """Ids of `text`, nothing added. A lone surrogate, which UTF-8 cannot hold, counts as U+FFFD."""
-        text = self._normalise(text)
-        if self._atoms is None:
-            return self._encoding.encode_ordinary(text)
+        """Ids of `text`, nothing added. A lone surrogate, which UTF-8 cannot hold, counts as U+FFFD.
+
+        Raises ValueError where tiktoken cannot split the text, which only the pattern of a file can come to.
+        """
         ids: list[int] = []
-        end = 0
-        for match in self._atoms.finditer(text):
-            if match.start() > end:
-                ids += self._encoding.encode_ordinary(text[end : match.start()])
-            ids.append(self._atom_ids[match.group()])
-            end = match.end()
-        if end < len(text):
-            ids += self._encoding.encode_ordinary(text[end:])
+        # re.split gives the text between two tokens at even places, and a token at odd ones
+        for k, part in enumerate(self._raw.split(text) if self._raw else [text]):
+            if k % 2:
+                ids.append(self._raw_ids[part])
+                continue
+            part = self._normalise(part)
+            for m, piece in enumerate(self._atoms.split(part) if self._atoms else [part]):
+                ids += [self._atom_ids[piece]] if m % 2 else self._merge(piece)
         return ids
 
     def encode_documents(self, texts: list[str]) -> np.ndarray:
         """Ids of `texts` one after the other, each followed by `eot_id`: (tokens,) uint32, the ids of `encode`.
 
-        One call into tiktoken for all of them, in which other threads can run.
+        One call into tiktoken for all of them, in which other threads can run. Raises ValueError as `encode` does.
         """
         joined = "".join(self._normalise(text) + SEPARATOR for text in texts)
         plain = joined.count(SEPARATOR) == len(texts) and not (self._atoms and self._atoms.search(joined))
-        if plain:
+        if plain and not _holds_white_block(joined) and not (self._raw and any(map(self._raw.search, texts))):
             try:
-                return self._encoding.encode_to_numpy(joined, allowed_special={SEPARATOR}, disallowed_special=())
-            except UnicodeEncodeError:
-                pass  # a lone surrogate, which `encode` replaces
+                return self._call(
+                    self._encoding.encode_to_numpy, joined, allowed_special={SEPARATOR}, disallowed_special=()
+                )
+            except ValueError:
+                pass  # a lone surrogate, which `encode` replaces, or a text that it refuses by name
         return np.array([i for text in texts for i in (*self.encode(text), self.eot_id)], dtype=np.uint32)
+
+    def _merge(self, text: str) -> list[int]:
+        """Ids of text that holds no token of `extra`, a long stretch of white space on its own."""
+        start, ids = 0, []
+        if self._stretch and _holds_white_block(text):
+            for match in self._stretch.finditer(text):
+                after = text[match.end() : match.end() + 1]
+                # the last one goes with what follows, unless that is white space or nothing
+                end = match.end() - bool(re.match(rf"[^{WHITE}]", after))
+                if end - match.start() < BLOCK or after in {"\r", "\n"}:
+                    continue
+                ids += self._call(self._encoding.encode_ordinary, text[start : match.start()])
+                ids += self._encoding._encode_single_piece(text[match.start() : end])
+                start = end
+        return ids + self._call(self._encoding.encode_ordinary, text[start:])
+
+    def _call(self, encode: Callable, text: str, **arguments) -> Any:
+        """tiktoken panics where its engine for regular expressions gives up; the exception has no public name."""
+        try:
+            return encode(text, **arguments)
+        except BaseException as error:
+            if type(error).__name__ != "PanicException":
+                raise
+            raise ValueError(
+                f"{self.name} cannot split a text of {len(text)} characters, which begins with {text[:40]!r}: a piece "
+                "of it is too long for its regular expression"
+            ) from None
 
     def _normalise(self, text: str) -> str:
         return unicodedata.normalize("NFC", text) if self.nfc and not text.isascii() else text
@@ -178,7 +229,18 @@ def get_tokenizer(name_or_path: str | os.PathLike) -> Tokenizer:
     file = path / "tokenizer.json" if path.is_dir() else path
     if not file.is_file():
         raise ValueError(f"no tokenizer {str(name_or_path)!r}: choose {', '.join(BUILTIN)}, or a tokenizer.json")
-    return _from_file(file)
+    return Tokenizer(**read_tokenizer_json(file))
+
+
+def _any_of(atoms: Iterable[str]) -> re.Pattern | None:
+    """A rule that finds the longest of `atoms`, None when there are none."""
+    found = sorted(atoms, key=len, reverse=True)
+    return re.compile(f"({'|'.join(map(re.escape, found))})") if found else None
+
+
+def _holds_white_block(text: str) -> bool:
+    """Whether text is white space from one multiple of BLOCK to the next; a look at each tells most often."""
+    return any(text[i : i + BLOCK].isspace() for i in range(0, len(text) - BLOCK + 1, BLOCK))
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: str | os.PathLike) -> None:
@@ -220,63 +282,3 @@ def _shipped(name: str) -> list[bytes]:
         tokens.append(data[at + 2 : at + 2 + length])
         at += 2 + length
     return tokens
-
-
-def byte_characters() -> dict[str, int]:
-    """GPT-2's way to write a byte as one visible character: the byte behind each character."""
-    visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    hidden = [byte for byte in range(256) if byte not in visible]
-    return {chr(byte): byte for byte in visible} | {chr(0x100 + i): byte for i, byte in enumerate(hidden)}
-
-
-def _from_file(file: Path) -> Tokenizer:
-    try:
-        content = file.read_bytes()
-        description = json.loads(content)
-        model, normalizer = description["model"], description.get("normalizer")
-        vocabulary, merges = model["vocab"], model["merges"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{file} is not a BPE tokenizer.json: {error!r}") from error
-    if normalizer is not None and normalizer["type"] != "NFC":
-        raise ValueError(f"{file}: normalizer {normalizer['type']} is not supported; none or NFC is")
-    pattern = _split_pattern(file, description.get("pre_tokenizer") or {})
-
-    added = {token["content"]: token["id"] for token in description.get("added_tokens", [])}
-    eot_id = next((added[name] for name in END_OF_TEXT if name in added), None)
-    if eot_id is None:
-        raise ValueError(f"{file} has no end-of-text token; one of {', '.join(END_OF_TEXT)} must be an added token")
-    for token in description.get("added_tokens", []):
-        if token.get("lstrip") or token.get("rstrip") or token.get("single_word"):
-            raise ValueError(f"{file}: added token {token['content']!r} strips its neighbours, which is not supported")
-    special = {t["content"] for t in description.get("added_tokens", []) if t["special"]}
-    characters = byte_characters()
-    try:
-        ranks = {bytes(characters[c] for c in t): i for t, i in vocabulary.items() if t not in added}
-    except KeyError as error:
-        raise ValueError(f"{file} is not byte-level: its vocabulary holds the character {error.args[0]!r}") from None
-    # tiktoken merges in the order of the ids, the tokenizers library in the order of the merges: they must be the same.
-    pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in merges]
-    merged = [vocabulary.get("".join(pair), -1) for pair in pairs]
-    if any(a >= b for a, b in itertools.pairwise(merged)):
-        raise ValueError(f"{file}: its merges are not in the order of the ids, which is not supported")
-    # Special tokens never come out of text; what stays is matched in it before the merging.
-    extra = {content.encode(): i for content, i in added.items() if content not in special}
-    identity = "sha256:" + hashlib.sha256(content).hexdigest()
-    return Tokenizer(str(file), identity, ranks, eot_id, extra, pattern, normalizer is not None, file)
-
-
-def _split_pattern(file: Path, rule: dict) -> str:
-    """The regular expression of a pre_tokenizer: ByteLevel alone, or a Split by a regex and then ByteLevel."""
-    steps = rule.get("pretokenizers", [rule])
-    level = steps[-1]
-    if level.get("type") == "ByteLevel" and not level.get("add_prefix_space"):
-        if len(steps) == 1 and level.get("use_regex", True):
-            return GPT2_SPLIT
-        split = steps[0]
-        by_regex = len(steps) == 2 and split["type"] == "Split" and "Regex" in split["pattern"]
-        if by_regex and split["behavior"] == "Isolated" and not split["invert"] and not level.get("use_regex", True):
-            return split["pattern"]["Regex"]
-    raise ValueError(
-        f"{file}: this pre_tokenizer is not supported; ByteLevel without a prefix space is, alone or after one Split "
-        "by a Regex"
-    )

@@ -1,11 +1,11 @@
 """A tokenizer of ours written as transformers' AutoTokenizer reads it: tokenizer.json and tokenizer_config.json."""
 
-import itertools
 import json
 import shutil
 from pathlib import Path
 
-from mamba2.tokenizer import ByteTokenizer, Tokenizer, byte_characters
+from mamba2.tokenizer import ByteTokenizer, Tokenizer
+from mamba2.tokenizer_reader import byte_characters, merge_bytes
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -76,15 +76,8 @@ def describe(tokenizer: Tokenizer) -> dict:
 def find_merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
     """The two tokens that each longer one was merged from, in order of rank: what its bytes come to when only the
     merges before it are made."""
-    merges = []
-    for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
-        parts = [token[i : i + 1] for i in range(len(token))]
-        while len(parts) > 2:
-            _, at = min((ranks.get(a + b, rank), i) for i, (a, b) in enumerate(itertools.pairwise(parts)))
-            parts[at : at + 2] = [parts[at] + parts[at + 1]]
-        if len(parts) == 2:
-            merges.append((parts[0], parts[1]))
-    return merges
+    longer = sorted((token for token in ranks if len(token) > 1), key=ranks.__getitem__)
+    return [(a, b) for a, b in (merge_bytes(token, ranks) for token in longer)]
 
 
 def _added(i: int, content: str, special: bool) -> dict:

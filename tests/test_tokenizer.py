@@ -13,12 +13,12 @@ from tokenizers import Tokenizer as Library
 
 from mamba2.tokenizer import (
     _shipped,
-    byte_characters,
     find_tokenizer,
     get_tokenizer,
     load_tokenizer,
     save_tokenizer,
 )
+from mamba2.tokenizer_reader import byte_characters
 
 ATOMS = [
     " ",
@@ -123,6 +123,43 @@ def test_real_text_gets_the_ids_of_the_library_and_comes_back(pair):
         assert ours.decode(ids) == library.decode(ids, skip_special_tokens=True) == text
 
 
+def assert_long(pair, text):
+    ours, library = pair
+    ids = ours.encode(text)
+    assert ids == library.encode(text).ids
+    short = [*ours.encode("a b"), ours.eot_id]
+    assert ours.encode_documents(["a b", text, "", "a b"]).tolist() == [*short, *ids, ours.eot_id, ours.eot_id, *short]
+
+
+LONG = 1_050_000  # signs of white space, more than the engine that splits text holds in one piece
+
+
+def test_a_million_newlines_get_the_ids_of_the_library(pair):
+    assert_long(pair, "x" + "\n" * LONG + "y")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "run", [" ", "\t \n", " \n \n", "  \n", "\u2003\x0b", "\x1c", "a", "1", "!", "é", "ab1 ", "中"]
+)
+def test_other_long_runs_get_the_ids_of_the_library(pair, run):
+    assert_long(pair, "x" + run * (LONG // len(run)) + "y  z")
+    assert_long(pair, "... " + run * (LONG // len(run)))
+
+
+def test_white_space_cut_out_gets_the_ids_of_the_library(pair, monkeypatch):
+    monkeypatch.setattr("mamba2.tokenizer.BLOCK", 4)
+    ours, library = pair
+    generator = random.Random(1)
+    signs = [*" \n\t\r\x85\xa0\x1c", "  ", " " * 24, " " * 25, "\n\n"]
+    for _ in range(1000):
+        stretch = (
+            "".join(generator.choices(signs[: generator.randint(1, 11)], k=generator.randint(0, 20))) for _ in "123"
+        )
+        text = "".join(white + generator.choice(["a", "1", "!", "é", " b", ""]) for white in stretch)
+        assert ours.encode(text) == library.encode(text).ids, repr(text)
+
+
 def test_text_comes_back(pair):
     ours, _ = pair
     normalise = unicodedata.normalize if ours.name == "gpt-neox-20b" else lambda _, text: text
@@ -200,7 +237,7 @@ def test_an_unknown_name_lists_the_known():
     [
         (lambda d: d.update(normalizer={"type": "Lowercase"}), "normalizer Lowercase is not supported"),
         (lambda d: d["pre_tokenizer"].update(type="Metaspace"), "this pre_tokenizer is not supported"),
-        (lambda d: d["model"].update(merges=d["model"]["merges"][::-1]), "merges are not in the order of the ids"),
+        (lambda d: d["model"].update(merges=d["model"]["merges"][::-1]), "is not in the order of the ids"),
         (lambda d: d.update(added_tokens=[]), "no end-of-text token"),
         (lambda d: d.pop("model"), "is not a BPE tokenizer.json"),
     ],
