@@ -142,17 +142,18 @@ class Tokenizer:
 
     def _merge(self, text: str) -> list[int]:
         """Ids of text that holds no token of `extra`, a long stretch of white space on its own."""
+        if self._stretch is None or not _holds_white_block(text):
+            return self._call(self._encoding.encode_ordinary, text)
         start, ids = 0, []
-        if self._stretch and _holds_white_block(text):
-            for match in self._stretch.finditer(text):
-                after = text[match.end() : match.end() + 1]
-                # the last one goes with what follows, unless that is white space or nothing
-                end = match.end() - bool(re.match(rf"[^{WHITE}]", after))
-                if end - match.start() < BLOCK or after in {"\r", "\n"}:
-                    continue
-                ids += self._call(self._encoding.encode_ordinary, text[start : match.start()])
-                ids += self._encoding._encode_single_piece(text[match.start() : end])
-                start = end
+        for match in self._stretch.finditer(text):
+            after = text[match.end() : match.end() + 1]
+            # the last sign goes with what follows, unless that is white space or nothing
+            end = match.end() - bool(re.match(rf"[^{WHITE}]", after))
+            if end - match.start() < BLOCK or after in {"\r", "\n"}:
+                continue
+            ids += self._call(self._encoding.encode_ordinary, text[start : match.start()])
+            ids += self._encoding._encode_single_piece(text[match.start() : end])
+            start = end
         return ids + self._call(self._encoding.encode_ordinary, text[start:])
 
     def _call(self, encode: Callable, text: str, **arguments) -> Any:
@@ -239,8 +240,8 @@ def _any_of(atoms: Iterable[str]) -> re.Pattern | None:
 
 
 def _holds_white_block(text: str) -> bool:
-    """Whether text is white space from one multiple of BLOCK to the next; a look at each tells most often."""
-    return any(text[i : i + BLOCK].isspace() for i in range(0, len(text) - BLOCK + 1, BLOCK))
+    """Whether text is white space from one multiple of BLOCK to the next; a look at the first sign tells most often."""
+    return any(text[i].isspace() and text[i : i + BLOCK].isspace() for i in range(0, len(text) - BLOCK + 1, BLOCK))
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: str | os.PathLike) -> None:
@@ -261,7 +262,13 @@ def find_tokenizer(folder: str | os.PathLike) -> Tokenizer | None:
     if not folder.is_dir():
         raise FileNotFoundError(f"no model folder at {folder}")
     if (folder / RECORD).is_file():
-        return get_tokenizer(json.loads((folder / RECORD).read_text(encoding="utf-8"))["name"])
+        try:
+            name = json.loads((folder / RECORD).read_bytes())["name"]
+        except (ValueError, KeyError, TypeError, RecursionError):
+            name = None
+        if name not in BUILTIN:
+            raise ValueError(f"{folder / RECORD} names no tokenizer; its name must be one of {', '.join(BUILTIN)}")
+        return get_tokenizer(name)
     return get_tokenizer(folder) if (folder / "tokenizer.json").is_file() else None
 
 

@@ -148,13 +148,13 @@ def test_other_long_runs_get_the_ids_of_the_library(pair, run):
 
 
 def test_white_space_cut_out_gets_the_ids_of_the_library(pair, monkeypatch):
-    monkeypatch.setattr("mamba2.tokenizer.BLOCK", 4)
+    monkeypatch.setattr("mamba2.tokenizer.BLOCK", 25)
     ours, library = pair
     generator = random.Random(1)
     signs = [*" \n\t\r\x85\xa0\x1c", "  ", " " * 24, " " * 25, "\n\n"]
     for _ in range(1000):
         stretch = (
-            "".join(generator.choices(signs[: generator.randint(1, 11)], k=generator.randint(0, 20))) for _ in "123"
+            "".join(generator.choices(signs[: generator.randint(1, 11)], k=generator.randint(0, 120))) for _ in "123"
         )
         text = "".join(white + generator.choice(["a", "1", "!", "é", " b", ""]) for white in stretch)
         assert ours.encode(text) == library.encode(text).ids, repr(text)
@@ -265,6 +265,11 @@ def test_a_model_folder_carries_its_tokenizer(pair, tmp_path):
     with pytest.raises(ValueError, match="carries no tokenizer"):
         load_tokenizer(tmp_path / "empty")
     assert find_tokenizer(tmp_path / "empty") is None
+    for record in ("", "[]", '{"name": ["gpt2"]}', '{"name": "gpt3"}'):
+        (tmp_path / "empty" / "mamba2_tokenizer.json").write_text(record)
+        with pytest.raises(ValueError, match="names no tokenizer; its name must be one of bytes"):
+            find_tokenizer(tmp_path / "empty")
+    (tmp_path / "empty" / "mamba2_tokenizer.json").unlink()
     (tmp_path / "empty" / "tokenizer.json").write_text("{}")
     with pytest.raises(ValueError, match=r"tokenizer.json"):
         find_tokenizer(tmp_path / "empty")

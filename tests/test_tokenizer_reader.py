@@ -3,15 +3,13 @@
 import copy
 import json
 import random
-import re
-import sys
 
 import pytest
 from tokenizers import Tokenizer as Library
 from tokenizers import models, pre_tokenizers, trainers
 
 from mamba2.tokenizer import get_tokenizer
-from mamba2.tokenizer_reader import GPT2_SPLIT, LLAMA3_SPLIT, QWEN2_SPLIT, byte_characters
+from mamba2.tokenizer_reader import GPT2_SPLIT, LLAMA3_SPLIT, QWEN2_SPLIT
 
 GPT4O_SPLIT = (
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?|"
@@ -20,9 +18,28 @@ GPT4O_SPLIT = (
 )
 FAMILIES = [GPT2_SPLIT, LLAMA3_SPLIT, QWEN2_SPLIT, GPT4O_SPLIT]
 SIMPLE = [r"\d", r"\p{N}{1,3}", r"\d{2}", r"[A-Za-z]+", r"\s+", r" ?\p{L}+|\s+(?!\S)", r"\p{L}++(?=\s)|[!?]", "ab|b"]
-FOREIGN = [r"\w+", r"(?i:ss)", r"^a", r"a$", r".", r"\d*", r"\p{N}{1,3}+", r"[a-z&&[^b]]", r"(?<=a)b", r"(a", r"(?!\S)", ""]
-PIECES = "a b ab the  In 12 345 é e\u0301 ß ſ K 中文 😀 ' 's 'S 'll 'LL ! ?! ... _ <x> <y> \t \n \r\n \n\n \x1c \x85 \u00a0 ² \u0301"
-PIECES = [*PIECES.split(" "), " ", "  ", "    ", "<|endoftext|>", "theIn", "abab"]
+FOREIGN = [r"\w+", "(?i:ss)", "^a", "a$", ".", r"\p{N}{1,3}+", "[a-z&&[^b]]", "(?<=a)b", "(a", r"\d*", r"(?!\S)", ""]
+PIECES = [
+    "a",
+    "b",
+    "ab",
+    "the",
+    "In",
+    "12",
+    "345",
+    "é",
+    "e\u0301",
+    "\u0301",
+    "ß",
+    "ſ",
+    "K",
+    "中文",
+    "😀",
+    "²",
+    "\u00a0",
+]
+PIECES += ["'", "'s", "'S", "'ll", "'LL", "!", "?!", "...", "_", "<x>", "<y>", "<|endoftext|>", "theIn", "abab"]
+PIECES += ["\t", "\n", "\r\n", "\n\n", "\x1c", "\x85", " ", " ", " ", "  ", "  ", "    "]
 
 
 def texts(seed: int, count: int) -> list[str]:
@@ -57,7 +74,8 @@ def every_merge(description: dict) -> None:
     """As files are written from tiktoken's: each pair of tokens that makes a token is a merge."""
     model = description["model"]
     ids = {token: i for token, i in model["vocab"].items() if token not in ("<|endoftext|>", "<s>")}
-    pairs = [(t[:k], t[k:]) for t in sorted(ids, key=ids.get) for k in range(1, len(t)) if t[:k] in ids and t[k:] in ids]
+    splits = [(token[:k], token[k:]) for token in ids for k in range(1, len(token))]
+    pairs = [(a, b) for a, b in splits if a in ids and b in ids]
     model["merges"] = [list(pair) for pair in sorted(pairs, key=lambda p: (ids["".join(p)], ids[p[0]], ids[p[1]]))]
     model["ignore_merges"] = True
 
@@ -81,7 +99,7 @@ def add_token(generator: random.Random, description: dict) -> None:
 def change_merges(generator: random.Random, description: dict) -> None:
     model = description["model"]
     merges, at = model["merges"], generator.randrange(len(model["merges"]))
-    how = generator.choice(["drop", "swap", "again", "text", "every", "every and words"])
+    how = generator.choice(["drop", "swap", "again", "text", "text", "every", "every", "every and words"])
     if how == "drop":
         del merges[at]
     elif how == "swap":
@@ -111,26 +129,49 @@ def change_vocabulary(generator: random.Random, description: dict) -> None:
 
 LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 TEXT, BOS = ({"Sequence": {"id": "A", "type_id": 0}}, {"SpecialToken": {"id": "<s>", "type_id": 0}})
-TEMPLATE = {"special_tokens": {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}}, "pair": [TEXT]}
+TEMPLATE = {
+    "type": "TemplateProcessing",
+    "single": [BOS, TEXT],
+    "pair": [TEXT],
+    "special_tokens": {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}},
+}
+ROBERTA = {"type": "RobertaProcessing", "sep": ["<s>", 1], "cls": ["<s>", 1], "trim_offsets": True}
 NFC, REPLACE = {"type": "NFC"}, {"type": "Replace", "pattern": {"String": "a"}, "content": "b"}
+DIGITS = {"type": "Digits", "individual_digits": True}
 OUTER = {
-    "normalizer": [NFC, NFC, {"type": "Sequence", "normalizers": []}, {"type": "Sequence", "normalizers": [NFC]}]
-    + [{"type": "NFD"}, {"type": "Lowercase"}, {"type": "Sequence", "normalizers": [NFC, REPLACE]}, REPLACE]
-    + [{"type": "Prepend", "prepend": "a"}, {"type": "Strip", "strip_left": True, "strip_right": True}],
-    "pre_tokenizer": [*(split(p) for p in FAMILIES * 3 + SIMPLE * 2 + FOREIGN), *(split(p, "Removed", True) for p in SIMPLE)]
-    + [split(r"\d", behavior) for behavior in ("Removed", "MergedWithNext", "MergedWithPrevious", "Contiguous")]
-    + [LEVEL | {"use_regex": False}, LEVEL | {"add_prefix_space": True}, {"type": "Whitespace"}, None]
-    + [{"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True}, LEVEL]}]
-    + [{"type": "Sequence", "pretokenizers": split(r"\d")["pretokenizers"][:1] + split(GPT2_SPLIT)["pretokenizers"]}]
-    + [{"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": True}],
-    "post_processor": [LEVEL, {"type": "TemplateProcessing", "single": [BOS, TEXT], **TEMPLATE}]
-    + [{"type": "TemplateProcessing", "single": [TEXT, TEXT], **TEMPLATE}]
-    + [{"type": "RobertaProcessing", "sep": ["<s>", 1], "cls": ["<s>", 1], "trim_offsets": True, "add_prefix_space": True}]
-    + [{"type": "Sequence", "processors": [LEVEL, {"type": "TemplateProcessing", "single": [BOS, TEXT], **TEMPLATE}]}],
+    "normalizer": [
+        *([NFC] * 2),
+        {"type": "Sequence", "normalizers": []},
+        {"type": "Sequence", "normalizers": [NFC]},
+        {"type": "Sequence", "normalizers": [NFC, REPLACE]},
+        REPLACE,
+        {"type": "NFD"},
+        {"type": "Lowercase"},
+        {"type": "Prepend", "prepend": "a"},
+        {"type": "Strip", "strip_left": True, "strip_right": True},
+    ],
+    "pre_tokenizer": [
+        *(split(pattern) for pattern in FAMILIES * 3 + SIMPLE * 2 + FOREIGN),
+        *(split(pattern, "Removed", True) for pattern in SIMPLE),
+        *(split(r"\d", behavior) for behavior in ("Removed", "MergedWithNext", "MergedWithPrevious", "Contiguous")),
+        LEVEL | {"use_regex": False},
+        LEVEL | {"add_prefix_space": True},
+        {"type": "Sequence", "pretokenizers": [DIGITS, LEVEL]},
+        {"type": "Sequence", "pretokenizers": [*split(r"\d")["pretokenizers"][:1], *split("a")["pretokenizers"]]},
+        {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": True},
+        {"type": "Whitespace"},
+        None,
+    ],
+    "post_processor": [
+        LEVEL,
+        TEMPLATE,
+        TEMPLATE | {"single": [TEXT, TEXT]},
+        ROBERTA | {"add_prefix_space": True},
+        {"type": "Sequence", "processors": [LEVEL, TEMPLATE]},
+    ],
     "decoder": [LEVEL, LEVEL, {"type": "Fuse"}],
     "truncation": [{"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0}],
-    "padding": [{"strategy": {"Fixed": 9}, "direction": "Right", "pad_to_multiple_of": None}]
-    and [{"strategy": {"Fixed": 9}, "direction": "Right", "pad_id": 0, "pad_type_id": 0, "pad_token": "<s>"}],
+    "padding": [{"strategy": {"Fixed": 9}, "direction": "Right", "pad_id": 0, "pad_type_id": 0, "pad_token": "<s>"}],
 }
 MODEL = {
     "dropout": [None, 0.0, 0.5],
@@ -151,7 +192,7 @@ def change(generator: random.Random, description: dict) -> None:
     if callable(kind):
         kind(generator, description)
     else:
-        key = generator.choice(sorted(kind))
+        key = generator.choice(["normalizer", "pre_tokenizer", *kind] if kind is OUTER else sorted(kind))
         (description if kind is OUTER else description["model"])[key] = generator.choice(kind[key])
 
 
@@ -180,25 +221,160 @@ def assert_same_ids(ours, library, strings: list[str]) -> None:
     assert ours.encode_documents(strings).tolist() == expected
 
 
-import os
-SEEDS = int(os.environ.get("SEEDS", 400))
-
-
 def test_random_files_get_the_ids_of_the_library_or_a_sentence(trained, tmp_path):
-    accepted, sentences = 0, {}
-    for seed in range(SEEDS):
+    accepted, sentences = 0, set()
+    for seed in range(300):
         generator = random.Random(seed)
         description = copy.deepcopy(trained)
         for _ in range(generator.randint(1, 3)):
             change(generator, description)
         ours, library = load_both(description, tmp_path / "tokenizer.json")
         if library is None:
-            sentences[ours] = sentences.get(ours, 0) + 1
+            sentences.add(ours)
         else:
             accepted += 1
             assert_same_ids(ours, library, texts(seed, 20))
-    if SEEDS > 400:
-        for k, v in sorted(sentences.items(), key=lambda x: -x[1])[:70]:
-            print(v, k[:200])
-        print("accepted", accepted)
-    assert accepted > SEEDS * 0.2 and len(sentences) > 20
+    assert accepted > 75 and len(sentences) > 50
+
+
+@pytest.mark.parametrize("words", [False, True])
+@pytest.mark.parametrize("pattern", FAMILIES)
+def test_the_known_families_are_read(trained, tmp_path, pattern, words):
+    """Qwen 2 has NFC and its merges once; Llama 3 all merges, ignore_merges, and tokens that merges come to late."""
+    description = copy.deepcopy(trained) | {"pre_tokenizer": split(pattern), "decoder": LEVEL}
+    if words:
+        add_words(random.Random(1), description["model"])
+        every_merge(description)
+        description["post_processor"] = {"type": "Sequence", "processors": [LEVEL, TEMPLATE]}
+    else:
+        description["normalizer"] = NFC
+    description["added_tokens"] += [added(len(description["model"]["vocab"]), "<x>", special=True)]
+    ours, library = load_both(description, tmp_path / "tokenizer.json")
+    assert_same_ids(ours, library, texts(2, 300))
+    assert ours.vocab_size == library.get_vocab_size()
+    assert ours.decode([ours.vocab_size - 1]) == "<x>" and ours.decode([0]) == ""
+
+
+@pytest.mark.parametrize(("behavior", "invert"), [("Isolated", False), ("Isolated", True), ("Removed", True)])
+@pytest.mark.parametrize("pattern", SIMPLE)
+def test_what_a_split_does_not_match_is_a_piece_or_removed(trained, tmp_path, pattern, behavior, invert):
+    description = trained | {"pre_tokenizer": split(pattern, behavior, invert)}
+    ours, library = load_both(description, tmp_path / "tokenizer.json")
+    assert_same_ids(ours, library, ["abc 1 def", *texts(3, 200)])
+
+
+@pytest.mark.parametrize("pattern", FOREIGN)
+def test_a_pattern_that_may_be_read_otherwise_is_refused(trained, tmp_path, pattern):
+    sentence, library = load_both(trained | {"pre_tokenizer": split(pattern)}, tmp_path / "tokenizer.json")
+    assert library is None and f"the Split has the pattern {json.dumps(pattern)}, which" in sentence
+
+
+@pytest.mark.slow
+def test_classes_of_characters_are_those_of_the_library(trained, tmp_path):
+    signs = "".join(chr(c) for c in (*range(0xD800), *range(0xE000, 0x20000), *range(0xE0000, 0xE0200)))
+    groups = ("Lultmo", "Mnce", "Ndlo", "Pcdseifo", "Smcko", "Zslp")
+    kinds = [rf"\p{{{group[0]}{kind}}}+" for group in groups for kind in ("", *group[1:])]
+    for pattern in [*FAMILIES, r"\s", r"\d", r"'(?i:[sdmt]|ll|ve|re)", *kinds]:
+        ours, library = load_both(trained | {"pre_tokenizer": split(pattern)}, tmp_path / "tokenizer.json")
+        assert ours.encode(signs) == library.encode(signs).ids, pattern
+
+
+@pytest.mark.parametrize("pattern", [LLAMA3_SPLIT, QWEN2_SPLIT])
+def test_long_white_space_is_cut_out_of_the_known_families(trained, tmp_path, monkeypatch, pattern):
+    ours, library = load_both(trained | {"pre_tokenizer": split(pattern)}, tmp_path / "tokenizer.json")
+    for run in (" ", "\t \n"):
+        text = "x!" + run * (1_050_000 // len(run)) + "  y"
+        assert ours.encode(text) == library.encode(text).ids
+    monkeypatch.setattr("mamba2.tokenizer.BLOCK", 10)
+    generator = random.Random(4)
+    for _ in range(1000):
+        signs = generator.choices("  \n\t\r\x85\x1cb!1é", (9, 9, 3, 3, 3, 3, 1, *[generator.random()] * 4), k=100)
+        assert ours.encode("".join(signs)) == library.encode("".join(signs)).ids, signs
+
+
+def test_a_text_that_cannot_be_split_is_named(trained, tmp_path):
+    ours, _ = load_both(trained | {"pre_tokenizer": split("[0-9]")}, tmp_path / "tokenizer.json")
+    text, sentence = "some" + "x" * 1_500_000, "cannot split a text of 1500004 characters, which begins with 'somexxx"
+    with pytest.raises(ValueError, match=sentence):
+        ours.encode(text)
+    with pytest.raises(ValueError, match=sentence):
+        ours.encode_documents(["1", text])
+
+
+def test_missing_bytes_are_named(trained, tmp_path):
+    description = copy.deepcopy(trained)
+    for token in ("!", "é"):  # 0x21 and 0xE9
+        del description["model"]["vocab"][token]
+    description["model"]["merges"] = []
+    sentence, _ = load_both(description, tmp_path / "tokenizer.json")
+    assert "the vocabulary lacks the bytes 0x21, 0xE9" in sentence
+
+
+def test_a_token_without_a_merge_is_of_no_text_unless_merges_are_ignored(trained, tmp_path):
+    description = copy.deepcopy(trained)
+    description["model"]["vocab"]["qzq"] = number = len(description["model"]["vocab"])
+    ours, library = load_both(description, tmp_path / "tokenizer.json")
+    assert number not in ours.encode("qzq") and ours.decode([number]) == "qzq"
+    assert_same_ids(ours, library, ["qzq", " qzq"])
+    description["model"]["ignore_merges"] = True
+    ours, library = load_both(description, tmp_path / "tokenizer.json")
+    assert ours.encode("qzq") == [number] and number not in ours.encode("qzqzq")
+    assert_same_ids(ours, library, ["qzq", "qzqzq", "qzq qzq"])
+    description["model"]["vocab"]["zq"] = number + 1  # tiktoken would make it in any word
+    sentence, _ = load_both(description, tmp_path / "tokenizer.json")
+    assert "in its merges the one that makes b'qzq' is missing" in sentence
+
+
+def test_of_added_tokens_the_raw_come_first_and_the_longest_counts(trained, tmp_path):
+    description = copy.deepcopy(trained) | {"normalizer": NFC}
+    number = len(description["model"]["vocab"])
+    for content, flags in (("ab", {}), ("xa", {"normalized": True}), ("abc", {}), ("e\u0301!", {"normalized": True})):
+        number = description["model"]["vocab"].get(content, number)
+        description["added_tokens"].append(added(number, content, **flags))
+        number = max(number, len(description["model"]["vocab"]) - 1) + 1
+    ours, library = load_both(description, tmp_path / "tokenizer.json")
+    assert_same_ids(ours, library, ["xabc", "xab", "xa ab", "é! e\u0301!", "ab\u0301", "xaxaab"])
+
+
+@pytest.mark.parametrize(
+    ("where", "key", "value", "sentence"),
+    [
+        ("model", "dropout", 0.1, "the model has dropout 0.1, which is not supported"),
+        ("model", "end_of_word_suffix", "</w>", 'the model has end_of_word_suffix "</w>", which is not supported'),
+        ("model", "continuing_subword_prefix", "##", 'the model has continuing_subword_prefix "##"'),
+        ("model", "cache", 1, "the model has the key 'cache', which is not known"),
+        ("model", "type", "WordPiece", 'the model has type "WordPiece"'),
+        ("model", "vocab", [], "is not a BPE tokenizer.json"),
+        ("model", "merges", [["a", "b", "c"]], 'the merge ["a", "b", "c"] is not of two tokens'),
+        ("model", "merges", [["a", "Ġqqq"]], "is not of two tokens of the vocabulary that make a third"),
+        ("", "filters", [], "it has the key 'filters', which is not known"),
+        ("", "truncation", {"max_length": 8}, "it has truncation {"),
+        ("", "padding", {"length": 8}, "it has padding {"),
+        ("", "version", "2.0", 'it has version "2.0"'),
+        ("", "added_tokens", {}, "added_tokens is {}, not a list"),
+        ("", "added_tokens", [1], "an added token is 1, not an object"),
+        ("", "normalizer", {"type": "NFC", "form": 1}, "the normalizer has the key 'form'"),
+        ("", "normalizer", 5, "normalizer 5 is not supported"),
+        ("", "normalizer", {"type": "Sequence", "normalizers": [NFC, {"type": "NFKC"}]}, "normalizer NFKC"),
+        ("", "pre_tokenizer", None, "this pre_tokenizer is not supported: []"),
+        ("", "pre_tokenizer", LEVEL | {"add_prefix_space": True}, "ByteLevel has add_prefix_space true"),
+        ("", "pre_tokenizer", split("a", "MergedWithNext"), 'the Split has behavior "MergedWithNext"'),
+        ("", "pre_tokenizer", split("a", "Removed"), "Removed without invert"),
+        ("", "pre_tokenizer", split(5), "the Split has the pattern 5"),
+        ("", "decoder", {"type": "Fuse"}, 'the decoder has type "Fuse"'),
+        ("", "post_processor", {"type": "BertProcessing"}, 'the post_processor has type "BertProcessing"'),
+        ("", "post_processor", {"type": "TemplateProcessing", "single": [BOS]}, "which is not the text once"),
+    ],
+)
+def test_what_is_not_known_is_refused_by_name(trained, tmp_path, where, key, value, sentence):
+    description = copy.deepcopy(trained)
+    (description[where] if where else description)[key] = value
+    assert sentence in load_both(description, tmp_path / "tokenizer.json")[0]
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, "", "[]", '{"model": []}', "\xff"])
+def test_what_is_no_tokenizer_json_is_one_sentence(tmp_path, content):
+    file = tmp_path / "tokenizer.json"
+    file.write_text(content, encoding="latin-1")
+    with pytest.raises(ValueError, match=r"is not a BPE tokenizer\.json"):
+        get_tokenizer(file)
