@@ -11,7 +11,10 @@ END_OF_TEXT = "<|endoftext|>"
 
 
 def write_tokenizer_json(tokenizer: Tokenizer, folder: Path) -> None:
-    """Write both files. Text gets the ids that `tokenizer` gives it, except that theirs finds `<|endoftext|>` in it."""
+    """Write both files. Text gets the ids that `tokenizer` gives it, except that theirs finds `<|endoftext|>` in it.
+
+    A tokenizer that was read from a file is that file, with the special tokens that it puts around a text.
+    """
     file = folder / "tokenizer.json"
     if tokenizer.file is not None:
         if tokenizer.file.resolve() != file.resolve():

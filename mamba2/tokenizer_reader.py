@@ -139,7 +139,7 @@ def _check_outer_steps(processor: Any, decoder: Any) -> None:
         if kind == "TemplateProcessing":
             _check("the post_processor", step, type=ANY, single=ANY, pair=ANY, special_tokens=ANY)
             single = step.get("single")
-            if not isinstance(single, list) or _show(single).count('"Sequence"') != 1:
+            if not isinstance(single, list) or json.dumps(single).count('"Sequence"') != 1:
                 raise ValueError(f"the post_processor has single {_show(single)}, which is not the text once")
         elif kind == "RobertaProcessing":
             _check("the post_processor", step, type=ANY, sep=ANY, cls=ANY, trim_offsets=ANY, add_prefix_space=ANY)

@@ -131,7 +131,7 @@ LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "
 TEXT, BOS = ({"Sequence": {"id": "A", "type_id": 0}}, {"SpecialToken": {"id": "<s>", "type_id": 0}})
 TEMPLATE = {
     "type": "TemplateProcessing",
-    "single": [BOS, TEXT],
+    "single": [BOS, BOS, TEXT],
     "pair": [TEXT],
     "special_tokens": {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}},
 }
