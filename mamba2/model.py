@@ -109,12 +109,16 @@ class Mamba2Mixer(nn.Module):
         self.out_proj = Linear(config.d_inner, config.hidden_size, bias=config.use_bias)
 
     def forward(
-        self, u: torch.Tensor, seq_idx: torch.Tensor | None = None, state: MixerState | None = None
-    ) -> tuple[torch.Tensor, MixerState]:
+        self,
+        u: torch.Tensor,
+        seq_idx: torch.Tensor | None = None,
+        state: MixerState | None = None,
+        return_state: bool = True,
+    ) -> tuple[torch.Tensor, MixerState | None]:
         """Mix u (b, l, d) along the sequence, starting from `state` (zeros if None). Returns (b, l, d), new state."""
         cfg = self.config
         z, xBC, dt = self.in_proj(u)  # (b, l, d_inner), (b, l, d_inner + 2 g n), (b, l, h)
-        y, state = self.scan(xBC, dt, seq_idx, state)
+        y, state = self.scan(xBC, dt, seq_idx, state, return_state)
         # Each group is normalised by itself, in training and evaluation alike.
         y = gated_rms_norm(y, z, self.norm.weight, cfg.layer_norm_epsilon, ngroups=cfg.n_groups)
         return self.out_proj(y), state
@@ -125,20 +129,22 @@ class Mamba2Mixer(nn.Module):
         dt: torch.Tensor,  # (b, l, h)
         seq_idx: torch.Tensor | None,
         state: MixerState | None,
-    ) -> tuple[torch.Tensor, MixerState]:
-        """All that looks along the sequence: convolution and SSD. Returns (b, l, d_inner), new state."""
+        return_state: bool,
+    ) -> tuple[torch.Tensor, MixerState | None]:
+        """All that looks along the sequence: convolution and SSD. Returns (b, l, d_inner), new state or None."""
         cfg = self.config
         bc = cfg.n_groups * cfg.state_size
-        (x, B, C), conv_state = causal_conv1d(
+        pieces = causal_conv1d(
             xBC,
             self.conv1d.weight.squeeze(1),
             self.conv1d.bias,
             seq_idx=seq_idx,
             initial_state=None if state is None else state.conv,
-            return_final_state=True,
+            return_final_state=return_state,
             splits=(cfg.d_inner, bc, bc),
-        )  # (b, l, d_inner), (b, l, g n) twice
-        y, ssm_state = ssd(
+        )
+        (x, B, C), conv_state = pieces if return_state else (pieces, None)  # (b, l, d_inner), (b, l, g n) twice
+        y = ssd(
             x.unflatten(-1, (cfg.num_heads, cfg.head_dim)),  # (b, l, h, p)
             dt,  # (b, l, h)
             -self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32)).exp(),  # (h,)
@@ -151,9 +157,11 @@ class Mamba2Mixer(nn.Module):
             seq_idx=seq_idx,
             dt_softplus=True,
             dt_limit=cfg.time_step_limit,
-            return_final_states=True,
+            return_final_states=return_state,
         )
-        return y.flatten(-2), MixerState(conv_state, ssm_state)
+        if not return_state:
+            return y.flatten(-2), None
+        return y[0].flatten(-2), MixerState(conv_state, y[1])
 
     def step(self, u: torch.Tensor, state: MixerState) -> torch.Tensor:
         """`forward` for one token: u (b, d) -> (b, d), `state` advanced in place."""
@@ -194,12 +202,13 @@ class Mamba2Block(nn.Module):
         residual: torch.Tensor | None,  # (b, l, d)
         seq_idx: torch.Tensor | None,
         state: MixerState | None,
-    ) -> tuple[torch.Tensor, torch.Tensor, MixerState]:
+        return_state: bool = True,
+    ) -> tuple[torch.Tensor, torch.Tensor, MixerState | None]:
         """Returns (output (b, l, d), residual (b, l, d), state)."""
         if self.training and self.keep_products_only:
             options = {"use_reentrant": False, "preserve_rng_state": False, "context_fn": _keep_products}
-            return checkpoint(self._mix, x, residual, seq_idx, state, **options)
-        return self._mix(x, residual, seq_idx, state)
+            return checkpoint(self._mix, x, residual, seq_idx, state, return_state, **options)
+        return self._mix(x, residual, seq_idx, state, return_state)
 
     def _mix(
         self,
@@ -207,10 +216,11 @@ class Mamba2Block(nn.Module):
         residual: torch.Tensor | None,
         seq_idx: torch.Tensor | None,
         state: MixerState | None,
-    ) -> tuple[torch.Tensor, torch.Tensor, MixerState]:
+        return_state: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor, MixerState | None]:
         dtype = _compute_dtype(self.norm.weight)
         normed, residual = add_rms_norm(x, residual, self.norm.weight, self.eps, dtype)
-        x, state = self.mixer(normed, seq_idx, state)
+        x, state = self.mixer(normed, seq_idx, state, return_state)
         return x, residual, state
 
     def step(
@@ -234,9 +244,14 @@ class Mamba2Backbone(nn.Module):
         self.checkpoint_every = 0
 
     def forward(
-        self, input_ids: torch.Tensor, seq_idx: torch.Tensor | None = None, state: list[MixerState] | None = None
-    ) -> tuple[torch.Tensor, list[MixerState]]:
-        """Returns hidden (b, l, d) after the last norm, and the state of each layer after the last token."""
+        self,
+        input_ids: torch.Tensor,
+        seq_idx: torch.Tensor | None = None,
+        state: list[MixerState] | None = None,
+        return_state: bool = True,
+    ) -> tuple[torch.Tensor, list[MixerState | None]]:
+        """Returns hidden (b, l, d) after the last norm, and the state of each layer after the last token, which costs
+        something: without `return_state` it is None."""
         x = F.embedding(input_ids, self.embeddings.weight)  # (b, l, d)
         if self.config.residual_in_fp32:
             x = x.to(torch.promote_types(x.dtype, torch.float32))
@@ -245,9 +260,10 @@ class Mamba2Backbone(nn.Module):
         for i, layer in enumerate(self.layers):
             layer_state = None if state is None else state[i]
             if self.training and self.checkpoint_every and i % self.checkpoint_every == 0:
-                x, residual, layer_state = checkpoint(layer, x, residual, seq_idx, layer_state, use_reentrant=False)
+                arguments = x, residual, seq_idx, layer_state, return_state
+                x, residual, layer_state = checkpoint(layer, *arguments, use_reentrant=False)
             else:
-                x, residual, layer_state = layer(x, residual, seq_idx, layer_state)
+                x, residual, layer_state = layer(x, residual, seq_idx, layer_state, return_state)
             new_state.append(layer_state)
         eps = self.config.layer_norm_epsilon
         hidden, _ = add_rms_norm(x, residual, self.norm_f.weight, eps, _compute_dtype(self.norm_f.weight))
@@ -322,7 +338,7 @@ class Mamba2LM(nn.Module):
 
         Returns logits (b, l, v), or the loss, and the state if asked for.
         """
-        hidden, new_state = self.backbone(input_ids, seq_idx, state)
+        hidden, new_state = self.backbone(input_ids, seq_idx, state, return_state)
         if targets is None:
             result = F.linear(hidden, self.lm_head.weight)
         else:

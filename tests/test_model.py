@@ -10,6 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Mamba2ForCausalLM
 
+from mamba2 import model as model_module
 from mamba2.config import Mamba2Config
 from mamba2.initializers import INITIALIZERS, DtParams, dt_bias_sha256
 from mamba2.model import Mamba2LM
@@ -264,6 +265,21 @@ def test_autocast_keeps_the_stream_the_state_and_the_loss_in_float32():
     assert loss.item() == pytest.approx(expected.item(), rel=0.01)
     loss.backward()
     assert all(p.grad.dtype == torch.float32 for p in model.parameters())
+
+
+@pytest.mark.parametrize("return_state", [False, True])
+def test_only_a_state_that_is_asked_for_is_made(monkeypatch, return_state):
+    model, ids, asked = Mamba2LM(small_config()), torch.arange(80).view(2, 40) % 61, []
+
+    def watch(op, name):
+        return lambda *args, **kwargs: asked.append(kwargs[name]) or op(*args, **kwargs)
+
+    for op, name in (("ssd", "return_final_states"), ("causal_conv1d", "return_final_state")):
+        monkeypatch.setattr(model_module, op, watch(getattr(model_module, op), name))
+    result = model(ids, return_state=return_state)
+    assert asked == [return_state] * 2 * len(model.backbone.layers)
+    logits = result[0] if return_state else result
+    assert torch.equal(logits, model(ids, return_state=not return_state)[0 if not return_state else ...])
 
 
 def test_the_record_names_the_range_that_was_used():

@@ -38,7 +38,7 @@ def cases(bench: Bench) -> dict[str, Case]:
     found: dict[str, Case] = {}
     for shape in [(1, 9, 2, 16, 1, 20)] if bench.rehearse else SHAPES:
         for training in (False, True):
-            # What the training loop passes: documents, and the final states asked for.
+            # With documents, and the final states asked for: all that a training loop can want.
             title = f"{shape}, {'documents' if training else 'plain'}"
             for form, count in FORMS.items():
                 found[f"mamba2 {form}, {title}"] = functools.partial(ours, bench, shape, training, form, count)

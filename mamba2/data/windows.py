@@ -44,7 +44,8 @@ class Windows:
         return self._permutation[1]
 
     def batch(self, indices: list[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Inputs (k, T), targets (k, T) with -100 where nothing counts, both int64; seq_idx (k, T) int32 or None."""
+        """Inputs (k, T), targets (k, T) with -100 where nothing counts, both int64; seq_idx (k, T) int32, or None where
+        no document begins inside of a window: nothing restarts, and kernels that need not look are faster."""
         T = self.length
         window = np.full((len(indices), T + 1), self.tokens.eot_id, dtype=np.int64)
         seq_idx = np.zeros((len(indices), T), dtype=np.int32)
@@ -62,4 +63,5 @@ class Windows:
                 seq_idx[row] = first + np.searchsorted(inside, np.arange(start, start + T), side="right")
         window = torch.from_numpy(window)
         targets = window[:, 1:].masked_fill(~torch.from_numpy(counted), IGNORE_INDEX)
-        return window[:, :-1], targets, torch.from_numpy(seq_idx) if self.reset else None
+        parted = (seq_idx != seq_idx[:, :1]).any()
+        return window[:, :-1], targets, torch.from_numpy(seq_idx) if parted else None

@@ -146,6 +146,12 @@ def test_documents_restart_inside_a_window_unless_told_otherwise():
     assert Windows(tokens, length=5, reset=False).batch([0])[2] is None
 
 
+def test_windows_in_which_no_document_begins_restart_nothing():
+    windows = Windows(tokens_of(20, starts=(0, 8, 12)), length=4)
+    assert windows.batch([0, 1, 2, 3])[2] is None  # documents begin where windows do
+    assert Windows(tokens_of(20, starts=(0, 9)), length=4).batch([0, 2])[2].tolist() == [[1] * 4, [1, 2, 2, 2]]
+
+
 def test_an_epoch_visits_every_window_once_in_an_order_of_its_own():
     windows = Windows(tokens_of(101), length=10)
     epochs = [windows.indices(seed=1, step=epoch, batch=10) for epoch in range(3)]

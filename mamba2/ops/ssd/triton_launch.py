@@ -91,11 +91,18 @@ def launch_for(kernel: str, target: str, itemsize: int, p: int, n: int, plain: b
         return Launch(16 if wide else min(32, widest), 8 if eight else 4, 2 if target in ("sm_90", "sm_100") else 1)
     if target == "gfx942":
         return replace(WALKS[target], p_tile=16 if wide else min(32, widest))
+    ahead = target in ("sm_90", "sm_100")
     if wide or not plain:
-        ahead = target in ("sm_90", "sm_100")
         if n_tiles(n)[1] > 0 and not ahead:  # found by trying: no rule says why sm_80 takes 32 channels more easily
             return Launch(min(widest, 32 if target == "sm_80" and not earlier else 16), 8, 1)
-        return Launch(16, 8 if wide else 4, 2 if wide and ahead else 1)
+        if wide:
+            return Launch(16, 8, 2 if ahead else 1)
+        if n_tiles(n)[1] > 0:  # no loads ahead: their addresses would be spilled
+            return Launch(min(32, widest), 4, 1)
+        if not ahead:
+            return Launch(16, 4, 1)
+        if earlier:
+            return replace(WALKS[target], p_tile=min(32, widest), registers=255)
     return replace(WALKS[target], p_tile=min(WALKS[target].p_tile, widest))
 
 
