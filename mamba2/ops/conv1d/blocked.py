@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from mamba2.ops.conv1d.reference import causal_conv1d_reference, last_inputs
 from mamba2.ops.device import block_elements
 from mamba2.ops.fusion import fusable, is_fused
+from mamba2.ops.gradient import register_gradient
 
 
 def causal_conv1d_blocked(
@@ -239,4 +240,4 @@ def _backward(ctx, dys):
     return dx, dweight, None if bias is None else dbias, None, None if initial is None else dinitial, None, None
 
 
-conv_op.register_autograd(_backward, setup_context=_setup_context)
+register_gradient(conv_op, _backward, _setup_context)

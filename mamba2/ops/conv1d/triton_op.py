@@ -11,6 +11,7 @@ import triton
 
 from mamba2.ops.conv1d.triton_kernels import _backward_kernel, _forward_kernel
 from mamba2.ops.device import multiprocessors
+from mamba2.ops.gradient import register_gradient
 from mamba2.ops.triton_launch import alignment, require_kernel_tensors
 from mamba2.ops.triton_reduce import sum_rows
 
@@ -160,7 +161,7 @@ def _backward(ctx, grads):
     return dx, dweight, None if bias is None else dbias, None, None if initial is None else dinitial, None, None, None
 
 
-_forward_op.register_autograd(_backward, setup_context=_setup_context)
+register_gradient(_forward_op, _backward, _setup_context)
 
 
 def _launch(

@@ -1,12 +1,12 @@
-"""The loss registered with torch.library, for both backends: torch.compile sees one operation, not every chunk."""
+"""The loss registered with torch.library, for both fast backends: torch.compile sees one operation, not every chunk."""
 
 import torch
 
 from mamba2.ops.cross_entropy.chunked import losses_and_gradients, torch_softmax
 from mamba2.ops.cross_entropy.triton_softmax import triton_softmax
+from mamba2.ops.gradient import register_gradient
 
-# The torch form is short enough to be the reference as well.
-SOFTMAX = {"reference": torch_softmax, "torch": torch_softmax, "triton": triton_softmax}
+SOFTMAX = {"torch": torch_softmax, "triton": triton_softmax}
 
 
 @torch.library.custom_op("mamba2::linear_cross_entropy", mutates_args=())
@@ -59,7 +59,7 @@ def _backward(ctx, grad_output, *_):
     return hidden, weight, *no_more
 
 
-loss_op.register_autograd(_backward, setup_context=_setup_context)
+register_gradient(loss_op, _backward, _setup_context)
 
 
 @torch.library.custom_op("mamba2::linear_token_losses", mutates_args=())

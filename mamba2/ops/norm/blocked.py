@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from mamba2.ops.device import block_elements
 from mamba2.ops.fusion import fusable, is_fused
+from mamba2.ops.gradient import register_gradient
 from mamba2.ops.norm.reference import add_rms_norm_reference, gated_rms_norm_reference
 
 
@@ -111,9 +112,11 @@ def _norm_setup(ctx, inputs, output):
     ctx.save_for_backward(x, weight)
 
 
-norm_op.register_autograd(
-    lambda ctx, dy: (*norm_backward_op(dy, *ctx.saved_tensors, ctx.eps), None, None), setup_context=_norm_setup
-)
+def _norm_gradients(ctx, dy):
+    return *norm_backward_op(dy, *ctx.saved_tensors, ctx.eps), None, None
+
+
+register_gradient(norm_op, _norm_gradients, _norm_setup)
 
 
 @fusable
@@ -188,4 +191,4 @@ def _gated_backward(ctx, dy):
     return *gated_backward_op(dy, *ctx.saved_tensors, ctx.eps, ctx.ngroups), None, None
 
 
-gated_op.register_autograd(_gated_backward, setup_context=_gated_setup)
+register_gradient(gated_op, _gated_backward, _gated_setup)

@@ -8,6 +8,7 @@ import torch
 import triton
 
 from mamba2.ops.device import multiprocessors
+from mamba2.ops.gradient import register_gradient
 from mamba2.ops.norm.triton_kernels import (
     _add_backward_kernel,
     _add_forward_kernel,
@@ -144,7 +145,7 @@ def _add_backward(ctx, dnormed, dstream):
     return dx, dresidual, dweight, None, None
 
 
-_add_forward_op.register_autograd(_add_backward, setup_context=_add_setup_context)
+register_gradient(_add_forward_op, _add_backward, _add_setup_context)
 
 
 def gated_rms_norm_triton(
@@ -256,7 +257,7 @@ def _gated_backward(ctx, dy):
     return *_gated_backward_op(dy, *ctx.saved_tensors, *ctx.options), None, None, None
 
 
-_gated_forward_op.register_autograd(_gated_backward, setup_context=_gated_setup_context)
+register_gradient(_gated_forward_op, _gated_backward, _gated_setup_context)
 
 
 # Elements of a tile, at most, held by four warps; a wider row has more warps. The backward holds twice the tensors.

@@ -26,6 +26,7 @@ import torch.nn.functional as F
 
 from mamba2.ops.device import block_elements
 from mamba2.ops.fusion import fusable, is_fused
+from mamba2.ops.gradient import register_gradient
 from mamba2.ops.ssd.chunked import _document_number, _pad
 from mamba2.ops.ssd.reference import activate_dt
 
@@ -406,4 +407,4 @@ def _backward(ctx, dy, dfinal, _):
     return *grads, None if D is None else dD, dinitial if ctx.has_initial else None, None, None
 
 
-forward_op.register_autograd(_backward, setup_context=_setup_context)
+register_gradient(forward_op, _backward, _setup_context)

@@ -20,6 +20,7 @@ import triton
 
 from mamba2.ops.backend import TRITON_DTYPES
 from mamba2.ops.device import multiprocessors, target_of
+from mamba2.ops.gradient import register_gradient
 from mamba2.ops.ssd.triton_decays import _decays_kernel
 from mamba2.ops.ssd.triton_finish import _finish_kernel
 from mamba2.ops.ssd.triton_forward import _scan_kernel
@@ -182,7 +183,7 @@ def _backward(ctx, dout, dfinal, *_):
     return *(None if t is None else grad for t, grad in zip(tensors[:9], grads)), None, None, None, None, None, None
 
 
-_forward_op.register_autograd(_backward, setup_context=_setup_context)
+register_gradient(_forward_op, _backward, _setup_context)
 
 
 class _Run:
