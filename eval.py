@@ -22,11 +22,11 @@ from pathlib import Path
 import torch
 
 from mamba2.checkpoint import WEIGHTS
-from mamba2.cli import parse_arguments, run
+from mamba2.cli import json_ready, parse_arguments, run
 from mamba2.data import is_synthetic, synthetic_samples
 from mamba2.evaluation.corpus import Corpus, load_corpus
 from mamba2.evaluation.diagnostics import batches, diagnose
-from mamba2.evaluation.perplexity import PROTOCOLS, Perplexity, evaluate, exp, json_ready
+from mamba2.evaluation.perplexity import PROTOCOLS, Perplexity, evaluate, exp
 from mamba2.evaluation.recall import recall
 from mamba2.evaluation.report import Evaluated, write_report
 from mamba2.evaluation.runs import check_comparable, read_history
@@ -172,7 +172,7 @@ def measure(
 ) -> dict:
     """Everything about one model, JSON-ready."""
     device = choose_device()
-    model = Mamba2LM.from_pretrained(path, device).eval()
+    model = Mamba2LM.from_pretrained(path, device, finite=True).eval()
     results = [
         described(evaluate(model, tokenizer, corpus, protocol, args.context, args.batch_size, args.stride), corpus)
         | {"context": args.context, "reset": PROTOCOLS[protocol], "tokenizer": tokenizer.name, "dtype": "float32"}

@@ -20,7 +20,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from mamba2.cli import parse_arguments, run, write_preset
+from mamba2.cli import json_ready, parse_arguments, run, write_preset
 from mamba2.data import STDLIB
 from mamba2.distributed import PARALLEL, World
 from mamba2.host_memory import keep_freed_memory
@@ -271,7 +271,7 @@ def loop(
 
     def log(**values: Any) -> None:
         if world.is_main:
-            row = {"step": counters.step, **values}
+            row = json_ready({"step": counters.step, **values})
             metrics.log(row)
             tracker.log(row)
 
@@ -297,7 +297,7 @@ def loop(
             step, is_best = counters.step, False
             if job.validation and due(args.eval_steps) and not resumed:
                 loss = job.evaluate()
-                log(validation_loss=loss if math.isfinite(loss) else None)
+                log(validation_loss=loss)
                 say(f"step {step:{len(str(steps))}} of {steps}   validation {loss:.4f} nats/token")
                 is_best = counters.evaluated(loss)
             ends = step == steps or (args.patience is not None and counters.evaluations_since_best >= args.patience)
@@ -308,7 +308,8 @@ def loop(
                 if job.tokenizer and args.sample_tokens and (due(args.sample_steps) or ends):
                     text = job.sample()
                     log(sample=text)
-                    say(f"--- text at step {step}, temperature 0.8\n{text}\n---")
+                    none = "no text: the model's logits are not finite"
+                    say(f"--- text at step {step}, temperature 0.8\n{none if text is None else text}\n---")
                 if due(args.save_steps, args.keep_early) or ends or stops or (is_best and args.keep_best):
                     save()
             resumed = False
@@ -325,8 +326,7 @@ def loop(
             row = job.step(step)
             counters.trained(row["tokens"], skipped=row["gradient_norm"] is None)
             measured = progress.measure(row["tokens"])
-            loss = row["loss"] if math.isfinite(row["loss"]) else None
-            log(**{**row, "loss": loss, "tokens": counters.tokens, "skipped": counters.skipped}, **measured)
+            log(**{**row, "tokens": counters.tokens, "skipped": counters.skipped}, **measured)
             if world.is_main:
                 progress.line(counters.step, row["loss"], row["gradient_norm"], memory_used(job.device))
             if row["gradient_norm"] is None:

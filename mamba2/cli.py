@@ -1,13 +1,15 @@
-"""What the three scripts share: presets, and errors as one sentence."""
+"""What the scripts share: presets, errors as one sentence, numbers that JSON can hold."""
 
 import argparse
 import difflib
 import json
+import math
 import os
 import sys
 import tomllib
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 SECTIONS = ("init", "train", "eval")
@@ -84,6 +86,15 @@ def write_preset(file: Path, section: str, values: dict[str, object], comment: s
         os.replace(temporary, file)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def json_ready(value: Any) -> Any:
+    """`value` with None for every number that JSON has no word for."""
+    if isinstance(value, dict):
+        return {key: json_ready(v) for key, v in value.items()}
+    if isinstance(value, list):
+        return [json_ready(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def run(main: Callable[[], None]) -> None:

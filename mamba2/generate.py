@@ -26,6 +26,10 @@ from mamba2.sampling import Sampling
 from mamba2.tokenizer import Tokenizer, get_tokenizer, load_tokenizer
 
 
+class NoDistribution(ValueError):
+    """The model gives logits that are not finite, from which nothing can be drawn."""
+
+
 class TokenStream:
     """Draws the next id of every row, for as long as it is asked: an endless iterator of (b,) int64.
 
@@ -45,9 +49,11 @@ class TokenStream:
         compiled: bool = False,
     ):
         """Read the prompts; arguments as `generate`'s. With `samples` each prompt is read once and continued so often:
-        row i of what is drawn continues prompt i // samples."""
+        row i of what is drawn continues prompt i // samples. Raises NoDistribution."""
         self.sampling, self.generator, self.last = sampling, generator, None
         self.logits, state = model.prefill(input_ids, lengths, state)
+        if not self.logits.isfinite().all():
+            raise NoDistribution("the model gives logits that are not finite: nothing can be drawn from them")
         self.seen = None
         if sampling.repetition_penalty != 1.0:
             self.seen = torch.zeros_like(self.logits, dtype=torch.bool)
@@ -141,7 +147,7 @@ def generate(
         compiled: on a processor, compile the step first (`mamba2.compiled_decoder`): a quarter of a minute, once.
 
     Memory and time per token do not depend on the length. Raises ValueError naming an id outside the vocabulary or an
-    option out of range.
+    option out of range, NoDistribution where the logits after the prompt are not finite.
     """
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens must be at least 0, not {max_new_tokens}")
@@ -238,7 +244,7 @@ def main() -> None:
     keep_freed_memory()
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = get_tokenizer(args.tokenizer) if args.tokenizer else load_tokenizer(args.model)
-    model = Mamba2LM.from_pretrained(args.model, device, getattr(torch, args.dtype)).eval()
+    model = Mamba2LM.from_pretrained(args.model, device, getattr(torch, args.dtype), finite=True).eval()
     sampling = Sampling(
         repetition_penalty=args.repetition_penalty,
         temperature=0.0 if args.greedy else args.temperature,

@@ -480,10 +480,14 @@ class Mamba2LM(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls, path: str | os.PathLike, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+        cls,
+        path: str | os.PathLike,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
+        finite: bool = False,
     ) -> Self:
-        """Load a model folder (see `mamba2.checkpoint.read_model` for the layouts and the errors)."""
-        config, tensors = read_model(path, dtype)
+        """Load a model folder (see `mamba2.checkpoint.read_model` for layouts, errors, and what `finite` refuses)."""
+        config, tensors = read_model(path, dtype, finite)
         with torch.device("meta"):
             model = cls(config)
         model.load_state_dict(tensors, strict=True, assign=True)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import Mamba2ForCausalLM
 
+import eval as evaluation_script
 from mamba2 import generate as command
 from mamba2.compiled_decoder import CompiledDecoder
 from mamba2.generate import TextStream, TokenStream, generate
@@ -273,3 +274,20 @@ def test_the_interactive_mode_carries_the_text_on_and_forgets_when_told(folder, 
         assert tokenizer.decode(ids[before:]) in two
     with pytest.raises(ValueError, match="--samples must be 1"):
         call(monkeypatch, capsys, folder, "--interactive", "--samples", 2)
+
+
+def test_a_model_that_is_not_finite_draws_nothing_and_is_refused_by_name(tmp_path, monkeypatch):
+    model = make_model()
+    with torch.no_grad():
+        model.backbone.norm_f.weight[3] = float("nan")
+    for options in ({"temperature": 0}, {}, {"max_new_tokens": 1, "top_k": 3}):
+        with pytest.raises(ValueError, match="the model gives logits that are not finite"):
+            generate(model, random_ids(model, 2, 5), **{"max_new_tokens": 4, **options})
+    folder = model.save_pretrained(tmp_path / "model")
+    named = "model.safetensors: backbone.norm_f.weight holds NaN or infinity"
+    save_tokenizer(get_tokenizer("bytes"), folder)
+    monkeypatch.setattr(sys, "argv", ["generate", str(folder), "text"])
+    with pytest.raises(ValueError, match=named):
+        command.main()
+    with pytest.raises(ValueError, match=named):
+        evaluation_script.measure(folder, None, [], [], None)

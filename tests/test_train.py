@@ -13,9 +13,11 @@ from torch._inductor import config
 
 import train
 from mamba2.checkpoint import read_model
+from mamba2.evaluation.runs import read_history
 from mamba2.model import Mamba2LM
 from mamba2.ops.fusion import fuse, is_fused
 from mamba2.training import RunFolder
+from mamba2.training.plot import draw
 from tests.runs import arguments, make_study, metrics, run_train
 
 
@@ -410,3 +412,17 @@ def test_the_real_wandb_offline_and_unreachable(study, whole, tmp_path, monkeypa
     run_train(*arguments(study, tmp_path / "run", "--wandb", "online"))
     assert "warning: wandb does not start" in capsys.readouterr().out
     assert metrics(tmp_path / "run") == metrics(whole)
+
+
+def test_a_run_that_blows_up_records_null_and_ends_with_its_own_sentence(study, tmp_path, capsys):
+    options = ("--learning-rate", 1e6, "--max-steps", 40, "--eval-steps", 3, "--sample-steps", 3, "--dt-steps", 1)
+    with pytest.raises(ValueError, match="10 steps in a row had no finite gradient; lower --learning-rate"):
+        run_train(*arguments(study, tmp_path / "run", *options))
+    rows = metrics(tmp_path / "run")  # of JSON, which has no word for NaN
+    for key in ("loss", "validation_loss", "gradient_norm", "sample"):
+        values = [row[key] for row in rows if key in row]
+        assert values[0] is not None and values[-1] is None, key
+    assert "null" in (tmp_path / "run" / "metrics.jsonl").read_text(encoding="utf-8")
+    assert "no text: the model's logits are not finite" in capsys.readouterr().out
+    draw(rows, "", tmp_path / "metrics.png")
+    assert read_history(tmp_path / "run").diverged

@@ -15,6 +15,7 @@ The file appears whole or not at all, and config.json after it.
 
 import dataclasses
 import os
+import sys
 from pathlib import Path
 
 import torch
@@ -23,6 +24,7 @@ from mamba2.checkpoint.files import flush, save_tensors
 from mamba2.checkpoint.foreign import read_config
 from mamba2.checkpoint.weights import (
     EMBEDDINGS,
+    FLOATING,
     HEAD,
     StoredTensor,
     equals,
@@ -36,17 +38,18 @@ WEIGHTS = "model.safetensors"
 
 
 def read_model(
-    path: str | os.PathLike, dtype: torch.dtype = torch.float32
+    path: str | os.PathLike, dtype: torch.dtype = torch.float32, finite: bool = False
 ) -> tuple[Mamba2Config, dict[str, torch.Tensor]]:
     """Read a model folder: config, and the tensors in `dtype` under the names above (lm_head also when tied).
 
     Accepts this layout, also sharded with an index and also as `pytorch_model.bin`; mamba-ssm's (state-spaces'
     `mamba2-*`: its own config.json) and Codestral Mamba's (`params.json`, `consolidated.safetensors`); the spelling
     `backbone.embedding.weight`, and keys under `_orig_mod.`, `module.` or `model.`. Tensors are read piece by piece:
-    peak memory is that of the result. No code in a pickle is ever run.
+    peak memory is that of the result. No code in a pickle is ever run. Weights that are not finite in `dtype` are named
+    in a warning, or refused where they must be `finite`.
 
     Raises FileNotFoundError when the folder, a file or a shard is missing, ValueError naming the file when it is
-    damaged or does not hold exactly the tensors, in the shapes, that the config asks for.
+    damaged or does not hold exactly the tensors, in the shapes and of a floating dtype, that the config asks for.
     """
     path = Path(path)
     if not path.is_dir():
@@ -57,6 +60,13 @@ def read_model(
     check_tensors(files, config, stored)
     tied_head = stored.pop(HEAD, None) if config.tie_word_embeddings else None
     tensors = read_tensors(stored, dtype)
+    if broken := [name for name, tensor in tensors.items() if not torch.stack(tensor.aminmax()).isfinite().all()]:
+        file = stored[broken[0]].file
+        more = f" and {len(broken) - 1} other tensors hold" if len(broken) > 1 else " holds"
+        problem = f"{file}: {broken[0]}{more} NaN or infinity in {str(dtype).removeprefix('torch.')}"
+        if finite:
+            raise ValueError(f"{problem}; nothing can be computed with such weights")
+        print(f"warning: {problem}", file=sys.stderr, flush=True)
     if config.tie_word_embeddings:
         if tied_head is not None and not equals(tied_head, tensors[EMBEDDINGS]):
             raise ValueError(f"{tied_head.file}: {HEAD} differs from the embeddings that its config ties it to")
@@ -96,7 +106,7 @@ def write_model(
 
 
 def check_tensors(files: list[Path], config: Mamba2Config, stored: dict[str, StoredTensor]) -> None:
-    """Raise ValueError listing every tensor that is missing, that is not known, or whose shape is another."""
+    """Raise ValueError listing every tensor that is missing, that is not known, or whose shape or dtype is another."""
     wanted = tensor_shapes(config)
     optional = {HEAD} if config.tie_word_embeddings else set()
     problems = [
@@ -111,6 +121,11 @@ def check_tensors(files: list[Path], config: Mamba2Config, stored: dict[str, Sto
         f"{key} has shape {tensor.shape} instead of {wanted[key]}"
         for key, tensor in stored.items()
         if key in wanted and tensor.shape != wanted[key]
+    ]
+    problems += [
+        f"{key} is {tensor.dtype}, and weights must be floating"
+        for key, tensor in stored.items()
+        if key in wanted and tensor.dtype not in FLOATING
     ]
     if problems:
         place = files[0] if len(files) == 1 else files[0].parent

@@ -20,6 +20,8 @@ PREFIXES = ("_orig_mod.", "module.", "model.")
 # In order of preference; an index lists the shards of one of the two formats.
 WEIGHT_FILES = ("model.safetensors", "consolidated.safetensors", "pytorch_model.bin")
 INDEX_FILES = ("model.safetensors.index.json", "consolidated.safetensors.index.json", "pytorch_model.bin.index.json")
+# As safetensors and as torch spell them. Integers are weights only together with scales, which no layout here has.
+FLOATING = {"F64", "F32", "F16", "BF16", "float64", "float32", "float16", "bfloat16"}
 PIECE_BYTES = 4 * 2**20
 REOPEN_BYTES = 4 * PIECE_BYTES
 
@@ -50,9 +52,13 @@ def find_weights(folder: Path) -> list[Path]:
         raise FileNotFoundError(f"no model.safetensors in {folder}, nor {', '.join(WEIGHT_FILES[1:])} or their index")
     try:
         shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise ValueError(f"{index} is not an index of shards: {error!r}") from error
+    if not shards:
+        raise ValueError(f"{index} names no shard: its weight_map is empty")
     for shard in shards:
+        if not isinstance(shard, str):
+            raise ValueError(f"{index} names {shard!r} as a shard, and must name files")
         if Path(shard).name != shard or not (folder / shard).is_file():
             raise FileNotFoundError(f"{index} names the shard {shard}, which is not in {folder}")
     return [folder / shard for shard in shards]
@@ -125,6 +131,8 @@ def _opened(file: Path) -> Iterator[tuple[list[str], Callable, Callable]]:
         raise ValueError(f"{file} is not a readable checkpoint of torch (1.6 or later): {error}") from error
     if not isinstance(tensors, dict) or not all(isinstance(t, torch.Tensor) for t in tensors.values()):
         raise ValueError(f"{file} holds no dictionary of tensors")
+    if wrong := [key for key in tensors if not isinstance(key, str)]:
+        raise ValueError(f"{file} holds a tensor under the key {wrong[0]!r}, and names must be text")
     yield (
         list(tensors),
         lambda key: (tuple(tensors[key].shape), str(tensors[key].dtype).removeprefix("torch.")),

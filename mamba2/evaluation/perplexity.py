@@ -24,6 +24,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from mamba2.cli import json_ready
 from mamba2.evaluation.corpus import Corpus, detokenize
 from mamba2.evaluation.statistics import Interval, clustered_interval
 from mamba2.model import Mamba2LM, MixerState
@@ -124,15 +125,6 @@ class Perplexity:
 def exp(nats: float) -> float:
     """e^nats, infinite where a float ends: a diverged model has a perplexity, too."""
     return math.inf if nats >= 709 else math.exp(nats)
-
-
-def json_ready(value):
-    """`value` with None for every number that JSON has no word for."""
-    if isinstance(value, dict):
-        return {key: json_ready(v) for key, v in value.items()}
-    if isinstance(value, list):
-        return [json_ready(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 # --------------------------------------------------------------------------------------------- protocols as sequences

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
+from mamba2.cli import json_ready
 from mamba2.evaluation import figures
 from mamba2.evaluation.page import Page
-from mamba2.evaluation.perplexity import json_ready
 from mamba2.evaluation.runs import LAST, History, check_comparable
 from mamba2.evaluation.statistics import (
     EQUIVALENCE,

@@ -127,7 +127,8 @@ def _dt_drift(rows: list[dict], sum_at: dict[int, float]) -> tuple[np.ndarray, n
     known = [row for row in rows if "dt_median" in row]
     if not known:
         return np.zeros(0), np.zeros(0)
-    bias = inverse_softplus(torch.tensor([row["dt_median"] for row in known])).numpy()  # (records, L)
+    medians = np.array([row["dt_median"] for row in known], dtype=np.float64)  # null, what was not finite, becomes NaN
+    bias = inverse_softplus(torch.from_numpy(medians)).numpy()  # (records, L)
     return np.array([sum_at[row["step"]] for row in known]), np.abs(bias - bias[0]).mean(1)
 
 

@@ -20,7 +20,7 @@ from mamba2.checkpoint.training_state import (
 )
 from mamba2.data import Windows, load_tokens, load_validation
 from mamba2.distributed import World, full, parallelize, reshard
-from mamba2.generate import generate
+from mamba2.generate import NoDistribution, generate
 from mamba2.initializers import dt_table
 from mamba2.model import Mamba2LM
 from mamba2.ops.fusion import fuse, require_cxx_compiler
@@ -177,13 +177,18 @@ class Job:
         """dt_bias and A of every layer and head."""
         return full(self.model.dt_bias()), full(self.model.A())
 
-    def sample(self) -> str:
-        """Text that the model writes from nothing, with the same draws at every call."""
+    def sample(self) -> str | None:
+        """Text that the model writes from nothing, with the same draws at every call; None if it gives no logits to
+        draw from."""
         generator = torch.Generator(self.device).manual_seed(self.args.seed)
         start = torch.tensor([[self.tokenizer.eot_id]], device=self.device)
-        with autocast(self.device, self.dtype):
-            ids = generate(self.model, start, self.args.sample_tokens, temperature=0.8, generator=generator)[0, 1:]
-        reshard(self.model)
+        try:
+            with autocast(self.device, self.dtype):
+                ids = generate(self.model, start, self.args.sample_tokens, temperature=0.8, generator=generator)[0, 1:]
+        except NoDistribution:
+            return None
+        finally:
+            reshard(self.model)
         # Rows that only fill up the vocabulary have no text.
         return self.tokenizer.decode([i for i in ids.tolist() if i < self.tokenizer.vocab_size])
 

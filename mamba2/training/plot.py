@@ -25,9 +25,10 @@ def read_rows(folder: Path) -> list[dict[str, Any]]:
 
 
 def column(rows: list[dict[str, Any]], name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Steps and values of the rows that have `name`; a value that was not finite, stored as null, is left out."""
+    """Steps and values of the rows that have `name`; a value that was not finite, stored as null, is left out, and
+    NaN inside of a list."""
     found = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
-    return np.array([step for step, _ in found]), np.array([value for _, value in found])
+    return np.array([step for step, _ in found]), np.array([value for _, value in found], dtype=np.float64)
 
 
 def draw(rows: list[dict[str, Any]], title: str, file: Path) -> None:

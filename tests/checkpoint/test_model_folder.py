@@ -51,6 +51,19 @@ def damage(folder, kind):
         save_file({**tensors, "backbone.extra": torch.zeros(1)}, file)
     elif kind == "wrong shape":
         save_file({**tensors, "lm_head.weight": torch.zeros(3, 3)}, file)
+    elif kind in ("int64", "bool", "uint8"):
+        save_file({**tensors, "lm_head.weight": tensors["lm_head.weight"].to(getattr(torch, kind))}, file)
+    elif kind == "int8 in a pickle":
+        file.unlink()
+        torch.save(
+            {**tensors, "lm_head.weight": tensors["lm_head.weight"].to(torch.int8)}, folder / "pytorch_model.bin"
+        )
+    elif kind == "keys that are no names":
+        file.unlink()
+        torch.save({**tensors, 7: torch.zeros(1)}, folder / "pytorch_model.bin")
+    elif kind.startswith("index "):
+        file.unlink()
+        (folder / f"{WEIGHTS}.index.json").write_text(kind.removeprefix("index "))
     elif kind == "no weights":
         file.unlink()
     elif kind == "wrong config":
@@ -67,12 +80,38 @@ def damage(folder, kind):
         ("wrong shape", ValueError, r"lm_head.weight has shape \(3, 3\) instead of \(61, 32\)"),
         ("no weights", FileNotFoundError, "no model.safetensors in"),
         ("wrong config", ValueError, "n_groups is 3"),
+        ("int64", ValueError, "model.safetensors .* lm_head.weight is I64, and weights must be floating"),
+        ("bool", ValueError, "lm_head.weight is BOOL, and weights must be floating"),
+        ("uint8", ValueError, "lm_head.weight is U8, and weights must be floating"),
+        ("int8 in a pickle", ValueError, "pytorch_model.bin .* lm_head.weight is int8, and weights must be floating"),
+        ("keys that are no names", ValueError, "pytorch_model.bin holds a tensor under the key 7"),
+        ('index {"weight_map": {}}', ValueError, "index.json names no shard"),
+        ('index {"weight_map": {"a": 5}}', ValueError, "index.json names 5 as a shard"),
+        ('index {"weight_map": {"a": "x", "b": 5}}', ValueError, "index.json is not an index of shards"),
+        ('index {"weight_map": {"a": [1]}}', ValueError, "index.json is not an index of shards"),
+        ('index {"weight_map": ["a"]}', ValueError, "index.json is not an index of shards"),
+        ("index [1]", ValueError, "index.json is not an index of shards"),
+        ("index " + "[" * 100_000, ValueError, "index.json is not an index of shards"),
     ],
 )
 def test_a_damaged_folder_is_refused_by_name(folder, kind, error, message):
     damage(folder, kind)
     with pytest.raises(error, match=message):
         Mamba2LM.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(("value", "dtype"), [(float("nan"), "float32"), (float("-inf"), "float32"), (1e6, "float16")])
+def test_weights_that_are_not_finite_are_named_and_refused_where_they_must_be(folder, capsys, value, dtype):
+    Mamba2LM.from_pretrained(folder, dtype=getattr(torch, dtype), finite=True)
+    assert capsys.readouterr().err == ""
+    tensors = load_file(folder / WEIGHTS)
+    tensors["backbone.layers.1.mixer.in_proj.weight"][3, 4] = value
+    save_file(tensors, folder / WEIGHTS)
+    named = f"model.safetensors: backbone.layers.1.mixer.in_proj.weight holds NaN or infinity in {dtype}"
+    Mamba2LM.from_pretrained(folder, dtype=getattr(torch, dtype))
+    assert named in capsys.readouterr().err
+    with pytest.raises(ValueError, match=named):
+        Mamba2LM.from_pretrained(folder, dtype=getattr(torch, dtype), finite=True)
 
 
 def test_a_folder_that_is_not_there_is_named(tmp_path):

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
+from mamba2.cli import json_ready
 from mamba2.evaluation import figures
 from mamba2.evaluation.diagnostics import diagnose
-from mamba2.evaluation.perplexity import json_ready
 from mamba2.evaluation.report import Evaluated, write_report
 from mamba2.evaluation.runs import History, check_comparable, read_history
 from mamba2.evaluation.statistics import compare
