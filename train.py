@@ -199,7 +199,7 @@ def train(job: Job, folder: RunFolder) -> int:
             if checkpoint is not None:
                 print(f"resumed from {checkpoint}, step {counters.step} of {job.steps}", flush=True)
             options = resolved_options(job, folder)
-            write_preset(folder.path / "train.toml", "train", options, f"options of {folder.path}\n{versions()}")
+            write_preset(folder.path / "train.toml", "train", options, f"options of {str(folder.path)!r}\n{versions()}")
             metrics = MetricsLog(folder.path / "metrics.jsonl", counters.step)
             name, run_id = folder.path.name, state["wandb_run_id"]
             tracker = Tracker(wandb_mode(args), args.wandb_project, name, folder.path, options, run_id)

@@ -2,7 +2,6 @@
 
 import argparse
 import difflib
-import json
 import math
 import os
 import sys
@@ -11,8 +10,11 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import tomli_w
+
 CONFIGS = Path(__file__).parent.parent / "configs"
 SECTIONS = ("init", "train", "eval")
+NO_NAME = f"text in {sys.getfilesystemencoding()}, in which files are named here; PYTHONUTF8=1 makes that UTF-8"
 
 
 def parse_arguments(
@@ -61,8 +63,10 @@ def _read_preset(name: str, section: str, parser: argparse.ArgumentParser) -> li
                 option for option in actions[key].option_strings if option.startswith("--no-") and option != flag
             ]
             arguments += [flag] if value else negative
-        elif isinstance(value, list):
+        elif isinstance(value, list) and len(value) != 1:
             arguments += [flag, *map(str, value)]
+        elif isinstance(value, list):
+            arguments.append(f"{flag}={value[0]}")  # which may begin with a dash
         else:
             arguments.append(f"{flag}={value}")
     return arguments
@@ -77,12 +81,11 @@ def _refuse_unknown(given: Iterable[str], known: Iterable[str], what: str, parse
 
 def write_preset(file: Path, section: str, values: dict[str, object], comment: str) -> None:
     """Write `values` so that `--preset file` gives them again; None, which TOML has not, is left out."""
-    lines = [f"# {line}" for line in comment.splitlines()] + ["", f"[{section}]"]
-    # JSON's numbers, booleans, lists and ASCII strings are TOML's as well.
-    lines += [f"{key} = {json.dumps(value)}" for key, value in values.items() if value is not None]
+    text = "".join(f"# {line}\n" for line in comment.splitlines())
+    text += "\n" + tomli_w.dumps({section: {key: value for key, value in values.items() if value is not None}})
     temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", newline="\n")
         os.replace(temporary, file)
     finally:
         temporary.unlink(missing_ok=True)
@@ -99,12 +102,18 @@ def json_ready(value: Any) -> Any:
 
 def run(main: Callable[[], None]) -> None:
     """Run a script's `main`. What the user can mend ends as one sentence and exit code 1; MAMBA2_DEBUG=1 shows all."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # what a terminal cannot show must not end a run
     try:
+        for argument in sys.argv[1:]:
+            if any("\ud800" <= character <= "\udfff" for character in argument):
+                raise ValueError(f"the argument {os.fsencode(argument)} is not {NO_NAME}")
         main()
     except (ValueError, OSError, MemoryError) as error:
         if os.environ.get("MAMBA2_DEBUG") == "1":
             raise
-        print(f"error: {error}", file=sys.stderr)
+        sentence = f"{error.object!r} is not {NO_NAME}" if isinstance(error, UnicodeEncodeError) else error
+        print(f"error: {sentence}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

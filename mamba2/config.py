@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 NO_LIMIT = (0.0, math.inf)
+# The least number that float32 holds with all its digits, and the largest.
+FLOAT32 = (2.0**-126, (2 - 2.0**-23) * 2.0**127)
 
 # A named choice sets these keys; it also decides how A is drawn (see Mamba2Config.weight_init).
 WEIGHT_INITS: dict[str, dict[str, Any]] = {
@@ -179,6 +181,8 @@ class Mamba2Config:
             return cls.from_dict(json.loads(path.read_text(encoding="utf-8")))
         except json.JSONDecodeError as error:
             raise ValueError(f"{path} is not valid JSON: line {error.lineno}: {error.msg}") from error
+        except RecursionError as error:
+            raise ValueError(f"{path} is nested too deeply to be a config") from error
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
 
@@ -204,10 +208,10 @@ class Mamba2Config:
 
     def _check(self) -> None:
         for key in ("vocab_size", "hidden_size", "num_hidden_layers", "expand", "head_dim", "num_heads", "n_groups"):
-            _check_int(key, getattr(self, key))
+            check_int(key, getattr(self, key))
         for key in ("state_size", "chunk_size"):
-            _check_int(key, getattr(self, key))
-        _check_int("conv_kernel", self.conv_kernel, high=8)
+            check_int(key, getattr(self, key))
+        check_int("conv_kernel", self.conv_kernel, high=8)
         for key in ("use_bias", "use_conv_bias", "residual_in_fp32", "tie_word_embeddings", "rescale_prenorm_residual"):
             if not isinstance(getattr(self, key), bool):
                 raise ValueError(f"{key} is {getattr(self, key)!r}, and must be true or false")
@@ -217,7 +221,7 @@ class Mamba2Config:
             ids = getattr(self, key)
             for i in ids if isinstance(ids, list) and key == "eos_token_id" else [ids]:
                 if i is not None:
-                    _check_int(key, i, low=0, high=self.vocab_size - 1)
+                    check_int(key, i, low=0, high=self.vocab_size - 1)
 
         if self.num_heads * self.head_dim != self.d_inner:
             raise ValueError(
@@ -231,7 +235,7 @@ class Mamba2Config:
                 f"time_step_min is {self.time_step_min}, and must be at most time_step_max = {self.time_step_max}"
             )
         low, high = self.time_step_limit
-        if not 0 <= low < high:
+        if not 0 <= low < high or low > FLOAT32[1]:
             raise ValueError(f"time_step_limit is [{low}, {high}], and must be [low, high] with 0 <= low < high")
 
         if self.hidden_act not in ("silu", "swish"):
@@ -247,17 +251,23 @@ class Mamba2Config:
             raise ValueError(f"weight_init is {self.weight_init!r}, and must be one of {', '.join(WEIGHT_INITS)}")
         if not isinstance(self.dt_bias_init, dict | None):
             raise ValueError(f"dt_bias_init is {self.dt_bias_init!r}, and must be an object or null")
+        name = "" if self.dt_bias_init is None else self.dt_bias_init.get("name")
+        if not isinstance(name, str):
+            raise ValueError(f"dt_bias_init.name is {name!r}, and must be the name of an initialisation")
 
 
-def _check_int(key: str, value: Any, low: int = 1, high: float = math.inf) -> None:
+def check_int(key: str, value: Any, low: int = 1, high: float = math.inf) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
         wanted = f"an integer of at least {low}" if high == math.inf else f"an integer from {low} to {high}"
         raise ValueError(f"{key} is {value!r}, and must be {wanted}")
 
 
 def _check_positive(key: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-        raise ValueError(f"{key} is {value!r}, and must be a finite number above 0")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not FLOAT32[0] <= value <= FLOAT32[1]:
+        raise ValueError(
+            f"{key} is {value!r}, and must be a finite number above 0 that float32 holds, "
+            f"from {FLOAT32[0]:.3g} to {FLOAT32[1]:.3g}"
+        )
 
 
 def _read_limit(limit: Any) -> tuple[float, float]:

@@ -16,7 +16,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from mamba2.model import Mamba2Block, Mamba2LM, MixerState
+from mamba2.model import Mamba2Block, Mamba2LM, MixerState, embed
 
 
 class Decoder:
@@ -43,7 +43,7 @@ class Decoder:
     @torch.inference_mode()
     def step(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Take one token per row, (b,) int64; returns logits (b, v), which the next call overwrites."""
-        self.stream.copy_(F.embedding(input_ids, self.embeddings))
+        self.stream.copy_(embed(input_ids, self.embeddings))
         for layer in self.layers:
             layer.step()
         self.norm_f()

@@ -1,7 +1,11 @@
-"""What the C library does with memory that a step gives back."""
+"""Memory of the machine: how much there is, and what the C library does with what a step gives back."""
 
 import ctypes
+import os
 import platform
+from pathlib import Path
+
+CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 # From glibc's malloc.h.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
@@ -18,3 +22,20 @@ def keep_freed_memory() -> bool:
         return False
     libc = ctypes.CDLL(None)
     return bool(libc.mallopt(M_MMAP_THRESHOLD, 1 << 30) and libc.mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1))
+
+
+def machine_memory() -> int:
+    """Bytes of memory that this process can have at all: the machine's, or what its container is limited to."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = CGROUP_LIMIT.read_text(encoding="ascii").strip() if CGROUP_LIMIT.is_file() else "max"
+    return total if limit == "max" else min(total, int(limit))
+
+
+def require_memory(parameters: int, itemsize: int) -> None:
+    """Raise MemoryError where so many parameters cannot be held: before anything is allocated for them."""
+    needed, there = parameters * itemsize, machine_memory()
+    if needed > there:
+        raise MemoryError(
+            f"a model of {parameters:,} parameters takes {needed / 1e9:,.1f} GB, "
+            f"and this machine has {there / 1e9:,.1f} GB"
+        )

@@ -271,7 +271,8 @@ def make_dt_bias(
         record: name, seed, the parameters that the initializer reads, and sha256 of dt_bias: JSON-ready.
 
     Raises:
-        ValueError: unknown name (the message lists them), empty shape, or an A that is not positive and finite.
+        ValueError: unknown name (the message lists them), empty shape, an A that is not positive and finite, or a dt
+            that float32 does not hold.
     """
     if name not in INITIALIZERS:
         raise ValueError(f"unknown initialization {name!r}: choose from {', '.join(INITIALIZERS)}")
@@ -284,11 +285,28 @@ def make_dt_bias(
         raise ValueError(f"A goes from {A.min():g} to {A.max():g}, and must be positive and finite: pass exp(A_log)")
     params = DtParams() if params is None else params
     initializer = INITIALIZERS[name]
+    parameters = {key: getattr(params, key) for key in initializer.parameters}
     generator = seed_stream(seed, initializer.stream)
     dt = initializer(shape, A.expand(shape), params, generator)  # (n_layers, nheads) float64
     dt_bias = inverse_softplus(dt).float()
-    parameters = {key: getattr(params, key) for key in initializer.parameters}
+    given = ", ".join(f"{key} = {value:g}" for key, value in parameters.items())
+    given = f" with {given}" if given else ""
+    require_normal(f"dt of {name}{given}", dt.float(), positive=True)
+    require_normal(f"dt_bias of {name}{given}", dt_bias)
     return dt_bias, {"name": name, "seed": seed, **parameters, "sha256": dt_bias_sha256(dt_bias)}
+
+
+def require_normal(name: str, tensor: Tensor, positive: bool = False) -> None:
+    """Raise ValueError where a value is not finite, or so small that float32 holds only some of its digits; zero is
+    fine unless all must be `positive`."""
+    limits = torch.finfo(torch.float32)
+    for part in tensor.detach().flatten().split(2**20):
+        wrong = ~part.isfinite() | ((part.abs() < limits.tiny) & (positive | (part != 0)))
+        if wrong.any():
+            raise ValueError(
+                f"{name} would hold {part[wrong][0]:g}, and float32 holds numbers from {limits.tiny:.3g} to "
+                f"{limits.max:.3g}"
+            )
 
 
 def dt_bias_sha256(dt_bias: Tensor) -> str:

@@ -20,7 +20,8 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 from mamba2.checkpoint import read_model, write_model
 from mamba2.config import Mamba2Config
-from mamba2.initializers import DtParams, make_dt_bias, seed_stream
+from mamba2.host_memory import require_memory
+from mamba2.initializers import DtParams, make_dt_bias, require_normal, seed_stream
 from mamba2.ops import (
     add_rms_norm,
     causal_conv1d,
@@ -252,7 +253,7 @@ class Mamba2Backbone(nn.Module):
     ) -> tuple[torch.Tensor, list[MixerState | None]]:
         """Returns hidden (b, l, d) after the last norm, and the state of each layer after the last token, which costs
         something: without `return_state` it is None."""
-        x = F.embedding(input_ids, self.embeddings.weight)  # (b, l, d)
+        x = embed(input_ids, self.embeddings.weight)  # (b, l, d)
         if self.config.residual_in_fp32:
             x = x.to(torch.promote_types(x.dtype, torch.float32))
         residual = None
@@ -271,7 +272,7 @@ class Mamba2Backbone(nn.Module):
 
     def step(self, input_ids: torch.Tensor, state: list[MixerState]) -> torch.Tensor:
         """`forward` for one token per row, (b,): hidden (b, d), `state` advanced in place."""
-        x = F.embedding(input_ids, self.embeddings.weight)  # (b, d)
+        x = embed(input_ids, self.embeddings.weight)  # (b, d)
         if self.config.residual_in_fp32:
             x = x.to(torch.promote_types(x.dtype, torch.float32))
         residual = None
@@ -304,8 +305,13 @@ class Mamba2LM(nn.Module):
 
         Arguments: `initialization` is a name from `mamba2.initializers`; `dt_parameters` are its parameters, by default
         the config's time_step_min, time_step_max and time_step_floor. On the meta device nothing is initialised.
+
+        Raises MemoryError, before anything is allocated, when the machine cannot hold so many parameters; ValueError
+        when a weight would be no normal number of its dtype.
         """
         super().__init__()
+        if torch.get_default_device().type == "cpu":
+            require_memory(config.num_parameters(), torch.get_default_dtype().itemsize)
         self.config = config
         self.backbone = Mamba2Backbone(config)
         self.lm_head = Parameters(config.vocab_size, config.hidden_size)
@@ -314,6 +320,8 @@ class Mamba2LM(nn.Module):
         if not self.lm_head.weight.is_meta:
             self._init_weights(seed)
             self.init_dt_bias(initialization, seed, dt_parameters)
+            for name, tensor in self.named_parameters():
+                require_normal(name, tensor)
 
     # ------------------------------------------------------------------------------------------------------ computation
 
@@ -328,7 +336,7 @@ class Mamba2LM(nn.Module):
         """Logits of the next token, or with `targets` the summed loss.
 
         Arguments:
-            input_ids: (b, l) int64 in [0, v).
+            input_ids: (b, l) int64 in [0, v); on a processor ValueError names one that is not.
             targets: (b, l) int64, the id after each input, -100 where it does not count. The loss is the sum over
                 tokens in nats, float32; the logits are never held whole.
             seq_idx: (b, l) integers; convolution and state restart before each token whose value differs from the
@@ -387,7 +395,7 @@ class Mamba2LM(nn.Module):
         for end in sorted(set(lengths)):
             for first in range(start, end, segment):
                 ids = input_ids[active, first : min(first + segment, end)]
-                self._check_ids(ids)
+                check_ids(ids, self.config.vocab_size)
                 last, state = self.backbone(ids, state=state)
             for place, row in enumerate(active):
                 if lengths[row] == end:
@@ -407,12 +415,6 @@ class Mamba2LM(nn.Module):
         The same on every device, in constant time and memory. `mamba2.decoder` is faster on a processor.
         """
         return F.linear(self.backbone.step(input_ids, state), self.lm_head.weight), state
-
-    def _check_ids(self, input_ids: torch.Tensor) -> None:
-        low, high = (int(bound) for bound in input_ids.aminmax())
-        if low < 0 or high >= self.config.vocab_size:
-            wrong = low if low < 0 else high
-            raise ValueError(f"the id {wrong} is outside the model's vocabulary of {self.config.vocab_size}")
 
     # --------------------------------------------------------------------------------------------------- initialisation
 
@@ -498,6 +500,25 @@ class Mamba2LM(nn.Module):
     def save_pretrained(self, path: str | os.PathLike) -> Path:
         """Write model.safetensors (float32) and config.json into the folder `path`; each file appears whole or not."""
         return write_model(path, self.config, self.state_dict())
+
+
+def check_ids(input_ids: torch.Tensor, vocab_size: int) -> None:
+    """Raise ValueError naming an id that is none."""
+    low, high = (int(bound) for bound in input_ids.aminmax())
+    if low < 0 or high >= vocab_size:
+        wrong = low if low < 0 else high
+        raise ValueError(f"the id {wrong} is outside the model's vocabulary of {vocab_size}")
+
+
+def embed(input_ids: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Rows of `weight` (v, d). Raises ValueError naming an id that has none, on a processor; a GPU cannot tell."""
+    if input_ids.is_floating_point() or input_ids.dtype == torch.bool:
+        raise ValueError(f"ids must be integers, not {input_ids.dtype}")
+    try:
+        return F.embedding(input_ids, weight)
+    except IndexError:
+        check_ids(input_ids, len(weight))
+        raise
 
 
 def _compute_dtype(weight: torch.Tensor) -> torch.dtype:

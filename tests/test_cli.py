@@ -1,6 +1,8 @@
 """Presets: what they set, what wins over them, and what is refused by name."""
 
 import argparse
+import os
+import subprocess
 import sys
 import tomllib
 
@@ -110,10 +112,53 @@ def test_epochs_off_and_all_are_other_names(monkeypatch):
 
 
 def test_what_is_written_can_be_read_as_a_preset(monkeypatch, tmp_path):
-    args = parse(
-        monkeypatch, "--model-path", "ä", "b", "--output-dir", 'o"\\', "--clip", "0.1", "--no-keep-best", "--no-reset"
+    strings = [
+        'o"\\',
+        "ä",
+        "\U0001f600 名",
+        "\n",
+        "a\nb\r\nc",
+        "\t\x0b",
+        *map(chr, range(1, 32)),
+        "\x7f",
+        "\x85\u2028",
+        "'",
+    ]
+    strings += ["-dash", "--clip=3", " ", "#", '"""', "\\u0041", "\ue000\uffff"]
+    for text in strings:
+        options = ("--clip", "0.1", "--eps", "1e-30", "--no-keep-best", "--no-reset")
+        args = parse(monkeypatch, f"--model-path={text}", f"--output-dir={text}", f"--dataset-path={text}", *options)
+        values = {key: value for key, value in vars(args).items() if key != "preset"}
+        write_preset(tmp_path / "p.toml", "train", values, f"a comment {text!r}\nof two lines")
+        again = parse(monkeypatch, "--preset", str(tmp_path / "p.toml"))
+        assert {**vars(again), "preset": None} == vars(args)
+    args = parse(monkeypatch, "--model-path", "ä", "b", "--output-dir", "o")
+    write_preset(tmp_path / "p.toml", "train", {"model_path": args.model_path, "output_dir": "o"}, "two models")
+    assert vars(parse(monkeypatch, "--preset", str(tmp_path / "p.toml"))) == {
+        **vars(args),
+        "preset": str(tmp_path / "p.toml"),
+    }
+
+
+# A system that names files in ASCII: paths come as bytes that are none of its characters, and what is printed is ASCII.
+ASCII = {**os.environ, "LC_ALL": "C", "LANG": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+
+
+@pytest.mark.parametrize("script", ["init.py", "train.py", "eval.py", "-mmamba2.generate", "-mmamba2.checkpoint"])
+def test_a_path_that_the_system_cannot_name_is_refused_first(tmp_path, script):
+    command = [sys.executable, script, "--output-dir", f"{tmp_path}/\U0001f600"]
+    result = subprocess.run(command, env=ASCII, capture_output=True, cwd=CONFIGS.parent)
+    assert result.returncode == 1 and not list(tmp_path.iterdir())
+    assert result.stderr.startswith(b"error: the argument b'") and result.stderr.count(b"\n") == 1
+    assert b"is not text in ascii, in which files are named here; PYTHONUTF8=1 makes that UTF-8" in result.stderr
+
+
+def test_what_a_terminal_cannot_show_ends_no_run_and_a_preset_cannot_name_what_the_system_cannot(tmp_path):
+    program = (
+        "from mamba2 import cli\n"
+        "def main():\n    print('caf\\u00e9 \\U0001f600', flush=True)\n    open('\\U0001f600', 'w', encoding='utf-8')\n"
+        "cli.run(main)"
     )
-    values = {key: value for key, value in vars(args).items() if key != "preset"}
-    write_preset(tmp_path / "p.toml", "train", values, "a comment\nof two lines")
-    again = parse(monkeypatch, "--preset", str(tmp_path / "p.toml"))
-    assert {**vars(again), "preset": None} == vars(args)
+    result = subprocess.run([sys.executable, "-c", program], env=ASCII, capture_output=True, cwd=CONFIGS.parent)
+    assert (result.returncode, result.stdout) == (1, b"caf\\xe9 \\U0001f600\n")
+    assert result.stderr.startswith(b"error: '\\U0001f600' is not text in ascii") and result.stderr.count(b"\n") == 1

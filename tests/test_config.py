@@ -220,6 +220,19 @@ def test_saving_replaces_the_file_whole_or_not_at_all(tmp_path, monkeypatch):
         ({"extra": {"rms_norm": False}}, "rms_norm is False, and only true"),
         ({"weight_init": "xavier"}, "weight_init is 'xavier', and must be one of transformers, mamba_ssm"),
         ({"dt_bias_init": "uniform"}, "dt_bias_init is 'uniform', and must be an object or null"),
+        ({"dt_bias_init": {}}, "dt_bias_init.name is None, and must be the name"),
+        ({"dt_bias_init": {"seed": 1}}, "dt_bias_init.name is None, and must be the name"),
+        ({"dt_bias_init": {"name": ["uniform"]}}, r"dt_bias_init.name is \['uniform'\]"),
+        ({"initializer_range": 1e300}, r"initializer_range is 1e\+300, .* from 1.18e-38 to 3.4e\+38"),
+        ({"initializer_range": 10**400}, "initializer_range is 10000"),
+        ({"initializer_range": 1e-320}, "initializer_range is 1e-320"),
+        ({"layer_norm_epsilon": 1e-40}, "layer_norm_epsilon is 1e-40"),
+        ({"time_step_max": 1e308}, r"time_step_max is 1e\+308"),
+        ({"time_step_limit": (1e39, math.inf)}, r"time_step_limit is \[1e\+39, inf\]"),
+        ({"time_step_limit": [{"a": 1}, 2]}, "time_step_limit is"),
+        ({"vocab_size": {"a": 1}}, "vocab_size is {'a': 1}"),
+        ({"hidden_act": {"name": "silu"}}, "hidden_act is {'name': 'silu'}"),
+        ({"weight_init": ["transformers"]}, "weight_init is"),
     ],
 )
 def test_an_inconsistent_value_is_refused_by_name(changes, message):
@@ -252,6 +265,10 @@ def test_a_bad_file_is_named(tmp_path):
     (tmp_path / "latin.json").write_bytes(b'{"name": "\xe9"}')
     with pytest.raises(ValueError, match=r"latin\.json: .*utf-8"):
         Mamba2Config.from_json(tmp_path / "latin.json")
+    for text in ("[" * 100_000, '{"vocab_size": ' + "[" * 100_000 + "]" * 100_000 + "}"):
+        (tmp_path / "deep.json").write_text(text)
+        with pytest.raises(ValueError, match=r"deep\.json is nested too deeply"):
+            Mamba2Config.from_json(tmp_path / "deep.json")
     (tmp_path / "wrong.json").write_text(json.dumps({**SMALL, "n_groups": 3}))
     with pytest.raises(ValueError, match=r"wrong\.json: n_groups is 3"):
         Mamba2Config.from_json(tmp_path / "wrong.json")

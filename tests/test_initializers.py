@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import re
 import struct
 
 import numpy as np
@@ -357,6 +358,32 @@ def test_parameters_outside_their_domain_are_refused(params, message):
     with pytest.raises(ValueError, match=message):
         DtParams(**params)
     DtParams(t_min=0.1, t_max=0.1, dt_floor=0.0)
+
+
+@pytest.mark.parametrize("name", INITIALIZERS)
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"t_max": 1e308},
+        {"t_min": 1e-320},
+        {"t_min": 1e-44, "dt_floor": 0.0},
+        {"value": 1e300},
+        {"value": 1e-42},
+        {"half_life_min": 1e-300},
+        {"half_life_max": 1e39},
+        {"half_life_max": 1e300},
+        {"chrono_max": 1e300},
+    ],
+)
+def test_what_float32_does_not_hold_is_refused_or_not_made(name, params):
+    tiny = torch.finfo(torch.float32).tiny
+    try:
+        dt_bias, _ = make_dt_bias(name, (3, 8), torch.arange(1.0, 9), 0, DtParams(**params))
+    except ValueError as error:
+        assert re.match(rf"dt(_bias)? of {name} .*would hold .*, and float32 holds numbers from 1.18e-38", str(error))
+    else:
+        dt = torch.nn.functional.softplus(dt_bias)
+        assert (dt.isfinite() & (dt >= tiny) & ((dt_bias == 0) | (dt_bias.abs() >= tiny))).all()
 
 
 @pytest.mark.parametrize(

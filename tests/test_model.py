@@ -12,6 +12,7 @@ from transformers import Mamba2ForCausalLM
 
 from mamba2 import model as model_module
 from mamba2.config import Mamba2Config
+from mamba2.decoder import Decoder
 from mamba2.initializers import INITIALIZERS, DtParams, dt_bias_sha256
 from mamba2.model import Mamba2LM
 
@@ -324,3 +325,36 @@ def test_a_forward_pass_on_a_gpu_mixes_no_devices_and_waits_for_nothing():
         ids, seq_idx = (torch.zeros(2, 300, dtype=kind, device="cuda") for kind in (torch.int64, torch.int32))
         results = [model(ids), model(ids, ids, seq_idx=seq_idx), model.token_losses(ids, ids, seq_idx)[0]]
         assert all(result.device.type == "cuda" for result in results)
+
+
+@pytest.mark.parametrize("scale", [3e38, 1.2e-38])
+def test_no_weight_that_is_not_normal_is_made(scale):
+    with pytest.raises(ValueError, match=r"backbone.embeddings.weight would hold .*, and float32 holds numbers from"):
+        Mamba2LM(small_config(initializer_range=scale))
+
+
+def test_an_id_or_target_outside_the_vocabulary_is_named(monkeypatch):
+    model = Mamba2LM(small_config())
+    good = torch.tensor([[1, 2, 60], [3, -100, 0]])
+    _, state = model.prefill(good[:1])
+    for wrong in (61, -1, 10**12):
+        bad = torch.tensor([[1, 2, wrong], [3, 4, 0]])
+        for call in (model, model.prefill, lambda ids: model.token_losses(ids, good)):
+            with pytest.raises(ValueError, match=f"the id {wrong} is outside the model's vocabulary of 61"):
+                call(bad)
+        with pytest.raises(ValueError, match=f"the id {wrong} is outside"):
+            model.step(bad[0, 2:], state)
+        with pytest.raises(ValueError, match=f"the id {wrong} is outside"):
+            Decoder(model, state).step(bad[0, 2:])
+        for backend in ("torch", "reference"):
+            monkeypatch.setenv("MAMBA2_BACKEND", backend)
+            for function in (model, model.token_losses):
+                with pytest.raises(ValueError, match=f"the target {wrong} is outside the vocabulary of 61"):
+                    function(good.clamp(0), bad)
+                function(good.clamp(0), good)
+        monkeypatch.delenv("MAMBA2_BACKEND")
+    for ids in (good.clamp(0).double(), good > 1):
+        with pytest.raises(ValueError, match="ids must be integers, not torch"):
+            model(ids)
+        with pytest.raises(ValueError, match="targets must be int64, not torch"):
+            model(good.clamp(0), ids)

@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from mamba2.config import NO_LIMIT, Mamba2Config
+from mamba2.config import NO_LIMIT, Mamba2Config, check_int
 
 # ssm_cfg of mamba-ssm: our key, and what its class does when it is absent
 SSM_KEYS = {
@@ -44,8 +44,8 @@ def read_config(folder: Path) -> Mamba2Config:
         return Mamba2Config.from_json(folder)
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError:
-        return Mamba2Config.from_json(file)
+    except (ValueError, RecursionError):
+        return Mamba2Config.from_json(file)  # which says what is wrong
     if not isinstance(values, dict) or not {"d_model", "dim"} & values.keys():
         return Mamba2Config.from_json(file)
     try:
@@ -56,7 +56,9 @@ def read_config(folder: Path) -> Mamba2Config:
 
 def from_mamba_ssm(values: dict[str, Any]) -> Mamba2Config:
     """Our config from the fields of mamba-ssm's `MambaConfig`. Raises ValueError for what is no plain Mamba-2."""
-    ssm = dict(values.get("ssm_cfg") or {})
+    ssm = values.get("ssm_cfg") or {}
+    if not isinstance(ssm, dict):
+        raise ValueError(f"ssm_cfg is {ssm!r}, and must be an object")
     if ssm.get("layer", "Mamba1") != "Mamba2":
         raise ValueError(f"ssm_cfg.layer is {ssm.get('layer', 'Mamba1')!r}, and only 'Mamba2' is implemented")
     for key, wanted in (("d_intermediate", 0), ("attn_layer_idx", []), ("rms_norm", True)):
@@ -72,6 +74,10 @@ def from_mamba_ssm(values: dict[str, Any]) -> Mamba2Config:
         raise ValueError(f"{', '.join(missing)} missing from a config of mamba-ssm")
     ours = {key: ssm.get(theirs, default) for theirs, (key, default) in SSM_KEYS.items()}
     ids, multiple = values["vocab_size"], values.get("pad_vocab_size_multiple", 8)
+    arithmetic = {key: values[key] for key in ("d_model", "n_layer", "vocab_size")}
+    arithmetic |= {"pad_vocab_size_multiple": multiple, "ssm_cfg.headdim": ours["head_dim"]}
+    for key, value in {**arithmetic, "ssm_cfg.expand": ours["expand"]}.items():
+        check_int(key, value)
     eot = 0 if ids == GPT_NEOX_IDS else None
     return Mamba2Config(
         vocab_size=-(-ids // multiple) * multiple,

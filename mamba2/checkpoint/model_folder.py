@@ -33,6 +33,7 @@ from mamba2.checkpoint.weights import (
     read_tensors,
 )
 from mamba2.config import Mamba2Config
+from mamba2.host_memory import require_memory
 
 WEIGHTS = "model.safetensors"
 
@@ -55,6 +56,7 @@ def read_model(
     if not path.is_dir():
         raise FileNotFoundError(f"no model folder at {path}")
     config = read_config(path)
+    require_memory(config.num_parameters(), dtype.itemsize)
     files = find_weights(path)
     stored = list_tensors(files)
     check_tensors(files, config, stored)
@@ -107,6 +109,12 @@ def write_model(
 
 def check_tensors(files: list[Path], config: Mamba2Config, stored: dict[str, StoredTensor]) -> None:
     """Raise ValueError listing every tensor that is missing, that is not known, or whose shape or dtype is another."""
+    place = files[0] if len(files) == 1 else files[0].parent
+    if config.num_hidden_layers > len(stored):  # also where listing what is missing would take forever
+        raise ValueError(
+            f"{place} does not fit its config: it holds {len(stored)} tensors, too few for "
+            f"num_hidden_layers = {config.num_hidden_layers}"
+        )
     wanted = tensor_shapes(config)
     optional = {HEAD} if config.tie_word_embeddings else set()
     problems = [
@@ -128,7 +136,6 @@ def check_tensors(files: list[Path], config: Mamba2Config, stored: dict[str, Sto
         if key in wanted and tensor.dtype not in FLOATING
     ]
     if problems:
-        place = files[0] if len(files) == 1 else files[0].parent
         raise ValueError(f"{place} does not fit its config: {'; '.join(problems)}")
 
 

@@ -93,8 +93,10 @@ def initial_model(model: Mamba2LM) -> Mamba2LM:
     Raises ValueError when nothing is recorded, or when the dt_bias made is not the recorded one.
     """
     record, config = model.config.dt_bias_init, model.config
-    if record is None:
-        raise ValueError("the model's config.json has no dt_bias_init: models made by init.py have")
+    if record is None or not {"seed", "sha256"} <= record.keys():
+        raise ValueError(
+            "the model's config.json has no dt_bias_init with seed and sha256: models made by init.py have"
+        )
     parameters = {key: record[key] for key in ("half_life_min", "half_life_max", "chrono_max") if key in record}
     parameters |= {"value": record["constant"]} if "constant" in record else {}
     dt = DtParams(config.time_step_min, config.time_step_max, config.time_step_floor, **parameters)
