@@ -85,7 +85,7 @@ def write_preset(file: Path, section: str, values: dict[str, object], comment: s
     text += "\n" + tomli_w.dumps({section: {key: value for key, value in values.items() if value is not None}})
     temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_text(text, encoding="utf-8", newline="\n")
+        temporary.write_text(text, encoding="utf-8")
         os.replace(temporary, file)
     finally:
         temporary.unlink(missing_ok=True)

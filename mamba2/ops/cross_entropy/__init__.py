@@ -37,8 +37,7 @@ def linear_cross_entropy(
     """
     backend, hidden, targets = _prepare(hidden, weight, targets, ignore_index)
     if backend == "reference":
-        with torch.autocast(hidden.device.type, enabled=False):
-            return token_losses_reference(hidden, weight, targets, ignore_index, z_loss).sum()
+        return token_losses_reference(hidden, weight, targets, ignore_index, z_loss).sum()
     need_hidden, need_weight = (torch.is_grad_enabled() and t.requires_grad for t in (hidden, weight))
     return loss_op(hidden, weight, targets, ignore_index, z_loss, need_hidden, need_weight, backend)[0]
 
@@ -52,7 +51,7 @@ def linear_token_losses(
     """
     shape = targets.shape
     backend, hidden, targets = _prepare(hidden, weight, targets, ignore_index)
-    with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+    with torch.no_grad():
         if backend == "reference":
             return token_losses_reference(hidden, weight, targets, ignore_index, 0.0).view(shape)
         return token_losses_op(hidden, weight, targets, ignore_index, backend).view(shape)

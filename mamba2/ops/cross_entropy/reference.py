@@ -11,7 +11,8 @@ def token_losses_reference(
     z_loss: float,
 ) -> torch.Tensor:
     """Loss of each token, (t,), 0 where the target is `ignore_index`."""
-    logits = (hidden @ weight.to(hidden.dtype).t()).to(torch.promote_types(hidden.dtype, torch.float32))
+    with torch.autocast(hidden.device.type, enabled=False):
+        logits = (hidden @ weight.to(hidden.dtype).t()).to(torch.promote_types(hidden.dtype, torch.float32))
     lse = logits.logsumexp(dim=-1)
     kept = targets != ignore_index
     picked = logits.gather(1, torch.where(kept, targets, 0)[:, None])[:, 0]
