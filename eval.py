@@ -51,7 +51,7 @@ def parse() -> argparse.Namespace:
     add("--checkpoint", type=int, metavar="N", help="evaluate checkpoint-N instead of the final model")
     add("--dataset-name", nargs="+", default=["wikitext"], help="hub names, local folders or files, stdlib [wikitext]")
     add("--dataset-config-name", nargs="+", help="one, or one for each name [of wikitext: wikitext-2-raw-v1]")
-    add("--dataset-split", nargs="+", default=["test"], help="of every name [test]")
+    add("--dataset-split", nargs="+", help="of every name but a single file [test, or the only one]")
     add(
         "--protocol",
         nargs="+",
@@ -79,6 +79,8 @@ def parse() -> argparse.Namespace:
         parser.error(f"--baseline {args.baseline} is not among --initializations {' '.join(args.initializations)}")
     if args.baseline is None:
         args.baseline = "log_uniform" if "log_uniform" in args.initializations else args.initializations[0]
+    args.any_split = args.dataset_split is None
+    args.dataset_split = args.dataset_split or ["test"]
     configs = args.dataset_config_name or [None]
     if len(configs) not in (1, len(args.dataset_name)):
         parser.error(f"--dataset-config-name has {len(configs)} values for {len(args.dataset_name)} data sets")
@@ -236,7 +238,10 @@ def load_corpora(args: argparse.Namespace, tokenizer: Tokenizer | None) -> list[
             continue
         if config is None and "wikitext" in Path(name).name:
             config = "wikitext-2-raw-v1"
-        corpora += [load_corpus(name, split, config) for split in args.dataset_split]
+        for split in args.dataset_split[:1] if Path(name).is_file() else args.dataset_split:
+            corpora.append(load_corpus(name, None if args.any_split else split, config))
+            if corpora[-1].split != split:
+                print(f"data         {name} has no split {split}: its split {corpora[-1].split} is evaluated")
     if args.max_tokens is not None:
         corpora = [corpus.first_tokens(tokenizer, args.max_tokens) for corpus in corpora]
     return corpora

@@ -7,7 +7,7 @@
 A SOURCE is one of
     stdlib                      the source of the Python standard library that runs this: real text on every machine
     a .txt, .jsonl, .json or .parquet file (text and JSON also .gz or .zst), or a folder of them; each text file is one
-                                document, and a file's or folder's name says its split (train, validation, val, test)
+                                document, and a folder's or file's name says its split: mamba2/data/splits.py
     a folder laid out as the hub's, NAME/CONFIG/SPLIT-*.parquet
     a folder written by `datasets`' save_to_disk
     NAME or NAME:CONFIG         a data set of the hub
@@ -23,17 +23,19 @@ every T tokens. A new document inside a window starts with an empty state (`seq_
 
 from mamba2.data.load import load_tokens, load_validation
 from mamba2.data.prepare import Plan, prepare
-from mamba2.data.sources import STDLIB, VALIDATION_SPLITS, open_source, read_documents, wikitext_articles
+from mamba2.data.sources import STDLIB, open_source, read_documents, wikitext_articles
+from mamba2.data.splits import NoSplit, describe
 from mamba2.data.synthetic import is_synthetic, synthetic_samples
 from mamba2.data.tokens import Tokens
 from mamba2.data.windows import Windows
 
 __all__ = [
     "STDLIB",
-    "VALIDATION_SPLITS",
+    "NoSplit",
     "Plan",
     "Tokens",
     "Windows",
+    "describe",
     "is_synthetic",
     "load_tokens",
     "load_validation",

@@ -16,7 +16,8 @@ from pathlib import Path
 
 from mamba2.cli import run
 from mamba2.data.prepare import Plan, prepare
-from mamba2.data.sources import VALIDATION_SPLITS, Source, open_source
+from mamba2.data.sources import Source, open_source
+from mamba2.data.splits import VALIDATION_SPLITS, NoSplit, describe
 from mamba2.data.tokens import SIDECAR
 from mamba2.tokenizer import BUILTIN, get_tokenizer
 
@@ -33,7 +34,7 @@ def main() -> None:
     add("--revision", help="commit, branch or tag of a hub data set")
     add("--split", default="train", help="that becomes train.bin [train]")
     held_out = parser.add_mutually_exclusive_group()
-    held_out.add_argument("--validation-split", help="that becomes val.bin [validation, val or test if there is one]")
+    held_out.add_argument("--validation-split", help="that becomes val.bin [validation or test, if there is one]")
     held_out.add_argument("--validation-share", type=float, help="share of the documents held out, chosen by content")
     held_out.add_argument("--validation-documents", type=int, help="hold out the first so many documents")
     held_out.add_argument("--no-validation", action="store_true", help="write no val.bin")
@@ -47,29 +48,34 @@ def main() -> None:
         raise ValueError(f"{output} lies inside the source {args.source}, which it would change; choose another place")
     tokenizer = None if args.tokenizer is None else get_tokenizer(args.tokenizer)
     sources = {"train": open_source(args.source, args.split, args.config, args.revision)}
-    if validation := find_validation(args):
+    if validation := find_validation(args, sources["train"].split):
         sources["val"] = validation
     plan = Plan(sources, tokenizer, args.validation_share or 0.0, args.validation_documents or 0)
+    for line in describe({name: {"split": source.split, **source.told} for name, source in sources.items()}):
+        print(line, flush=True)
     started = time.perf_counter()
     prepare(output, plan, args.workers)
     seconds = time.perf_counter() - started
     for name, entry in json.loads((output / SIDECAR).read_text(encoding="utf-8"))["splits"].items():
         print(f"{name}.bin: {entry['tokens']:,} tokens, {entry['documents']:,} documents, sha256 {entry['sha256']}")
+        if entry["empty"]:
+            print(f"{name}.bin: {entry['empty']:,} empty documents were left out")
     print(f"wrote {output} in {seconds:.1f} s")
 
 
-def find_validation(args: argparse.Namespace) -> Source | None:
+def find_validation(args: argparse.Namespace, train: str) -> Source | None:
+    """What becomes val.bin: a split other than `train`, or None."""
     if args.no_validation or args.validation_share is not None or args.validation_documents is not None:
         return None
     if args.validation_split is not None:
         return open_source(args.source, args.validation_split, args.config, args.revision)
     for split in VALIDATION_SPLITS:
-        if split != args.split:
-            try:
-                return open_source(args.source, split, args.config, args.revision)
-            except ValueError as error:
-                if "has no split" not in str(error):
-                    raise
+        try:
+            source = open_source(args.source, split, args.config, args.revision)
+        except NoSplit:
+            continue
+        if source.split != train:
+            return source
     return None
 
 

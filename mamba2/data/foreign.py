@@ -2,45 +2,40 @@
 
 nanoGPT: `train.bin` and `val.bin`, or any one file, of uint16 and nothing else. End of text is the model's tokenizer's.
 llm.c: 256 int32 (magic 20240520, version 1, number of tokens), then uint16 of gpt2, whose end of text is 50256. Files
-whose names end in `_train.bin`, `_train_NUMBER.bin` (or val) are one sequence in the order of their names.
+whose names say the same split, as in `fineweb_train_000001.bin`, are one sequence in the order of their names.
 
 A document starts after each end of text. Where that is, and the hash of the content, are found in one pass of bounded
 memory and kept in the cache.
 """
 
 import hashlib
-import re
 from pathlib import Path
 
 import numpy as np
 
 from mamba2.data.prepare import publish, working_folder
+from mamba2.data.splits import WORDS, Listing, list_files, splits_said
 from mamba2.data.tokens import Tokens, edges_sha256, files_sha256, open_tokens, write_sidecar
 from mamba2.tokenizer import Tokenizer
 
 MAGIC, VERSION, HEADER = 20240520, 1, 1024  # HEADER in bytes
 GPT2_EOT, GPT2_IDS = 50256, 50257
 PIECE = 2**23  # ids scanned at a time
-NAMES = {"train": "train", "validation": "val", "val": "val"}
 
 
-def find_files(path: Path, split: str) -> list[Path] | None:
-    """The .bin files of a split, or None if `path` is not such data. Raises ValueError when it has no such split."""
+def find_files(path: Path, split: str) -> tuple[list[Path], dict] | None:
+    """The .bin files of a split, and what the plan says of all files; None if `path` is not such data.
+
+    Raises ValueError when it has no such split, or a name is ambiguous.
+    """
     if path.is_file() and path.suffix == ".bin":
-        splits = {"train": [path]}
-    elif path.is_dir():
-        splits = {}
-        for file in sorted(path.glob("*.bin")):
-            if match := re.search(r"(?:^|_)(train|val)(?:_\d+)?\.bin$", file.name):
-                splits.setdefault(match.group(1), []).append(file)
+        listing = Listing(path.parent, {"train": [path]}, {})
+    elif path.is_dir() and any(splits_said(file.name) for file in path.glob("*.bin")):
+        listing = list_files(path, sorted(path.iterdir()), lambda file: file.suffix == ".bin", ".bin")
     else:
         return None
-    if not splits:
-        return None
-    name = NAMES.get(split, split)
-    if name not in splits:
-        raise ValueError(f"{path} has no split {split!r}; it has {', '.join(splits)}")
-    return splits[name]
+    split = listing.choose(split, ".bin")
+    return listing.splits[split], {"split": split, **listing.told()}
 
 
 def open_foreign(files: list[Path], cache: Path, tokenizer: Tokenizer | None) -> Tokens:
@@ -71,7 +66,7 @@ def _has_header(file: Path, alone: bool) -> bool:
     size = file.stat().st_size
     start = np.fromfile(file, dtype="<i4", count=3)
     if len(start) < 3 or start[0] != MAGIC:
-        if not alone or re.search(r"_(train|val)(_\d+)?\.bin$", file.name):
+        if not alone or (splits_said(file.stem) and file.stem not in WORDS):
             magic = start[0] if len(start) else "nothing"
             raise ValueError(f"{file} begins with {magic} and not with {MAGIC}, as a shard of llm.c does")
         if size == 0 or size % 2:

@@ -2,11 +2,13 @@
 
 import hashlib
 import os
+from dataclasses import replace
 from pathlib import Path
 
 from mamba2.data.foreign import find_files, open_foreign
 from mamba2.data.prepare import Plan, prepare
-from mamba2.data.sources import VALIDATION_SPLITS, fingerprint, open_source
+from mamba2.data.sources import fingerprint, open_source
+from mamba2.data.splits import VALIDATION_SPLITS, NoSplit
 from mamba2.data.synthetic import is_synthetic, synthetic_tokens
 from mamba2.data.tokens import SIDECAR, Tokens, open_tokens
 from mamba2.tokenizer import Tokenizer
@@ -25,10 +27,11 @@ def load_tokens(source: str | os.PathLike, split: str, tokenizer: Tokenizer | No
     if (path / SIDECAR).is_file():
         return open_tokens(path, split, tokenizer)
     cache = Path(os.environ.get("MAMBA2_CACHE") or Path.home() / ".cache" / "mamba2")
-    if files := find_files(path, split):
-        return open_foreign(files, cache, tokenizer)
+    if found := find_files(path, split):
+        files, told = found
+        return replace(open_foreign(files, cache, tokenizer), source=told)
     identity = "none" if tokenizer is None else tokenizer.identity
-    key = "\n".join(["tokens 2", split, identity, fingerprint(source)])
+    key = "\n".join(["tokens 3", split, identity, fingerprint(source)])
     folder = cache / hashlib.sha256(key.encode()).hexdigest()[:24]
     if not folder.exists():
         prepare(folder, Plan({split: open_source(source, split)}, tokenizer), wait=True)
@@ -36,11 +39,10 @@ def load_tokens(source: str | os.PathLike, split: str, tokenizer: Tokenizer | No
 
 
 def load_validation(source: str | os.PathLike, tokenizer: Tokenizer | None) -> Tokens | None:
-    """Tokens of the first of the splits validation, val, test that the source has, or None."""
+    """Tokens of the first of the splits validation, test that the source has, or None."""
     for split in VALIDATION_SPLITS:
         try:
             return load_tokens(source, split, tokenizer)
-        except ValueError as error:
-            if "has no split" not in str(error):
-                raise
+        except NoSplit:
+            continue
     return None

@@ -12,6 +12,7 @@ whole, but for a text file, which comes in pieces.
 
 import fcntl
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -27,13 +28,15 @@ import numpy as np
 from tqdm import tqdm
 
 from mamba2.checkpoint import flush
-from mamba2.data.sources import Document, Place, Source
+from mamba2.data.readers import Document, Place
+from mamba2.data.sources import Source
 from mamba2.data.tokens import SIDECAR, edges_sha256, write_sidecar
 from mamba2.tokenizer import Tokenizer
 
 BATCH = 2**20  # characters or ids that a thread encodes at a time
 COMMIT_SECONDS = 10.0
 JOURNAL = "journal.json"
+COUNTS = ("tokens", "documents", "empty", "largest")  # of a file of tokens; `empty`: documents that are left out
 
 
 @dataclass(frozen=True)
@@ -97,8 +100,8 @@ def prepare(output: Path, plan: Plan, workers: int | None = None, wait: bool = F
     is making the same folder, wait until it is there instead of refusing.
 
     Raises FileExistsError if `output` is there; BlockingIOError if another process makes it; ValueError if what is left
-    of an earlier call is of another source or tokenizer, if the source is empty or holds ids outside the vocabulary;
-    OSError if the disk does not take it, and then a later call goes on.
+    of an earlier call is of another source or tokenizer, if the source is empty or holds ids outside the vocabulary, or
+    if the tokenizer fails on a document; OSError if the disk does not take it. After the last two a later call goes on.
     """
     if output.exists() and not wait:
         raise FileExistsError(f"{output} exists already and is not overwritten; remove it, or choose another place")
@@ -120,7 +123,7 @@ def prepare(output: Path, plan: Plan, workers: int | None = None, wait: bool = F
 
 
 class Refused(ValueError):
-    """The work of an earlier call that is not this one's, and not to be thrown away for it."""
+    """What is not the source's fault: the work of an earlier call, or of this one so far, is not thrown away."""
 
 
 def _of_another_plan(work: Path) -> Refused:
@@ -168,9 +171,10 @@ def publish(work: Path, output: Path) -> None:
 
 @dataclass
 class Batch:
-    """Documents for one thread, by the file of tokens that they go to."""
+    """Documents for one thread, by the file of tokens that they go to, and the place after each of them."""
 
     documents: dict[str, list[Document]] = field(default_factory=dict)
+    places: dict[str, list[Place]] = field(default_factory=dict)
     begins: bool = True  # False: a piece of a document whose beginning was in an earlier batch
     ends: bool = True  # False: a piece of a document that goes on
     after: Place = (0, 0)
@@ -227,8 +231,8 @@ def _run_stage(work: Path, plan: Plan, state: State, source: Source, name: str, 
     def write_next() -> None:
         nonlocal committed
         batch, result = waiting.popleft()
-        for target, (ids, starts) in result.result().items():
-            files[target].append(ids, starts)
+        for target, (ids, starts, empty) in result.result().items():
+            files[target].append(ids, starts, empty)
         state.place, state.seen, state.read = batch.after, batch.seen, batch.read
         state.unfinished = None if batch.ends else next(iter(batch.documents))
         bar.update(batch.read - bar.n)
@@ -238,11 +242,14 @@ def _run_stage(work: Path, plan: Plan, state: State, source: Source, name: str, 
 
     try:
         for batch in _batches(source, name, plan, state):
-            waiting.append((batch, pool.submit(_encode, batch, plan, source.name)))
+            waiting.append((batch, pool.submit(_encode, batch, plan, source)))
             while len(waiting) > 2 * workers or (waiting and waiting[0][1].done()):
                 write_next()
         while waiting:
             write_next()
+    except Refused:
+        _commit(work, plan, state, files)
+        raise
     finally:
         pool.shutdown(cancel_futures=True)
         bar.close()
@@ -262,6 +269,7 @@ def _batches(source: Source, name: str, plan: Plan, state: State) -> Iterator[Ba
             yield batch
             batch, size = Batch(), 0
         batch.documents.setdefault(target, []).append(item.document)
+        batch.places.setdefault(target, []).append(item.after)
         batch.begins, batch.ends = begins, item.ends
         batch.after, batch.read, batch.seen = item.after, item.read, seen
         size += len(item.document)
@@ -282,44 +290,77 @@ def _target(document: Document, number: int, name: str, plan: Plan) -> str:
     if isinstance(document, str):
         content = document.encode("utf-8", "surrogatepass")
     else:
-        content = np.asarray(document, dtype=np.int64).tobytes()
+        content = document.astype(np.int64).tobytes()
     fraction = int.from_bytes(hashlib.sha256(content).digest()[:8], "little") / 2**64
     return "val" if fraction < plan.validation_share else "train"
 
 
-def _encode(batch: Batch, plan: Plan, source: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """For each file: ids (tokens,) of its type, and starts (documents,) int64 counted from the first of them."""
+def _encode(batch: Batch, plan: Plan, source: Source) -> dict[str, tuple[np.ndarray, np.ndarray, int]]:
+    """For each file: ids (tokens,) of its type, starts (documents,) int64 counted from the first of them, and how many
+    documents were empty and are left out."""
     results = {}
     for target, documents in batch.documents.items():
-        documents = [document for document in documents if len(document) > 0]
-        if not documents:
-            continue
-        if isinstance(documents[0], str):
-            if plan.tokenizer is None:
-                raise ValueError(
-                    f"{source} is text, and the model carries no tokenizer to encode it with "
-                    "(`python -m mamba2.data` takes --tokenizer)"
-                )
-            ids = plan.tokenizer.encode_documents(documents)
-            ends = np.flatnonzero(ids == plan.eot_id) + 1  # text never yields that id
-            if not batch.ends:
-                ids = ids[:-1]
-        else:
-            ids, ends = _ready(documents, plan, source)
-        starts = np.concatenate([[0], ends[:-1]]).astype(np.int64) if batch.begins else np.empty(0, np.int64)
-        results[target] = ids.astype(plan.dtype), starts
+        some = [pair for pair in zip(documents, batch.places[target]) if len(pair[0]) > 0]
+        empty = len(documents) - len(some) if batch.begins and batch.ends else 0
+        runs = [(np.empty(0, plan.dtype), np.empty(0, np.int64))]
+        # one run, but where files of text and files of ids meet
+        for is_text, run in itertools.groupby(some, key=lambda pair: isinstance(pair[0], str)):
+            ids, ends = (_encoded if is_text else _ready)(list(run), plan, source)
+            runs.append((ids.astype(plan.dtype), np.diff(ends, prepend=0)))
+        ids, lengths = map(np.concatenate, zip(*runs))
+        starts = np.cumsum(lengths) - lengths if batch.begins else np.empty(0, np.int64)
+        results[target] = ids if batch.ends else ids[:-1], starts, empty
     return results
 
 
-def _ready(documents: list[Document], plan: Plan, source: str) -> tuple[np.ndarray, np.ndarray]:
+Run = list[tuple[Document, Place]]  # documents, and the place after each
+
+
+def _encoded(run: Run, plan: Plan, source: Source) -> tuple[np.ndarray, np.ndarray]:
+    """Ids of text, each document ended once, and where each ends."""
+    if plan.tokenizer is None:
+        raise ValueError(
+            f"{source.name} is text, and the model carries no tokenizer to encode it with "
+            "(`python -m mamba2.data` takes --tokenizer)"
+        )
+    try:
+        ids = plan.tokenizer.encode_documents([document for document, _ in run])
+    except BaseException as error:
+        if not _is_refusal(error):
+            raise
+        ids = np.concatenate([_encoded_alone(*pair, plan.tokenizer, source) for pair in run])
+    return ids, np.flatnonzero(ids == plan.eot_id) + 1  # text never yields that id
+
+
+def _encoded_alone(document: str, place: Place, tokenizer: Tokenizer, source: Source) -> np.ndarray:
+    try:
+        return tokenizer.encode_documents([document])
+    except BaseException as error:
+        if not _is_refusal(error):
+            raise
+        raise Refused(
+            f"cannot encode a document of {source.name} ({source.before(place)}): {error}; what is done is kept, and "
+            "the same command goes on"
+        ) from error
+
+
+def _is_refusal(error: BaseException) -> bool:
+    """Whether a tokenizer gave up on a text. A panic of its Rust is a BaseException whose class cannot be imported."""
+    return isinstance(error, ValueError) or type(error).__name__ == "PanicException"
+
+
+def _ready(run: Run, plan: Plan, source: Source) -> tuple[np.ndarray, np.ndarray]:
     """Ids that need no encoding, each document ended once, and where each ends."""
     size = 2**32 if plan.tokenizer is None else plan.tokenizer.vocab_size
     arrays = []
-    for document in documents:
-        ids = np.asarray(document, dtype=np.int64)
+    for document, place in run:
+        ids = document.astype(np.int64)
         if ids.min() < 0 or ids.max() >= size:
             of = f"the vocabulary of {size}" if plan.tokenizer is None else f"the {size} ids of {plan.tokenizer.name}"
-            raise ValueError(f"{source} holds a document with ids from {ids.min()} to {ids.max()}, outside {of}")
+            raise ValueError(
+                f"{source.name} holds a document with ids from {ids.min()} to {ids.max()}, outside {of} "
+                f"({source.before(place)})"
+            )
         arrays.append(ids if ids[-1] == plan.eot_id else np.append(ids, plan.eot_id))
     return np.concatenate(arrays), np.cumsum([len(ids) for ids in arrays])
 
@@ -332,7 +373,7 @@ class TokenFile:
 
     def __init__(self, work: Path, name: str, counts: dict[str, int], dtype: str):
         self.name, self.work = name, work
-        self.tokens, self.documents, self.largest = counts["tokens"], counts["documents"], counts["largest"]
+        self.tokens, self.documents, self.empty, self.largest = (counts[name] for name in COUNTS)
         self.paths = (work / f"{name}.bin", work / f"{name}.starts")
         lengths = (self.tokens * np.dtype(dtype).itemsize, self.documents * 8)
         self.hashes = [hashlib.sha256(), hashlib.sha256()]
@@ -354,26 +395,29 @@ class TokenFile:
         for file in self.files:
             file.close()
 
-    def append(self, ids: np.ndarray, starts: np.ndarray) -> None:
+    def append(self, ids: np.ndarray, starts: np.ndarray, empty: int) -> None:
         """`starts` are counted from the first of `ids`."""
         for file, digest, array in zip(self.files, self.hashes, (ids, (starts + self.tokens).astype("<i8"))):
             data = array.tobytes()
             _write(file, data, self.work)
             digest.update(data)
         self.tokens, self.documents = self.tokens + len(ids), self.documents + len(starts)
+        self.empty += empty
         if len(ids):
             self.largest = max(self.largest, int(ids.max()))
 
     def counts(self) -> dict[str, int]:
-        return {"tokens": self.tokens, "documents": self.documents, "largest": self.largest}
+        return {name: getattr(self, name) for name in COUNTS}
 
     def entry(self, plan: Plan) -> dict:
         """What the sidecar says of this file."""
         bin_path, starts_path = self.paths
+        source = plan.sources.get(self.name) or plan.sources["train"]
         entry = {
             "files": [{"path": bin_path.name, "bytes": bin_path.stat().st_size, "edges": edges_sha256(bin_path)}],
             "starts": starts_path.name,
             **self.counts(),
+            "source": {"split": source.split, **source.told},
             "sha256": self.hashes[0].hexdigest(),
             "starts_sha256": self.hashes[1].hexdigest(),
         }
@@ -409,7 +453,7 @@ def _read_journal(work: Path, plan: Plan) -> State:
     if not (work / JOURNAL).exists():
         for file in work.iterdir():
             file.unlink()
-        return State(files={name: {"tokens": 0, "documents": 0, "largest": 0} for name in plan.files})
+        return State(files={name: dict.fromkeys(COUNTS, 0) for name in plan.files})
     content = json.loads((work / JOURNAL).read_text(encoding="utf-8"))
     if content.pop("plan") != plan.record():
         raise _of_another_plan(work)

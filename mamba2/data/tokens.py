@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from mamba2.checkpoint import flush
+from mamba2.data.splits import choose_split
 from mamba2.tokenizer import Tokenizer
 
 SIDECAR = "tokens.json"
@@ -37,6 +38,8 @@ class Tokens:
     recorded_sha256: str | None = None
     counted: np.ndarray | None = None  # (tokens,) bool: whether predicting an id counts; None: all do
     sample_length: int | None = None  # windows must not cut samples of this length
+    empty: int = 0  # documents of the source that are left out
+    source: dict | None = None  # split and files that the ids came from; see mamba2/data/splits.py
 
     @cached_property
     def sha256(self) -> str:
@@ -129,9 +132,7 @@ def open_tokens(folder: Path, split: str, tokenizer: Tokenizer | None) -> Tokens
         raise ValueError(f"{folder / SIDECAR} is damaged: {error!r}") from error
     if form != FORMAT:
         raise ValueError(f"{folder / SIDECAR} has format {form}; this version reads {FORMAT}")
-    entry = splits.get(split) or (splits.get("val") if split == "validation" else None)
-    if entry is None:
-        raise ValueError(f"{folder} has no split {split!r}; it has {', '.join(splits)}")
+    entry = splits[choose_split(split, splits, folder)]
     made_with = content["tokenizer"]
     if tokenizer is not None and made_with is not None and made_with["identity"] != tokenizer.identity:
         raise ValueError(
@@ -148,7 +149,16 @@ def open_tokens(folder: Path, split: str, tokenizer: Tokenizer | None) -> Tokens
     arrays = [np.memmap(file, dtype=content["dtype"], mode="r", offset=header) for file in files]
     ids = arrays[0] if len(arrays) == 1 else Shards(arrays)
     starts = np.memmap(starts, dtype="<i8", mode="r")
-    return Tokens(ids, starts, content["eot_id"], entry["largest"], files, entry["sha256"])
+    return Tokens(
+        ids,
+        starts,
+        content["eot_id"],
+        entry["largest"],
+        files,
+        entry["sha256"],
+        empty=entry.get("empty", 0),
+        source=entry.get("source"),
+    )
 
 
 def _check(file: Path, known: dict) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
 
-from mamba2.data import STDLIB, open_source, read_documents, wikitext_articles
+from mamba2.data import STDLIB, NoSplit, open_source, wikitext_articles
 from mamba2.tokenizer import Tokenizer
 
 
@@ -58,13 +58,20 @@ class Corpus:
         return replace(self, documents=kept)
 
 
-def load_corpus(name: str, split: str, config: str | None = None) -> Corpus:
+def load_corpus(name: str, split: str | None, config: str | None = None) -> Corpus:
     """Documents of a data set (see mamba2/data for what it can be): articles where it is WikiText.
+
+    `split`: None for the split test, or the only one if there is one alone. A file is one split, whatever `split` says.
 
     Raises FileNotFoundError or ValueError when it is not there, is empty, or holds ids instead of text.
     """
-    source = open_source(name, split, config)
-    texts = list(read_documents(name, split, config))
+    try:
+        source = open_source(name, split or "test", config)
+    except NoSplit as error:
+        if len(error.names) != 1 or not (split is None or Path(name).is_file()):
+            raise
+        source = open_source(name, error.names[0], config)
+    texts, split = list(source.documents()), source.split
     if not all(isinstance(text, str) for text in texts):
         raise ValueError(f"{name} holds ids and not text; perplexity needs the text")
     if "wikitext" in Path(name).name:

@@ -18,7 +18,7 @@ from mamba2.checkpoint.training_state import (
     save_rng,
     sort_headers,
 )
-from mamba2.data import Windows, load_tokens, load_validation
+from mamba2.data import Tokens, Windows, describe, load_tokens, load_validation
 from mamba2.distributed import World, full, parallelize, reshard
 from mamba2.generate import NoDistribution, generate
 from mamba2.initializers import dt_table
@@ -260,9 +260,9 @@ class Job:
         dt_bias, A = self.dt()
         if not self.world.is_main:
             return
-        args, held_out = self.args, self.validation_tokens
-        held_out = f"{len(held_out.ids):,} held out" if held_out else "no validation split"
-        train, tokens = self.train_tokens, self.steps * self.batch * args.max_length
+        args, tokens = self.args, self.steps * self.batch * self.args.max_length
+        train, held_out = self.train_tokens, self.validation_tokens
+        sources = {"train": train.source, "held out": held_out and held_out.source}
         flops = tokens * self.config.flops_per_token()
         memory = memory_estimate(
             self.config,
@@ -276,8 +276,10 @@ class Job:
         applied = self.config.dt_bias_init
         print(f"\n{self.model_path} -> {output}")
         print(f"parameters   {self.config.num_parameters():,}")
-        print(f"data         {args.dataset_path}: {len(train.ids):,} tokens, {len(train.starts):,} documents")
-        print(f"             {held_out}")
+        print(f"data         {args.dataset_path}: {_counted(train)}")
+        print(f"             {f'{_counted(held_out)} held out' if held_out else 'no validation split'}")
+        for line in describe({name: source for name, source in sources.items() if source}):
+            print(line)
         print(f"step         {self.batch} windows of {args.max_length} = {self.batch * args.max_length:,} tokens")
         print(f"steps        {self.steps:,}, {tokens:.3g} tokens, {flops:.3g} FLOP")
         print(
@@ -305,3 +307,8 @@ class Job:
         """FLOP/s of all devices at best, None if unknown."""
         peak = peak_flops(self.device, self.dtype)
         return peak and peak * self.world.size
+
+
+def _counted(tokens: Tokens) -> str:
+    empty = f" ({tokens.empty:,} empty ones left out)" if tokens.empty else ""
+    return f"{len(tokens.ids):,} tokens, {len(tokens.starts):,} documents{empty}"

@@ -124,7 +124,7 @@ def test_every_source_goes_on_from_each_place_it_names(tmp_path, monkeypatch, ki
     elif kind == "saved":
         rows.save_to_disk(source)
     elif kind == "txt":
-        monkeypatch.setattr("mamba2.data.sources.TEXT_PIECE", 64)
+        monkeypatch.setattr("mamba2.data.readers.TEXT_PIECE", 64)
         file.write_text("\n".join(texts), encoding="utf-8")
     elif kind == "hub":
         source = "some/name"
@@ -179,7 +179,7 @@ def test_a_hub_data_set_is_read_and_its_commit_recorded(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["gpt2", "gpt-neox-20b"])
 def test_a_text_file_in_pieces_has_the_ids_of_the_whole(tmp_path, monkeypatch, name):
-    monkeypatch.setattr("mamba2.data.sources.TEXT_PIECE", 100)
+    monkeypatch.setattr("mamba2.data.readers.TEXT_PIECE", 100)
     text = "\n".join(texts_of(60)) + "x\n\n  y  \n" + "z" * 500 + "\r\nend"
     source = tmp_path / "source"
     source.mkdir()
@@ -236,8 +236,8 @@ def test_ids_fit_their_type_and_the_vocabulary(tmp_path):
     ("name", "content", "message"),
     [
         ("a.jsonl", b'{"text": "a"}\n{"text": \n', "a.jsonl, the line that ends at byte 24: not JSON"),
-        ("a.jsonl", b'["a"]\n', "has neither a column|neither|a JSON dict is wanted"),
-        ("a.jsonl", b'{"text": 5}\n', "int is neither text nor a list of ids"),
+        ("a.jsonl", b'["a"]\n', "a.jsonl, row 0: a row is a JSON object with the column text or input_ids, not str"),
+        ("a.jsonl", b'{"text": 5}\n', "byte 12: the column text holds int 5 instead of text"),
         ("a.jsonl", b'{"other": 5}\n', "neither a column input_ids nor text, only other"),
         ("a.jsonl", b'{"text": ""}\n', "is empty: not one document"),
         ("a.jsonl", b"", "is empty: not one document"),
@@ -259,7 +259,9 @@ def test_a_table_of_other_columns_is_refused(tmp_path):
         with pytest.raises(ValueError, match="neither a column input_ids nor text, only body"):
             make(tmp_path, tmp_path / source)
     datasets.Dataset.from_dict({"input_ids": [[0.5]]}).to_parquet(tmp_path / "b.parquet")
-    with pytest.raises(ValueError, match="lists of double, neither text nor lists of ids"):
+    with pytest.raises(
+        ValueError, match=r"b.parquet: the column input_ids holds list<element: double> instead of a list of int"
+    ):
         make(tmp_path, tmp_path / "b.parquet")
 
 
@@ -323,7 +325,7 @@ def test_stopped_at_any_write_it_goes_on_to_the_same_bytes(tmp_path, monkeypatch
         source.mkdir()
         for i in range(60):
             (source / f"{i}.txt").write_text("\n".join(texts_of(1 + i % 5, seed=i)) + "x", encoding="utf-8")
-    monkeypatch.setattr("mamba2.data.sources.TEXT_PIECE", 300)
+    monkeypatch.setattr("mamba2.data.readers.TEXT_PIECE", 300)
     monkeypatch.setattr(module, "BATCH", 600)
     monkeypatch.setattr(module, "COMMIT_SECONDS", 0.0)
     expected = contents(make(tmp_path, source, "expected", get_tokenizer("gpt2"), **choice))
