@@ -102,20 +102,13 @@ class Listing:
 
     def told(self) -> dict:
         """For the plan: how many files there are of each kind, how large, and the names of the first."""
-        return {
-            "splits": {
-                split: {
-                    "files": len(files),
-                    "bytes": sum(map(os.path.getsize, files)),
-                    "names": _names(files, self.root),
-                }
-                for split, files in self.splits.items()
-            },
-            "left_out": {
-                reason: {"files": len(files), "names": _names(files, self.root)}
-                for reason, files in self.left_out.items()
-            },
-        }
+        splits = {split: self._told(files) for split, files in self.splits.items()}
+        for split, files in self.splits.items():
+            splits[split]["bytes"] = sum(map(os.path.getsize, files))
+        return {"splits": splits, "left_out": {why: self._told(paths) for why, paths in self.left_out.items()}}
+
+    def _told(self, paths: list[Path]) -> dict:
+        return {"files": len(paths), "names": _names(paths, self.root)}
 
 
 def list_files(root: Path, files: Iterable[Path], is_data: Callable[[Path], bool], endings: str) -> Listing:
@@ -135,18 +128,20 @@ def list_files(root: Path, files: Iterable[Path], is_data: Callable[[Path], bool
             left_out.setdefault("folders that are not entered", []).append(file)
         elif not is_data(file):
             left_out.setdefault(f"not {endings}", []).append(file)
-        elif not file.exists():
+        elif file.is_symlink() and not file.exists():
             raise FileNotFoundError(f"{file} is a link to {os.readlink(file)}, which is not there")
+        elif not file.is_file():
+            left_out.setdefault("no files but devices", []).append(file)
         else:
             split = split_of(file, root)
             status = file.stat()
             other, first = seen.setdefault((status.st_dev, status.st_ino), (split, file))
-            if first == file:
+            if first != file and split and other and split != other:
+                raise ValueError(f"{first} and {file} are the same file, once in {other} and once in {split}")
+            if first == file or split != other:
                 splits.setdefault(split, []).append(file)
-            elif other == split:
-                left_out.setdefault("the same file under another name", []).append(file)
             else:
-                raise ValueError(f"{first} and {file} are the same file, in {other or 'no split'} and {split}")
+                left_out.setdefault("the same file under another name", []).append(file)
     if not any(split and splits_said(split) for split in splits):
         unsaid = sorted(file for some in splits.values() for file in some)
         return Listing(root, {"train": unsaid} if unsaid else {}, left_out)
@@ -188,12 +183,15 @@ def stats_hash(files: Iterable[Path], *more: str) -> str:
 def describe(sources: dict[str, dict]) -> list[str]:
     """Lines for the plan: the files behind "train" and those held out, and what is left out and why. `sources`: of each
     its `split` and what `Listing.told` says."""
-    used = {source["split"]: name for name, source in sources.items()}
-    told = sources.get("train", {})
-    splits = sorted(
-        told.get("splits", {}).items(), key=lambda item: list(used).index(item[0]) if item[0] in used else 9
-    )
-    lines = [f"{used.get(split, 'left out'):12} split {split}: {_counted(what)}" for split, what in splits]
+    told, used = sources.get("train", {}), {}
+    for name, source in sources.items():
+        used.setdefault(source["split"], name)
+    splits = told.get("splits", {})
+    lines = [
+        f"{used.get(split, 'left out'):12} split {split}: {_counted(splits[split])}"
+        for split in dict.fromkeys([*used, *splits])
+        if split in splits
+    ]
     return lines + [f"{'left out':12} {why}: {_counted(what)}" for why, what in told.get("left_out", {}).items()]
 
 

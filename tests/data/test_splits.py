@@ -1,0 +1,268 @@
+"""What names say: the splits that `datasets` sees in them, and never a held-out file among those trained on."""
+
+import hashlib
+import json
+import os
+import random
+import sys
+from pathlib import Path, PurePosixPath
+
+import datasets
+import numpy as np
+import pytest
+from datasets.data_files import FILES_TO_IGNORE, SPLIT_KEYWORDS, DataFilesList, get_data_patterns
+
+from mamba2.data import describe, load_tokens, load_validation, open_source, read_documents
+from mamba2.data.sources import fingerprint
+from mamba2.data.splits import BOOKKEEPING, KEYWORDS, choose_split, splits_said
+from mamba2.evaluation.corpus import load_corpus
+from mamba2.tokenizer import get_tokenizer
+
+BYTES, GPT2 = get_tokenizer("bytes"), get_tokenizer("gpt2")
+
+
+@pytest.fixture(autouse=True)
+def cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("MAMBA2_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+
+
+def fill(folder: Path, names) -> Path:
+    """Text files whose text is their name."""
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(name)
+    return folder
+
+
+def ours(folder: Path) -> dict[str, list[str]]:
+    """The names of the files of each split."""
+    found = {}
+    for split in ("train", "validation", "test"):
+        try:
+            found[split] = sorted(read_documents(folder, split))
+        except ValueError as error:
+            if "has no split" not in str(error):
+                raise
+    return found
+
+
+def theirs(folder: Path) -> dict[str, list[str]]:
+    patterns = get_data_patterns(str(folder))
+    files = {split: DataFilesList.from_patterns(some, base_path=str(folder)) for split, some in patterns.items()}
+    return {
+        str(split): sorted(str(PurePosixPath(file).relative_to(folder)) for file in some)
+        for split, some in files.items()
+    }
+
+
+def test_the_words_are_those_of_datasets():
+    assert {split: list(words) for split, words in KEYWORDS.items()} == {str(k): v for k, v in SPLIT_KEYWORDS.items()}
+    assert {name for name in FILES_TO_IGNORE if name.endswith(".json")} <= set(BOOKKEEPING)
+
+
+SHAPES = ["{}.txt", "{}/a.txt", "my_{}/a.txt", "{}-00001-of-00002.txt", "wiki.{}.txt", "{}_00.txt", "x/my {}2.txt"]
+SHAPES += ["data_{}_sft.txt", "x/{}-v1/y/a.txt", "data/{}-00000-of-00001.txt", "v2{}.txt"]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_names_say_what_datasets_reads_in_them(tmp_path, shape):
+    words = [word for words in SPLIT_KEYWORDS.values() for word in words]
+    for number, (first, second) in enumerate(zip(words, words[3:] + words[:3])):
+        folder = fill(tmp_path / str(number), [shape.format(first), shape.format(second)])
+        expected = theirs(folder)
+        if "data/" in shape:  # there the name is the split; we know other words for it
+            expected = {next(s for s, some in KEYWORDS.items() if name in some): f for name, f in expected.items()}
+            if len(expected) < 2:
+                continue
+        assert ours(folder) == expected, (first, second)
+
+
+@pytest.mark.parametrize(
+    ("names", "splits"),
+    [
+        (["train.txt", "valid.txt"], {"train": ["train.txt"], "validation": ["valid.txt"]}),
+        (["train/a.txt", "valid/b.txt"], {"train": ["train/a.txt"], "validation": ["valid/b.txt"]}),
+        (["data/train_sft-00000-of-00001.txt", "data/test_sft-00000-of-00001.txt"], None),
+        (["Train.txt", "VALID.txt"], {"train": ["Train.txt"], "validation": ["VALID.txt"]}),
+        (["train(1).txt", "val(1).txt"], {"train": ["train(1).txt"], "validation": ["val(1).txt"]}),
+        (["train/test_a.txt", "test/train_b.txt"], {"train": ["train/test_a.txt"], "test": ["test/train_b.txt"]}),
+        (["a.txt", "trained.txt", "latest.txt", "evaluate/b.txt"], None),
+        (["train.txt", "other.txt", "extra/b.txt"], {"train": ["train.txt"]}),
+        (["data/train-00000-of-00001.txt", "data/unsupervised-00000-of-00001.txt"], {"train": [0]}),
+        (["b/train.txt", "c/valid/x.txt"], {"train": ["b/train.txt"], "validation": ["c/valid/x.txt"]}),
+        (["a.txt", ".hidden/b.txt", "__MACOSX/c.txt", "._a.txt", ".ipynb_checkpoints/a.txt"], {"train": ["a.txt"]}),
+    ],
+)
+def test_files_go_where_their_names_say(tmp_path, names, splits):
+    if splits is None:
+        splits = {"train": names} if len(names) == 4 else {"train": names[:1], "test": names[1:]}
+    splits = {split: sorted(names[f] if f == 0 else f for f in files) for split, files in splits.items()}
+    assert ours(fill(tmp_path / "source", names)) == splits
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "train_test.txt",
+        "train/val/a.txt",
+        "test.train/b.txt",
+        "data/train-dev-00000-of-00001.txt",
+        "eval_of_training.txt",
+    ],
+)
+def test_a_name_that_says_several_splits_is_refused(tmp_path, name):
+    folder = fill(tmp_path / "source", ["train/a.txt", name])
+    with pytest.raises(ValueError, match=rf"{Path(name).name} says several splits, \w+ and \w+; rename it"):
+        open_source(folder, "train")
+
+
+def test_files_without_a_name_beside_held_out_ones_are_not_taken_for_training(tmp_path):
+    folder = fill(tmp_path / "source", ["a.txt", "b.txt", "valid.txt"])
+    message = r"has no split 'train'; it has validation, and 2 files whose names say no split \(a.txt, b.txt\)"
+    with pytest.raises(ValueError, match=message):
+        load_tokens(folder, "train", BYTES)
+    assert list(read_documents(folder, "dev")) == ["valid.txt"]
+
+
+def test_a_split_is_found_by_another_word_and_not_guessed_among_several():
+    assert choose_split("train", ["train_sft", "test_sft"], "x") == "train_sft"
+    assert choose_split("dev", ["train", "validation"], "x") == "validation"
+    assert choose_split("validation", ["train", "val", "val_extra"], "x") == "val"
+    assert choose_split("train_gen", ["train_gen", "train_sft"], "x") == "train_gen"
+    with pytest.raises(ValueError, match="x has several splits that say train: train_gen, train_sft; choose one"):
+        choose_split("train", ["train_gen", "train_sft"], "x")
+    for asked in ("train_gen", "val", "other"):
+        with pytest.raises(ValueError, match=f"x has no split '{asked}'; it has train_sft, test, validation_test"):
+            choose_split(asked, ["train_sft", "test", "validation_test"], "x")
+
+
+def test_the_plan_names_what_goes_where_and_what_is_left_out(tmp_path, capsys, monkeypatch):
+    names = ["train/a.txt", "train/b.txt", "train/c.txt", "train/d.txt", "dev/e.txt", "test.txt", "notes.txt"]
+    folder = fill(tmp_path / "source", [*names, "train/._a.txt", "table.csv", "dataset_infos.json"])
+    (folder / "train" / "empty.txt").touch()
+    train, held_out = load_tokens(folder, "train", BYTES), load_validation(folder, BYTES)
+    assert (len(train.starts), train.empty) == (4, 1)
+    lines = [
+        "train        split train: 5 files, 44 bytes (train/a.txt, train/b.txt, train/c.txt, …)",
+        "val          split validation: 1 files, 9 bytes (dev/e.txt)",
+        "left out     split test: 1 files, 8 bytes (test.txt)",
+        "left out     bookkeeping: 1 files (dataset_infos.json)",
+        "left out     not .txt, .jsonl, .json, .parquet: 1 files (table.csv)",
+        "left out     hidden: 1 files (train/._a.txt)",
+        "left out     no split in the name, and others have one: 1 files (notes.txt)",
+    ]
+    assert describe({"train": train.source, "val": held_out.source}) == lines
+    from mamba2.data.__main__ import main
+
+    arguments = ["mamba2.data", str(folder), "--tokenizer", "bytes", "--output", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", arguments)
+    main()
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[:7] == lines and "train.bin: 1 empty documents were left out" in printed
+    assert load_tokens(tmp_path / "out", "train", BYTES).source == train.source
+
+
+def test_splits_of_saved_data_sets_are_found_by_what_their_names_say(tmp_path):
+    rows = datasets.Dataset.from_dict({"text": ["one"]})
+    named = {"train": rows, "valid": datasets.Dataset.from_dict({"text": ["held out"]}), "extra": rows}
+    datasets.DatasetDict(named).save_to_disk(tmp_path / "saved")
+    assert len(load_validation(tmp_path / "saved", BYTES).ids) == 9
+    train = load_tokens(tmp_path / "saved", "train", BYTES)
+    assert describe({"train": train.source})[-1] == "left out     split extra: 1 rows"
+
+
+def test_token_files_of_others_are_told_apart_by_the_same_words(tmp_path):
+    for number, name in enumerate(["train.bin", "valid.bin", "test.bin", "meta.bin"]):
+        np.asarray([number, 50256], dtype="<u2").tofile(tmp_path / name)
+    train, held_out = load_tokens(tmp_path, "train", GPT2), load_validation(tmp_path, GPT2)
+    assert (train.ids.tolist(), held_out.ids.tolist()) == ([0, 50256], [1, 50256])
+    lines = describe({"train": train.source, "held out": held_out.source})
+    assert "left out     split test: 1 files, 4 bytes (test.bin)" in lines
+    assert "left out     no split in the name, and others have one: 1 files (meta.bin)" in lines
+    (tmp_path / "train_val.bin").touch()
+    with pytest.raises(ValueError, match=r"train_val\.bin says several splits, train and validation"):
+        load_tokens(tmp_path, "train", GPT2)
+
+
+def test_links_are_followed_and_loops_end(tmp_path):
+    elsewhere = fill(tmp_path / "elsewhere", ["a.txt", "deep/b.txt"])
+    folder = fill(tmp_path / "source", ["train/c.txt"])
+    (folder / "train" / "linked").symlink_to(elsewhere)
+    (folder / "train" / "loop").symlink_to(folder)
+    (elsewhere / "deep" / "up").symlink_to(elsewhere)
+    (folder / "valid").mkdir()
+    (folder / "valid" / "d.txt").symlink_to(fill(tmp_path, ["d.txt"]) / "d.txt")
+    assert ours(folder) == {"train": ["a.txt", "deep/b.txt", "train/c.txt"], "validation": ["d.txt"]}
+    before = open_source(folder, "train").revision
+    (elsewhere / "deep" / "b.txt").write_text("changed")
+    assert open_source(folder, "train").revision != before
+    told = open_source(folder, "train").told["left_out"]
+    assert told["folders that are not entered"]["names"] == "train/linked/deep/up, train/loop"
+
+
+def test_one_file_is_not_in_two_splits_and_not_twice_in_one(tmp_path):
+    folder = fill(tmp_path / "source", ["train/a.txt", "valid/b.txt"])
+    (folder / "train" / "same.txt").symlink_to("a.txt")
+    assert ours(folder)["train"] == ["train/a.txt"]
+    os.link(folder / "valid" / "b.txt", folder / "train" / "b.txt")
+    with pytest.raises(ValueError, match=r"train/b.txt and .*valid/b.txt are the same file, once in train and once in"):
+        open_source(folder, "train")
+
+
+def test_a_link_to_nothing_is_named(tmp_path):
+    folder = fill(tmp_path / "source", ["a.txt"])
+    (folder / "b.txt").symlink_to("gone")
+    with pytest.raises(FileNotFoundError, match=r"b\.txt is a link to gone, which is not there"):
+        open_source(folder, "train")
+
+
+def test_a_file_and_a_source_of_one_split_are_evaluated_without_naming_it(tmp_path):
+    folder = fill(tmp_path, ["a.txt", "source/valid.txt", "several/train.txt", "several/valid.txt"])
+    assert load_corpus(str(folder / "a.txt"), "test").split == "train"
+    assert load_corpus(str(folder / "source"), None).split == "validation"
+    with pytest.raises(ValueError, match="has no split 'test'; it has validation"):
+        load_corpus(str(folder / "source"), "test")
+    with pytest.raises(ValueError, match="has no split 'test'; it has train, validation"):
+        load_corpus(str(folder / "several"), None)
+
+
+def test_tokens_cached_before_names_were_understood_are_not_taken(tmp_path):
+    """The cache's folder is another one than the key of that time gives."""
+    folder = fill(tmp_path / "source", ["train.txt", "valid.txt"])
+    load_tokens(folder, "train", BYTES)
+    made = {path.name for path in (tmp_path / "cache").iterdir()}
+    old = hashlib.sha256("\n".join(["tokens 2", "train", "bytes", fingerprint(folder)]).encode()).hexdigest()[:24]
+    assert len(made) == 1 and old not in made
+
+
+def test_random_trees_never_train_on_what_datasets_holds_out(tmp_path):
+    """Every file is where `datasets` has it, or left out, or the folder is refused; ours may know more of them."""
+    generator = random.Random(0)
+    words = [*(w for some in SPLIT_KEYWORDS.values() for w in some), "wiki", "a", "books", "latest", "data", "part"]
+    compared = refused = 0
+    for number in range(120):
+        names = set()
+        for _ in range(generator.randint(1, 6)):
+            depth = generator.choice([1, 1, 2, 3])
+            separator = generator.choice("-._ 07")
+            parts = [separator.join(generator.choices(words, k=generator.choice([1, 1, 2]))) for _ in range(depth)]
+            ending = generator.choice([".txt", ".txt", "-00000-of-00002.txt"])
+            names.add("/".join(parts) + ending)
+        folder = fill(tmp_path / str(number), sorted(names))
+        expected, found = theirs(folder), {}
+        try:
+            found = ours(folder)
+        except ValueError as error:
+            two_in_one_path = any(len(splits_said(name)) > 1 for name in names)
+            assert "has several splits that say" in str(error) or ("says several" in str(error) and two_in_one_path)
+            refused += 1
+            continue
+        held_out = {file for split in ("validation", "test") for file in expected.get(split, [])}
+        assert not held_out & set(found.get("train", [])), (names, found, expected)
+        if set(expected) <= {"train", "validation", "test"}:
+            for split, files in expected.items():
+                assert set(files) <= set(found.get(split, [])), (names, found, expected)
+            compared += 1
+    assert compared > 40 and refused > 10, (compared, refused)
+    assert json.dumps(open_source(folder, next(iter(found))).told)
