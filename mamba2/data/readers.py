@@ -199,9 +199,7 @@ def _skip_mark(stream: BinaryIO, file: Path) -> int:
     if beginning == codecs.BOM_UTF8:
         return len(stream.read(3))
     if beginning[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
-        raise ValueError(
-            f"{file} is not UTF-8: byte 0 is {beginning[0]:#04x}, and its mark is that of UTF-16 or UTF-32"
-        )
+        raise ValueError(f"{file} is not UTF-8: byte 0 is {beginning[0]:#04x}, a mark of UTF-16 or UTF-32")
     return 0
 
 
