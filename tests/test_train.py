@@ -328,6 +328,21 @@ def test_a_dry_run_makes_one_step_and_writes_nothing(study, whole, tmp_path, cap
     assert not list(tmp_path.iterdir()) and sorted(study.rglob("*")) == before
 
 
+def test_the_plan_says_which_files_are_trained_on(study, tmp_path, capsys):
+    for name in ("wiki.train.txt", "wiki.valid.txt", "wiki.test.txt"):
+        (tmp_path / "data" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "data" / name).write_text("a text of some words " * 50)
+    run_train(*arguments(study, tmp_path / "run", "--dry-run", "--dataset-path", tmp_path / "data"))
+    output = capsys.readouterr().out
+    assert (
+        f"data         {tmp_path / 'data'}: 1,051 tokens, 1 documents\n             1,051 tokens, 1 documents held"
+        in output
+    )
+    assert "train        split train: 1 file, 1,050 bytes (wiki.train.txt)" in output
+    assert "held out     split validation: 1 file, 1,050 bytes (wiki.valid.txt)" in output
+    assert "left out     split test: 1 file, 1,050 bytes (wiki.test.txt)" in output
+
+
 def test_running_out_of_memory_says_what_takes_less(study, tmp_path, monkeypatch):
     def fails(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")

@@ -24,6 +24,7 @@ SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}")
 
 BOOKKEEPING = ("config.json", "dataset_dict.json", "dataset_info.json", "dataset_infos.json", "state.json")
 UNNAMED = "no split in the name, and others have one"
+UNITS = ("files", "bytes", "rows")
 SHOWN = 3  # names of files that the plan shows of each kind
 
 
@@ -196,7 +197,7 @@ def describe(sources: dict[str, dict]) -> list[str]:
 
 
 def _counted(what: dict) -> str:
-    counts = [f"{what[unit]:,} {unit}" for unit in ("files", "bytes", "rows") if unit in what]
+    counts = [f"{what[unit]:,} {unit[:-1] if what[unit] == 1 else unit}" for unit in UNITS if unit in what]
     return ", ".join(counts) + (f" ({what['names']})" if "names" in what else "")
 
 

@@ -474,6 +474,69 @@ def test_the_work_of_another_source_or_tokenizer_is_not_touched(tmp_path, monkey
     assert "train.bin" in contents(make(tmp_path, file))
 
 
+class PanicException(BaseException):
+    """As a tokenizer written in Rust raises it."""
+
+
+@pytest.mark.parametrize("error", [ValueError("stack is full"), PanicException("stack is full")])
+@pytest.mark.parametrize(("kind", "place"), [("jsonl", "what ends at byte"), ("txt", r"150\.txt, what ends at byte")])
+def test_a_document_that_cannot_be_encoded_is_named_and_the_work_is_kept(tmp_path, monkeypatch, kind, place, error):
+    texts = [*(text + "." for text in texts_of(150)), "unlucky", *texts_of(50)]
+    file = tmp_path / "source.jsonl"
+    if kind == "jsonl":
+        write_jsonl(file, texts)
+    else:
+        file = tmp_path / "source"
+        file.mkdir()
+        for number, text in enumerate(texts):
+            (file / f"{number:03}.txt").write_text(text, encoding="utf-8")
+    expected = contents(make(tmp_path, file, "expected"))
+    monkeypatch.setattr(module, "BATCH", 1000)
+    encode = type(BYTES).encode_documents
+
+    def fail(self, documents):
+        if "unlucky" in documents:
+            raise error
+        return encode(self, documents)
+
+    monkeypatch.setattr(type(BYTES), "encode_documents", fail)
+    message = rf"cannot encode a document of .*source.*{place} \d+\): stack is full; what is done is kept"
+    for _ in range(2):
+        with pytest.raises(ValueError, match=message):
+            make(tmp_path, file)
+        journal = json.loads((tmp_path / ".out.preparing" / "journal.json").read_text())
+        assert 100 < journal["seen"] <= 150 and journal["files"]["train"]["documents"] > 100
+    encoded = []
+    monkeypatch.setattr(type(BYTES), "encode_documents", lambda self, some: encoded.extend(some) or encode(self, some))
+    assert contents(make(tmp_path, file)) == expected
+    assert len(encoded) < 110  # what was done was not done again
+
+
+def test_documents_that_encode_only_one_by_one_have_the_same_bytes(tmp_path, monkeypatch):
+    file = write_jsonl(tmp_path / "a.jsonl", texts_of(100))
+    expected = contents(make(tmp_path, file, "expected"))
+    encode = type(BYTES).encode_documents
+
+    def fail(self, documents):
+        if len(documents) > 1:
+            raise ValueError("too much at once")
+        return encode(self, documents)
+
+    monkeypatch.setattr(type(BYTES), "encode_documents", fail)
+    assert contents(make(tmp_path, file)) == expected
+
+
+def test_files_of_text_and_of_ids_may_lie_in_one_folder(tmp_path):
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "a.jsonl").write_text('{"text": "a"}\n{"text": null}\n')
+    (source / "b.jsonl").write_text('{"input_ids": [5, 6]}\n{"input_ids": []}\n{"input_ids": [7, 256]}\n')
+    (source / "c.txt").write_text("b")
+    tokens = load_tokens(make(tmp_path, source), "train", BYTES)
+    assert documents_in(tokens) == [[97, 256], [5, 6, 256], [7, 256], [98, 256]]
+    assert tokens.empty == 2
+
+
 def test_progress_counts_the_bytes_of_files(tmp_path, monkeypatch):
     file = write_jsonl(tmp_path / "a.jsonl", texts_of(50))
     bars = []

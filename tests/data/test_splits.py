@@ -1,5 +1,6 @@
 """What names say: the splits that `datasets` sees in them, and never a held-out file among those trained on."""
 
+import argparse
 import hashlib
 import json
 import os
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 from datasets.data_files import FILES_TO_IGNORE, SPLIT_KEYWORDS, DataFilesList, get_data_patterns
 
+import eval as eval_script
 from mamba2.data import describe, load_tokens, load_validation, open_source, read_documents
 from mamba2.data.sources import fingerprint
 from mamba2.data.splits import BOOKKEEPING, KEYWORDS, choose_split, splits_said
@@ -145,12 +147,12 @@ def test_the_plan_names_what_goes_where_and_what_is_left_out(tmp_path, capsys, m
     assert (len(train.starts), train.empty) == (4, 1)
     lines = [
         "train        split train: 5 files, 44 bytes (train/a.txt, train/b.txt, train/c.txt, …)",
-        "val          split validation: 1 files, 9 bytes (dev/e.txt)",
-        "left out     split test: 1 files, 8 bytes (test.txt)",
-        "left out     bookkeeping: 1 files (dataset_infos.json)",
-        "left out     not .txt, .jsonl, .json, .parquet: 1 files (table.csv)",
-        "left out     hidden: 1 files (train/._a.txt)",
-        "left out     no split in the name, and others have one: 1 files (notes.txt)",
+        "val          split validation: 1 file, 9 bytes (dev/e.txt)",
+        "left out     split test: 1 file, 8 bytes (test.txt)",
+        "left out     bookkeeping: 1 file (dataset_infos.json)",
+        "left out     not .txt, .jsonl, .json, .parquet: 1 file (table.csv)",
+        "left out     hidden: 1 file (train/._a.txt)",
+        "left out     no split in the name, and others have one: 1 file (notes.txt)",
     ]
     assert describe({"train": train.source, "val": held_out.source}) == lines
     from mamba2.data.__main__ import main
@@ -169,7 +171,7 @@ def test_splits_of_saved_data_sets_are_found_by_what_their_names_say(tmp_path):
     datasets.DatasetDict(named).save_to_disk(tmp_path / "saved")
     assert len(load_validation(tmp_path / "saved", BYTES).ids) == 9
     train = load_tokens(tmp_path / "saved", "train", BYTES)
-    assert describe({"train": train.source})[-1] == "left out     split extra: 1 rows"
+    assert describe({"train": train.source})[-1] == "left out     split extra: 1 row"
 
 
 def test_token_files_of_others_are_told_apart_by_the_same_words(tmp_path):
@@ -178,8 +180,8 @@ def test_token_files_of_others_are_told_apart_by_the_same_words(tmp_path):
     train, held_out = load_tokens(tmp_path, "train", GPT2), load_validation(tmp_path, GPT2)
     assert (train.ids.tolist(), held_out.ids.tolist()) == ([0, 50256], [1, 50256])
     lines = describe({"train": train.source, "held out": held_out.source})
-    assert "left out     split test: 1 files, 4 bytes (test.bin)" in lines
-    assert "left out     no split in the name, and others have one: 1 files (meta.bin)" in lines
+    assert "left out     split test: 1 file, 4 bytes (test.bin)" in lines
+    assert "left out     no split in the name, and others have one: 1 file (meta.bin)" in lines
     (tmp_path / "train_val.bin").touch()
     with pytest.raises(ValueError, match=r"train_val\.bin says several splits, train and validation"):
         load_tokens(tmp_path, "train", GPT2)
@@ -225,6 +227,22 @@ def test_a_file_and_a_source_of_one_split_are_evaluated_without_naming_it(tmp_pa
         load_corpus(str(folder / "source"), "test")
     with pytest.raises(ValueError, match="has no split 'test'; it has train, validation"):
         load_corpus(str(folder / "several"), None)
+
+
+def test_eval_says_which_split_it_takes_where_there_is_one(tmp_path, capsys):
+    folder = fill(tmp_path, ["a.txt", "one/valid.txt", "several/train.txt", "several/test.txt"])
+    options = {"dataset_config_name": [None] * 2, "max_tokens": None}
+
+    def corpora(*names, splits=None):
+        given = {"any_split": splits is None, "dataset_split": splits or ["test"]}
+        args = argparse.Namespace(dataset_name=[str(folder / name) for name in names], **options, **given)
+        found = [(Path(corpus.name).name, corpus.split) for corpus in eval_script.load_corpora(args, BYTES)]
+        return found, capsys.readouterr().out.count("is evaluated")
+
+    assert corpora("a.txt", "one") == ([("a.txt", "train"), ("one", "validation")], 2)
+    assert corpora("several", "a.txt") == ([("several", "test"), ("a.txt", "train")], 1)
+    asked = corpora("several", "a.txt", splits=["test", "train"])
+    assert asked == ([("several", "test"), ("several", "train"), ("a.txt", "train")], 1)
 
 
 def test_tokens_cached_before_names_were_understood_are_not_taken(tmp_path):
