@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from mamba2.data.prepare import publish, working_folder
+from mamba2.data.readers import refuse_pointer
 from mamba2.data.splits import WORDS, Listing, list_files, splits_said
 from mamba2.data.tokens import Tokens, edges_sha256, files_sha256, open_tokens, write_sidecar
 from mamba2.tokenizer import Tokenizer
@@ -63,6 +64,7 @@ def open_foreign(files: list[Path], cache: Path, tokenizer: Tokenizer | None) ->
 
 def _has_header(file: Path, alone: bool) -> bool:
     """Whether it is a shard of llm.c. Raises ValueError if it should be and is not, or has not the size it says."""
+    refuse_pointer(file)
     size = file.stat().st_size
     start = np.fromfile(file, dtype="<i4", count=3)
     if len(start) < 3 or start[0] != MAGIC:

@@ -49,10 +49,15 @@ def read_file(file: Path, start: int) -> Iterator[Item]:
 
     Raises ValueError naming the file and the line, row or column when it is not what its name says.
     """
+    refuse_pointer(file)
+    return READERS[kind_of(file)](file, start)
+
+
+def refuse_pointer(file: Path) -> None:
+    """Raises ValueError if a clone holds only what stands for a large file."""
     with open(file, "rb") as opened:
         if opened.read(24) == b"version https://git-lfs.":
             raise ValueError(f"{file} is a pointer of Git LFS and not the file itself, which `git lfs pull` fetches")
-    return READERS[kind_of(file)](file, start)
 
 
 def before(file: Path, place: int) -> str:

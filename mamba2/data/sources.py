@@ -128,7 +128,7 @@ def _stdlib(split: str) -> Source:
             read += sizes[number]
             digest = hashlib.sha256(text.encode()).digest()
             held_out = int.from_bytes(digest[:8], "little") % STDLIB_HELD_OUT == 0
-            if text and held_out == (split != "train"):
+            if held_out == (split != "train"):
                 yield Item(text, (number + 1, 0), read)
 
     def name(place: Place) -> str:

@@ -1,7 +1,8 @@
 """Which split the name of a file, a folder or a split says, and the files of a folder by split.
 
 The words are those that `datasets` knows. A word counts wherever it stands between other signs than letters: train.txt,
-wiki.valid.txt, test-00000-of-00002.parquet, my_dev_set/. A folder's name goes before a file's.
+wiki.valid.txt, test-00000-of-00002.parquet, my_dev_set/. A folder's name goes before a file's. Where no name says a
+split, all files are for training; where some do, the others are left out.
 """
 
 import hashlib
@@ -55,7 +56,10 @@ def choose_split(asked: str, names: Iterable[str], where: str | os.PathLike) -> 
         [name for name in names if split and splits_said(name) == {split}],
     ):
         if len(found) > 1:
-            raise ValueError(f"{where} has several splits that say {asked}: {', '.join(found)}; choose one by its name")
+            raise ValueError(
+                f"{where} has several splits that say {asked}: {', '.join(found)}; choose by name what to encode "
+                "(`python -m mamba2.data` takes --split and --validation-split)"
+            )
         if found:
             return found[0]
     raise NoSplit(f"{where} has no split {asked!r}; it has {', '.join(names) or 'none'}", names)
@@ -189,16 +193,16 @@ def describe(sources: dict[str, dict]) -> list[str]:
         used.setdefault(source["split"], name)
     splits = told.get("splits", {})
     lines = [
-        f"{used.get(split, 'left out'):12} split {split}: {_counted(splits[split])}"
+        f"{used.get(split, 'left out'):12} split {split}{_counted(splits[split])}"
         for split in dict.fromkeys([*used, *splits])
         if split in splits
     ]
-    return lines + [f"{'left out':12} {why}: {_counted(what)}" for why, what in told.get("left_out", {}).items()]
+    return lines + [f"{'left out':12} {why}{_counted(what)}" for why, what in told.get("left_out", {}).items()]
 
 
 def _counted(what: dict) -> str:
     counts = [f"{what[unit]:,} {unit[:-1] if what[unit] == 1 else unit}" for unit in UNITS if unit in what]
-    return ", ".join(counts) + (f" ({what['names']})" if "names" in what else "")
+    return (": " if counts else "") + ", ".join(counts) + (f" ({what['names']})" if "names" in what else "")
 
 
 def _names(files: list[Path], root: Path) -> str:

@@ -132,7 +132,7 @@ def test_a_split_is_found_by_another_word_and_not_guessed_among_several():
     assert choose_split("dev", ["train", "validation"], "x") == "validation"
     assert choose_split("validation", ["train", "val", "val_extra"], "x") == "val"
     assert choose_split("train_gen", ["train_gen", "train_sft"], "x") == "train_gen"
-    with pytest.raises(ValueError, match="x has several splits that say train: train_gen, train_sft; choose one"):
+    with pytest.raises(ValueError, match="x has several splits that say train: train_gen, train_sft; choose by name"):
         choose_split("train", ["train_gen", "train_sft"], "x")
     for asked in ("train_gen", "val", "other"):
         with pytest.raises(ValueError, match=f"x has no split '{asked}'; it has train_sft, test, validation_test"):

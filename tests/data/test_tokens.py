@@ -163,6 +163,10 @@ def test_the_documents_of_a_file_are_found_once_and_again_when_it_changes(tmp_pa
         (lambda p: (raw(p / "train.bin", [1]), shard(p / "x_train.bin", [1])), "begins with nothing"),
         (lambda p: (p / "train.bin").write_bytes(b"abc"), "has 3 bytes: uint16 ids take an even number"),
         (lambda p: (p / "train.bin").write_bytes(b""), "has 0 bytes"),
+        (
+            lambda p: (p / "train.bin").write_bytes(b"version https://git-lfs.github.com/spec/v1\n"),
+            "pointer of Git LFS",
+        ),
         (lambda p: raw(p / "val.bin", [1]), "has no split 'train'; it has val"),
     ],
 )
