@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import sys
+import tomllib
 import types
 
 import pytest
@@ -98,7 +99,8 @@ def test_several_models_train_one_after_another(study, tmp_path):
     run_train(*command)
     assert (tmp_path / "out" / "model-final").is_dir() and (tmp_path / "out" / "other-final").is_dir()
     assert losses(tmp_path / "out" / "model") == losses(tmp_path / "out" / "other")
-    assert f'model_path = ["{tmp_path}/other"]' in (tmp_path / "out" / "other" / "train.toml").read_text()
+    options = tomllib.loads((tmp_path / "out" / "other" / "train.toml").read_text())["train"]
+    assert options["model_path"] == [str(tmp_path / "other")]
 
 
 # -------------------------------------------------------------------------------------------------------- options
