@@ -34,7 +34,7 @@ gpu: $(VENV)/.requirements-test
 wheels: $(VENV)/.requirements-test
 	MAMBA_FORCE_BUILD=TRUE MAMBA_SKIP_CUDA_BUILD=TRUE \
 	  $(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir wheels $(MAMBA_SSM)
-	$(BIN)/python -m pip download --quiet --no-deps --dest wheels $(FLA)
+	$(BIN)/python -m pip download --quiet --no-deps --dest wheels $(FLA) tomli-w
 
 clean:
 	rm -rf $(VENV) runs wheels
