@@ -1,7 +1,8 @@
 """Triton's interpreter made fit to judge kernels: bfloat16 as hardware has it, and every memory access counted.
 
-`use_exact_bfloat16` repairs two things in Triton 3.7.1's interpreter, which keeps bfloat16 as the bits of a uint16:
-casts truncate where hardware rounds to nearest even, and `tl.dot` multiplies the bits as integers.
+`use_exact_bfloat16` repairs two things in Triton's interpreter, which keeps bfloat16 as the bits of a uint16: casts
+truncate where hardware rounds to nearest even, and `tl.dot` multiplies the bits as integers. And one in that of 3.6.0:
+NumPy from 2.4 on makes no number of an array of one, which scalars are there.
 
 `record` counts what each launch moves. DRAM bytes are the unique 32-byte sectors that a launch reads, plus those that
 it writes: what a cache large enough for one launch leaves. The addresses are kept, so that the same record tells
@@ -49,6 +50,13 @@ def use_exact_bfloat16() -> None:
     for name in ("create_fp_ext", "create_fp_trunc"):
         setattr(builder, name, lambda self, source, target: self.cast_impl(source, target))
     builder.create_fp_to_fp = lambda self, source, target, rounding: self.cast_impl(source, target)
+    patch_tensor = interpreter._patch_lang_tensor
+
+    def patch_scalars(tensor, scope):
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
+
+    interpreter._patch_lang_tensor = patch_scalars
     builder.exact_bfloat16 = True
 
 

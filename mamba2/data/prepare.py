@@ -325,9 +325,7 @@ def _encoded(run: Run, plan: Plan, source: Source) -> tuple[np.ndarray, np.ndarr
         )
     try:
         ids = plan.tokenizer.encode_documents([document for document, _ in run])
-    except BaseException as error:
-        if not _is_refusal(error):
-            raise
+    except ValueError:  # of one of them
         ids = np.concatenate([_encoded_alone(*pair, plan.tokenizer, source) for pair in run])
     return ids, np.flatnonzero(ids == plan.eot_id) + 1  # text never yields that id
 
@@ -335,18 +333,11 @@ def _encoded(run: Run, plan: Plan, source: Source) -> tuple[np.ndarray, np.ndarr
 def _encoded_alone(document: str, place: Place, tokenizer: Tokenizer, source: Source) -> np.ndarray:
     try:
         return tokenizer.encode_documents([document])
-    except BaseException as error:
-        if not _is_refusal(error):
-            raise
+    except ValueError as error:
         raise Refused(
             f"cannot encode a document of {source.name} ({source.before(place)}): {error}; what is done is kept, and "
             "the same command goes on"
         ) from error
-
-
-def _is_refusal(error: BaseException) -> bool:
-    """Whether a tokenizer gave up on a text. A panic of its Rust is a BaseException whose class cannot be imported."""
-    return isinstance(error, ValueError) or type(error).__name__ == "PanicException"
 
 
 def _ready(run: Run, plan: Plan, source: Source) -> tuple[np.ndarray, np.ndarray]:
