@@ -14,9 +14,11 @@ from torch._inductor import config
 
 import train
 from mamba2.checkpoint import read_model
+from mamba2.data import Plan, open_source, prepare
 from mamba2.evaluation.runs import read_history
 from mamba2.model import Mamba2LM
 from mamba2.ops.fusion import fuse, is_fused
+from mamba2.tokenizer import get_tokenizer
 from mamba2.training import RunFolder
 from mamba2.training.plot import draw
 from tests.runs import arguments, make_study, metrics, run_train
@@ -343,6 +345,18 @@ def test_the_plan_says_which_files_are_trained_on(study, tmp_path, capsys):
     assert "train        split train: 1 file, 1,050 bytes (wiki.train.txt)" in output
     assert "held out     split validation: 1 file, 1,050 bytes (wiki.valid.txt)" in output
     assert "left out     split test: 1 file, 1,050 bytes (wiki.test.txt)" in output
+
+
+def test_the_plan_says_where_an_earlier_version_did_not_record_the_files(study, tmp_path, capsys):
+    prepare(tmp_path / "tokens", Plan({"train": open_source(study / "data", "train")}, get_tokenizer("bytes")))
+    command = arguments(study, tmp_path / "run", "--dry-run", "--dataset-path", tmp_path / "tokens")
+    run_train(*command)
+    assert "does not say of which files" not in capsys.readouterr().out
+    sidecar = json.loads((tmp_path / "tokens" / "tokens.json").read_text())
+    del sidecar["splits"]["train"]["source"]
+    (tmp_path / "tokens" / "tokens.json").write_text(json.dumps(sidecar))
+    run_train(*command)
+    assert "tokens.json does not say of which files" in capsys.readouterr().out
 
 
 def test_running_out_of_memory_says_what_takes_less(study, tmp_path, monkeypatch):

@@ -19,6 +19,7 @@ from mamba2.checkpoint.training_state import (
     sort_headers,
 )
 from mamba2.data import Tokens, Windows, describe, load_tokens, load_validation
+from mamba2.data.tokens import SIDECAR
 from mamba2.distributed import World, full, parallelize, reshard
 from mamba2.generate import NoDistribution, generate
 from mamba2.initializers import dt_table
@@ -280,6 +281,8 @@ class Job:
         print(f"             {f'{_counted(held_out)} held out' if held_out else 'no validation split'}")
         for line in describe({name: source for name, source in sources.items() if source}):
             print(line)
+        if train.source is None and (Path(args.dataset_path) / SIDECAR).is_file():
+            print(f"             {SIDECAR} does not say of which files; what python -m mamba2.data writes now does")
         print(f"step         {self.batch} windows of {args.max_length} = {self.batch * args.max_length:,} tokens")
         print(f"steps        {self.steps:,}, {tokens:.3g} tokens, {flops:.3g} FLOP")
         print(
