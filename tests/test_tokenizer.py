@@ -143,8 +143,10 @@ def test_a_million_newlines_get_the_ids_of_the_library(pair):
     "run", [" ", "\t \n", " \n \n", "  \n", "\u2003\x0b", "\x1c", "a", "1", "!", "é", "ab1 ", "中"]
 )
 def test_other_long_runs_get_the_ids_of_the_library(pair, run):
-    assert_long(pair, "x" + run * (LONG // len(run)) + "y  z")
-    assert_long(pair, "... " + run * (LONG // len(run)))
+    """Where the engine's stack does not grow with the run, a quarter of the length shows it."""
+    times = LONG // len(run) // (1 if run.isspace() else 4)
+    assert_long(pair, "x" + run * times + "y  z")
+    assert_long(pair, "... " + run * times)
 
 
 def test_white_space_cut_out_gets_the_ids_of_the_library(pair, monkeypatch):
