@@ -31,7 +31,7 @@ def load_tokens(source: str | os.PathLike, split: str, tokenizer: Tokenizer | No
         files, told = found
         return replace(open_foreign(files, cache, tokenizer), source=told)
     identity = "none" if tokenizer is None else tokenizer.identity
-    key = "\n".join(["tokens 3", split, identity, fingerprint(source)])
+    key = "\n".join(["tokens 4", split, identity, fingerprint(source)])
     folder = cache / hashlib.sha256(key.encode()).hexdigest()[:24]
     if not folder.exists():
         prepare(folder, Plan({split: open_source(source, split)}, tokenizer), wait=True)

@@ -61,6 +61,9 @@ class Plan:
             raise ValueError(f"the documents held out must be 0 or more, not {self.validation_documents}")
         if self.holds_out and "val" in self.sources:
             raise ValueError("validation comes either from a split of the source or from what is held out, not both")
+        splits = {name: source.split for name, source in self.sources.items()}
+        if "val" in splits and splits["val"] == splits.get("train"):
+            raise ValueError(f"train and val would both be the split {splits['val']} of {self.sources['val'].name}")
 
     @property
     def holds_out(self) -> bool:

@@ -141,7 +141,11 @@ def _saved(path: Path, asked: str) -> Source:
     from datasets import DatasetDict, load_from_disk
 
     saved = load_from_disk(str(path))
-    splits = saved if isinstance(saved, DatasetDict) else {"train": saved}
+    if isinstance(saved, DatasetDict):
+        splits = saved
+    else:  # perhaps one of a DatasetDict, whose folder is called as the split there
+        of_several = (path.resolve().parent / "dataset_dict.json").is_file()
+        splits = {path.resolve().name if of_several else str(saved.split or "train"): saved}
     split = choose_split(asked, splits, path)
     rows = splits[split].with_format("arrow")
     column = find_column(rows.column_names, path)

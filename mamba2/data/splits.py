@@ -2,9 +2,11 @@
 
 The words are those that `datasets` knows. A word counts wherever it stands between other signs than letters: train.txt,
 wiki.valid.txt, test-00000-of-00002.parquet, my_dev_set/. A folder's name goes before a file's. Where no name says a
-split, all files are for training; where some do, the others are left out.
+split, all files are for training, unless one may mean held out; where some do, the others are left out, and so is what
+copies a file held out.
 """
 
+import filecmp
 import hashlib
 import os
 import re
@@ -22,11 +24,19 @@ WORDS = {word: split for split, words in KEYWORDS.items() for word in words}
 LETTER = r"[^\W\d_]"
 WORD = re.compile(rf"(?<!{LETTER})(?:{'|'.join(WORDS)})(?!{LETTER})", re.IGNORECASE)
 SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}")
+# What `datasets` does not know, but a reader takes for held out: tests, devset, TestData, held-out.
+BORDER = "(?<=[a-z])(?=[A-Z])"
+HELD_OUT = "|".join((*KEYWORDS["validation"], *KEYWORDS["test"], "development", "held[-_ ]?out", "hold[-_ ]?out"))
+MORE = "s|(?:data)?sets?|data|splits?|parts?|files?|docs?|texts?|samples?|cases?|corpus"
+DOUBTFUL = re.compile(rf"(?:(?<!{LETTER})|{BORDER})(?i:(?:{HELD_OUT})(?:{MORE})?)(?:(?!{LETTER})|{BORDER})")
 
 BOOKKEEPING = ("config.json", "dataset_dict.json", "dataset_info.json", "dataset_infos.json", "state.json")
 UNNAMED = "no split in the name, and others have one"
+COPIES = "the same bytes as a file held out"
 UNITS = ("files", "bytes", "rows")
 SHOWN = 3  # names of files that the plan shows of each kind
+BEGINNING = 2**12  # bytes in which two files of one size most often differ
+CHOOSE = "choose by name what to encode (`python -m mamba2.data` takes --split and --validation-split)"
 
 
 class NoSplit(ValueError):
@@ -56,13 +66,10 @@ def choose_split(asked: str, names: Iterable[str], where: str | os.PathLike) -> 
         [name for name in names if split and splits_said(name) == {split}],
     ):
         if len(found) > 1:
-            raise ValueError(
-                f"{where} has several splits that say {asked}: {', '.join(found)}; choose by name what to encode "
-                "(`python -m mamba2.data` takes --split and --validation-split)"
-            )
+            raise ValueError(f"{where} has several splits that say {asked}: {', '.join(found)}; {CHOOSE}")
         if found:
             return found[0]
-    raise NoSplit(f"{where} has no split {asked!r}; it has {', '.join(names) or 'none'}", names)
+    raise NoSplit(f"{where} has no split {asked!r}; it has {', '.join(names)}; {CHOOSE}", names)
 
 
 def split_of(path: PurePath, root: PurePath) -> str | None:
@@ -95,15 +102,20 @@ class Listing:
     def choose(self, asked: str, endings: str) -> str:
         """The split `asked` among those that are there; see `choose_split`. `endings`: of files that can be read."""
         if not self.splits:
-            raise NoSplit(f"{self.root} has no split {asked!r}; it has no {endings} file", [])
+            others = self.left_out.get(f"not {endings}", [])
+            more = f", but {_count(len(others), 'files')} with other endings ({_names(others, self.root)})"
+            hint = "; a .bin file is read by its own path, or where its name says the split, as train.bin does"
+            binary = any(file.suffix == ".bin" for file in others)
+            more = (more if others else "") + (hint if binary else "")
+            raise NoSplit(f"{self.root} has no split {asked!r}; it has no {endings} file{more}", [])
         try:
             return choose_split(asked, self.splits, self.root)
         except NoSplit as error:
             if not (unnamed := self.left_out.get(UNNAMED)):
                 raise
-            more = f"and {len(unnamed)} files whose names say no split ({_names(unnamed, self.root)})"
-            hint = "put them into a folder whose name says it, such as train"
-            raise NoSplit(f"{error}, {more}: {hint}", error.names) from error
+            more = f"{_count(len(unnamed), 'files')} without a split in the name ({_names(unnamed, self.root)})"
+            hint = "into a folder whose name says it, such as train"
+            raise NoSplit(f"{error}; or move {more} {hint}", error.names) from error
 
     def told(self) -> dict:
         """For the plan: how many files there are of each kind, how large, and the names of the first."""
@@ -119,7 +131,8 @@ class Listing:
 def list_files(root: Path, files: Iterable[Path], is_data: Callable[[Path], bool], endings: str) -> Listing:
     """Sort `files`, which lie below `root`, by split. If no name says a split, all of them are for training.
 
-    Raises ValueError if a name says several splits, or one file belongs to two; FileNotFoundError for a broken link.
+    Raises ValueError if a name says several splits, or one that is none of the words, or one file belongs to two;
+    FileNotFoundError for a broken link.
     """
     splits: dict[str | None, list[Path]] = {}
     left_out: dict[str, list[Path]] = {}
@@ -147,12 +160,49 @@ def list_files(root: Path, files: Iterable[Path], is_data: Callable[[Path], bool
                 splits.setdefault(split, []).append(file)
             else:
                 left_out.setdefault("the same file under another name", []).append(file)
-    if not any(split and splits_said(split) for split in splits):
-        unsaid = sorted(file for some in splits.values() for file in some)
-        return Listing(root, {"train": unsaid} if unsaid else {}, left_out)
-    if unnamed := splits.pop(None, None):
+    unnamed = splits.pop(None, [])
+    if not splits and unnamed:
+        doubtful = [file for file in unnamed if DOUBTFUL.search(str(file.relative_to(root)))]
+        if doubtful:
+            raise ValueError(
+                f"{root} has files whose names may mean held out, and none says its split "
+                f"({_names(doubtful, root)}); move each into a folder called train, validation or test, or rename it"
+            )
+        return Listing(root, {"train": unnamed}, left_out)
+    if unnamed:
         left_out[UNNAMED] = unnamed
+    if copies := held_out_copies(splits):
+        left_out[COPIES] = sorted(copies)
+        splits = {split: rest for split, files in splits.items() if (rest := [f for f in files if f not in copies])}
     return Listing(root, splits, left_out)
+
+
+def held_out_copies(splits: dict[str, list[Path]]) -> set[Path]:
+    """The files for training with all the bytes of one that is not. Only files of one size are opened."""
+    train, others = (
+        [
+            (file, file.stat().st_size)
+            for split in splits
+            if (splits_said(split) == {"train"}) is wanted
+            for file in splits[split]
+        ]
+        for wanted in (True, False)
+    )
+    shared = {size for _, size in train} & {size for _, size in others} - {0}
+    held_out: dict[bytes, list[Path]] = {}
+    for file, size in others:
+        if size in shared:
+            held_out.setdefault(_beginning(file), []).append(file)
+    return {
+        file
+        for file, size in train
+        if size in shared and any(filecmp.cmp(file, f, shallow=False) for f in held_out.get(_beginning(file), ()))
+    }
+
+
+def _beginning(file: Path) -> bytes:
+    with open(file, "rb") as opened:
+        return hashlib.sha256(opened.read(BEGINNING)).digest()
 
 
 def is_hidden(path: Path) -> bool:
@@ -201,8 +251,12 @@ def describe(sources: dict[str, dict]) -> list[str]:
 
 
 def _counted(what: dict) -> str:
-    counts = [f"{what[unit]:,} {unit[:-1] if what[unit] == 1 else unit}" for unit in UNITS if unit in what]
+    counts = [_count(what[unit], unit) for unit in UNITS if unit in what]
     return (": " if counts else "") + ", ".join(counts) + (f" ({what['names']})" if "names" in what else "")
+
+
+def _count(number: int, unit: str) -> str:
+    return f"{number:,} {unit[:-1] if number == 1 else unit}"
 
 
 def _names(files: list[Path], root: Path) -> str:

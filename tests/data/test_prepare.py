@@ -621,6 +621,8 @@ def test_the_command_with_its_options(tmp_path, monkeypatch):
     share = called("d", "--validation-share", 0.5)
     assert share["train"] + share["val"] == texts
     assert called("e", "--split", "test", "--validation-split", "train") == {"train": 1, "val": texts}
+    with pytest.raises(ValueError, match=r"train and val would both be the split train of .*source"):
+        called("g", "--validation-split", "train")
     hub(monkeypatch, {"train": datasets.Dataset.from_dict({"text": ["one"]})})
     base[0] = "some/name"
     assert called("f", "--config", "small", "--revision", "v1") == {"train": 1}

@@ -120,11 +120,71 @@ def test_a_name_that_says_several_splits_is_refused(tmp_path, name):
 
 
 def test_files_without_a_name_beside_held_out_ones_are_not_taken_for_training(tmp_path):
-    folder = fill(tmp_path / "source", ["a.txt", "b.txt", "valid.txt"])
-    message = r"has no split 'train'; it has validation, and 2 files whose names say no split \(a.txt, b.txt\)"
+    for names in (["a.txt"], ["a.txt", "b.txt"]):
+        folder = fill(tmp_path / "source", [*names, "valid.txt"])
+        counted = f"{len(names)} file{'s' if len(names) > 1 else ''}"
+        message = rf"has no split 'train'; it has validation; .* move {counted} without .* \({', '.join(names)}\) into"
+        with pytest.raises(ValueError, match=message):
+            load_tokens(folder, "train", BYTES)
+        assert list(read_documents(folder, "dev")) == ["valid.txt"]
+
+
+@pytest.mark.parametrize("name", ["testset.txt", "TestData.txt", "tests/a.txt", "validationset/a.txt", "devs.txt"])
+@pytest.mark.parametrize("shape", ["{}", "x/{}", "my_{}"])
+def test_a_name_that_may_mean_held_out_is_not_trained_on(tmp_path, name, shape):
+    folder = fill(tmp_path / "source", ["a.txt", "z/b.txt", shape.format(name)])
+    with pytest.raises(ValueError, match=rf"may mean held out, and none .* \({shape.format(name)}\); move each into"):
+        open_source(folder, "train")
+    fill(folder, ["train/a.txt"])
+    assert list(read_documents(folder, "train")) == ["train/a.txt"]
+
+
+def test_words_that_only_begin_like_held_out_ones_are_trained_on(tmp_path):
+    names = ["contest.txt", "developer/a.txt", "evaluate.txt", "interval.txt", "testament.txt", "values.txt"]
+    assert ours(fill(tmp_path / "source", names)) == {"train": names}
+
+
+@pytest.mark.parametrize("names", [["members", "nonmembers"], ["trn", "tst"], ["corpus"]])
+def test_in_the_layout_of_the_hub_any_name_is_a_split(tmp_path, names):
+    folder = fill(tmp_path / "source", [f"data/{name}-00000-of-00001.txt" for name in names])
+    with pytest.raises(ValueError, match=f"has no split 'train'; it has {', '.join(names)}; choose by name"):
+        open_source(folder, "train")
+    for name in names:
+        assert list(read_documents(folder, name)) == [f"data/{name}-00000-of-00001.txt"]
+
+
+def test_a_copy_of_a_file_held_out_is_left_out_of_training(tmp_path):
+    folder = fill(tmp_path / "source", ["train/a.txt", "train/copy.txt", "train/same size.txt", "valid/b.txt"])
+    long = "x" * 5000
+    for name, text in (("train/copy", long + "1"), ("valid/b", long + "1"), ("train/same size", long + "2")):
+        (folder / f"{name}.txt").write_text(text)
+    for name in ("train/empty.txt", "valid/empty.txt"):
+        (folder / name).touch()
+    source = open_source(folder, "train")
+    assert list(source.documents()) == ["train/a.txt", "", long + "2"]
+    line = "left out     the same bytes as a file held out: 1 file (train/copy.txt)"
+    assert line in describe({"train": {"split": "train", **source.told}})
+    for name in ("train/a.txt", "train/same size.txt", "train/empty.txt"):
+        (folder / name).unlink()
+    with pytest.raises(ValueError, match="has no split 'train'; it has validation"):
+        open_source(folder, "train")
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (
+            ["A.TXT", "b.csv"],
+            r"no .txt, .jsonl, .json, .parquet file, but 2 files with other endings \(A.TXT, b.csv\)$",
+        ),
+        (["a.bin"], r"but 1 file with other endings \(a.bin\); a .bin file is read by its own path, or where its name"),
+        (["test.txt"], "has no split 'train'; it has test; choose by name what to encode"),
+        ([".x"], "has no split 'train'; it has no .txt, .jsonl, .json, .parquet file$"),
+    ],
+)
+def test_a_folder_without_files_to_train_on_is_told_what_it_has(tmp_path, names, message):
     with pytest.raises(ValueError, match=message):
-        load_tokens(folder, "train", BYTES)
-    assert list(read_documents(folder, "dev")) == ["valid.txt"]
+        load_tokens(fill(tmp_path / "source", names), "train", BYTES)
 
 
 def test_a_split_is_found_by_another_word_and_not_guessed_among_several():
@@ -172,6 +232,12 @@ def test_splits_of_saved_data_sets_are_found_by_what_their_names_say(tmp_path):
     assert len(load_validation(tmp_path / "saved", BYTES).ids) == 9
     train = load_tokens(tmp_path / "saved", "train", BYTES)
     assert describe({"train": train.source})[-1] == "left out     split extra: 1 row"
+    datasets.DatasetDict({"heldout": rows}).save_to_disk(tmp_path / "other")
+    datasets.Dataset.from_dict({"text": ["one"]}, split="test").save_to_disk(tmp_path / "alone")
+    for folder, split in ((tmp_path / "other" / "heldout", "heldout"), (tmp_path / "alone", "test")):
+        with pytest.raises(ValueError, match=f"has no split 'train'; it has {split}; choose by name"):
+            load_tokens(folder, "train", BYTES)
+        assert list(read_documents(folder, split)) == ["one"]
 
 
 def test_token_files_of_others_are_told_apart_by_the_same_words(tmp_path):
@@ -250,8 +316,10 @@ def test_tokens_cached_before_names_were_understood_are_not_taken(tmp_path):
     folder = fill(tmp_path / "source", ["train.txt", "valid.txt"])
     load_tokens(folder, "train", BYTES)
     made = {path.name for path in (tmp_path / "cache").iterdir()}
-    old = hashlib.sha256("\n".join(["tokens 2", "train", "bytes", fingerprint(folder)]).encode()).hexdigest()[:24]
-    assert len(made) == 1 and old not in made
+    for version in ("tokens 2", "tokens 3"):
+        key = "\n".join([version, "train", "bytes", fingerprint(folder)])
+        assert hashlib.sha256(key.encode()).hexdigest()[:24] not in made
+    assert len(made) == 1
 
 
 def test_random_trees_never_train_on_what_datasets_holds_out(tmp_path):
