@@ -86,9 +86,9 @@ def main() -> None:
 
     print(f"config       {args.config_path}: {config.num_parameters():,} parameters")
     print(f"layers       {config.num_hidden_layers} x {config.num_heads} heads of {config.head_dim}")
-    print(
-        f"tokenizer    {tokenizer.name if tokenizer else 'none: no built-in fits this vocabulary; train on input_ids'}"
-    )
+    none = "none: no built-in fits this vocabulary; train on input_ids"
+    rows = f"rows for {config.vocab_size:,} ids"
+    print(f"tokenizer    {f'{tokenizer.name}: {tokenizer.vocab_size:,} ids, {rows}' if tokenizer else none}")
     print(f"dt           {args.t_min} to {args.t_max}")
     for (seed, name), folder in folders.items():
         if (seed, name) in finished:
@@ -132,7 +132,7 @@ def summary(name: str) -> str:
 
 
 def choose_tokenizer(name: str | None, vocab_size: int) -> Tokenizer | None:
-    """The named tokenizer, or the largest of gpt-neox-20b and bytes that fits the vocabulary.
+    """The named tokenizer, or the largest of gpt-neox-20b, gpt2 and bytes that fits the vocabulary.
 
     Raises ValueError when a named one has more ids than the model has rows.
     """
@@ -144,7 +144,7 @@ def choose_tokenizer(name: str | None, vocab_size: int) -> Tokenizer | None:
                 "the model needs a row for each"
             )
         return tokenizer
-    fitting = (get_tokenizer(candidate) for candidate in ("gpt-neox-20b", "bytes"))
+    fitting = (get_tokenizer(candidate) for candidate in ("gpt-neox-20b", "gpt2", "bytes"))
     return next((tokenizer for tokenizer in fitting if tokenizer.vocab_size <= vocab_size), None)
 
 

@@ -291,6 +291,7 @@ def loop(
             metrics.flush()
         say(f"wrote {folder.save(counters.step, state, counters.best_step, job.write_checkpoint)}")
 
+    loss = 0.0  # of the last step, or of the validation split after it
     with Stop() as stop:
         while True:
             # 1. Look at the model. A resumed run did that before it was stopped, and saved afterwards.
@@ -301,6 +302,8 @@ def loop(
                 say(f"step {step:{len(str(steps))}} of {steps}   validation {loss:.4f} nats/token")
                 is_best = counters.evaluated(loss)
             ends = step == steps or (args.patience is not None and counters.evaluations_since_best >= args.patience)
+            if ends and not math.isfinite(loss):
+                raise ValueError(f"the loss is {loss} at the end, step {step} of {steps}; lower --learning-rate")
             stops = world.max(stop.signal)
             if not resumed:
                 if due(args.dt_steps, early=True) or ends:
@@ -324,6 +327,7 @@ def loop(
             # 2. Train it.
             progress.pause()
             row = job.step(step)
+            loss = row["loss"]
             counters.trained(row["tokens"], skipped=row["gradient_norm"] is None)
             measured = progress.measure(row["tokens"])
             log(**{**row, "tokens": counters.tokens, "skipped": counters.skipped}, **measured)

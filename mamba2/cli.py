@@ -4,6 +4,7 @@ import argparse
 import difflib
 import math
 import os
+import re
 import sys
 import tomllib
 from collections.abc import Callable, Iterable
@@ -104,6 +105,7 @@ def run(main: Callable[[], None]) -> None:
     """Run a script's `main`. What the user can mend ends as one sentence and exit code 1; MAMBA2_DEBUG=1 shows all."""
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # what a terminal cannot show must not end a run
+    sys.set_int_max_str_digits(0)  # a number in a file that is far too large is refused where its value is known
     try:
         for argument in sys.argv[1:]:
             if any("\ud800" <= character <= "\udfff" for character in argument):
@@ -113,7 +115,8 @@ def run(main: Callable[[], None]) -> None:
         if os.environ.get("MAMBA2_DEBUG") == "1":
             raise
         sentence = f"{error.object!r} is not {NO_NAME}" if isinstance(error, UnicodeEncodeError) else error
-        print(f"error: {sentence}", file=sys.stderr)
+        short = re.sub(r"\d{50,}", lambda number: f"{number[0][:9]}… ({len(number[0])} digits)", str(sentence))
+        print(f"error: {short}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

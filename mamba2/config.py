@@ -17,6 +17,7 @@ from typing import Any, ClassVar, Self
 NO_LIMIT = (0.0, math.inf)
 # The least number that float32 holds with all its digits, and the largest.
 FLOAT32 = (2.0**-126, (2 - 2.0**-23) * 2.0**127)
+INT64 = 2**63 - 1
 
 # A named choice sets these keys; it also decides how A is drawn (see Mamba2Config.weight_init).
 WEIGHT_INITS: dict[str, dict[str, Any]] = {
@@ -235,8 +236,11 @@ class Mamba2Config:
                 f"time_step_min is {self.time_step_min}, and must be at most time_step_max = {self.time_step_max}"
             )
         low, high = self.time_step_limit
-        if not 0 <= low < high or low > FLOAT32[1]:
-            raise ValueError(f"time_step_limit is [{low}, {high}], and must be [low, high] with 0 <= low < high")
+        held = [limit in (0, math.inf) or FLOAT32[0] <= limit <= FLOAT32[1] for limit in (low, high)]
+        if not 0 <= low < high or not all(held):
+            raise ValueError(
+                f"time_step_limit is [{low}, {high}], and must be [low, high] with 0 <= low < high that float32 holds"
+            )
 
         if self.hidden_act not in ("silu", "swish"):
             raise ValueError(
@@ -256,9 +260,11 @@ class Mamba2Config:
             raise ValueError(f"dt_bias_init.name is {name!r}, and must be the name of an initialisation")
 
 
-def check_int(key: str, value: Any, low: int = 1, high: float = math.inf) -> None:
+def check_int(key: str, value: Any, low: int = 1, high: int = INT64) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        wanted = f"an integer of at least {low}" if high == math.inf else f"an integer from {low} to {high}"
+        wanted = (
+            f"an integer of at least {low} that int64 holds" if high == INT64 else f"an integer from {low} to {high}"
+        )
         raise ValueError(f"{key} is {value!r}, and must be {wanted}")
 
 
@@ -280,6 +286,6 @@ def _read_limit(limit: Any) -> tuple[float, float]:
         high = math.inf if high in infinities else high
         if isinstance(limit, str) or not all(type(v) in (int, float) for v in (low, high)):
             raise TypeError
-    except (TypeError, ValueError) as error:
+        return float(low), float(high)
+    except (TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"time_step_limit is {limit!r}, and must be two numbers [low, high] or null") from error
-    return float(low), float(high)

@@ -272,7 +272,7 @@ def make_dt_bias(
 
     Raises:
         ValueError: unknown name (the message lists them), empty shape, an A that is not positive and finite, or a dt
-            that float32 does not hold.
+            or half-life that float32 does not hold.
     """
     if name not in INITIALIZERS:
         raise ValueError(f"unknown initialization {name!r}: choose from {', '.join(INITIALIZERS)}")
@@ -293,6 +293,7 @@ def make_dt_bias(
     given = f" with {given}" if given else ""
     require_normal(f"dt of {name}{given}", dt.float(), positive=True)
     require_normal(f"dt_bias of {name}{given}", dt_bias)
+    require_normal(f"the half-life of {name}{given}", half_life(dt, A).float(), positive=True)
     return dt_bias, {"name": name, "seed": seed, **parameters, "sha256": dt_bias_sha256(dt_bias)}
 
 

@@ -203,7 +203,7 @@ def _matches_nothing(pattern: str) -> bool:
     signs = PARTS.sub(lambda m: "x" if m["atom"] else "(?:|" if m["look"] else m[0], pattern)
     try:
         return re.fullmatch(signs, "") is not None
-    except re.error as error:
+    except (re.error, OverflowError) as error:
         raise ValueError(f"the Split has the pattern {_show(pattern)}, which cannot be read: {error}") from None
 
 

@@ -25,9 +25,9 @@ def make_study(folder: Path) -> Path:
     model = Mamba2LM(small_config(vocab_size=257, num_hidden_layers=2), seed=3, initialization="uniform")
     model.save_pretrained(folder / "model")
     save_tokenizer(get_tokenizer("bytes"), folder / "model")
-    for split, lines in (("train", 60), ("validation", 10)):
+    for split, lines in (("train", range(60)), ("validation", range(60, 70))):
         (folder / "data" / split).mkdir(parents=True)
-        for i in range(lines):
+        for i in lines:
             text = f"This is line {i} of a small corpus, and {i * i} is its square.\n"
             (folder / "data" / split / f"{i}.txt").write_text(text)
     return folder

@@ -162,3 +162,12 @@ def test_what_a_terminal_cannot_show_ends_no_run_and_a_preset_cannot_name_what_t
     result = subprocess.run([sys.executable, "-c", program], env=ASCII, capture_output=True, cwd=CONFIGS.parent)
     assert (result.returncode, result.stdout) == (1, b"caf\\xe9 \\U0001f600\n")
     assert result.stderr.startswith(b"error: '\\U0001f600' is not text in ascii") and result.stderr.count(b"\n") == 1
+
+
+def test_numbers_of_thousands_of_digits_are_named_and_not_printed(tmp_path):
+    text = '{"vocab_size": 10, "hidden_size": 16, "num_hidden_layers": 1%s}' % ("0" * 5000)
+    (tmp_path / "config.json").write_text(text)
+    command = [sys.executable, "init.py", "--config-path", tmp_path, "--output-path", tmp_path / "models"]
+    result = subprocess.run(command, capture_output=True, cwd=CONFIGS.parent, text=True)
+    said = "num_hidden_layers is 100000000… (5001 digits), and must be an integer of at least 1 that int64 holds"
+    assert (result.returncode, result.stderr) == (1, f"error: {tmp_path / 'config.json'}: {said}\n")

@@ -10,6 +10,7 @@ import datasets
 import pytest
 import torch
 
+import init
 from mamba2.config import Mamba2Config
 from mamba2.model import Mamba2LM
 from mamba2.study import study_runs
@@ -134,6 +135,15 @@ def test_models_with_different_tokenizers_are_not_compared(study):
     arguments = ["--model-base-path", "mixed", "--initializations", "uniform", "linear_decay"]
     result = run_script(folder, "eval.py", *arguments, code=1)
     assert "their perplexities cannot be compared" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("vocab_size", "name"),
+    [(50288, "gpt-neox-20b"), (50276, "gpt2"), (50257, "gpt2"), (50256, "bytes"), (257, "bytes"), (256, None)],
+)
+def test_without_a_name_the_largest_tokenizer_that_fits_is_taken(vocab_size, name):
+    tokenizer = init.choose_tokenizer(None, vocab_size)
+    assert (tokenizer and tokenizer.name) == name
 
 
 BAD_INIT = [

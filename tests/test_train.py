@@ -320,6 +320,24 @@ def test_steps_without_a_finite_gradient_are_skipped_counted_and_bounded(study, 
         run_train(*arguments(study, tmp_path / "other", "--max-skipped", 3))
 
 
+@pytest.mark.parametrize("data", [[], ["--dataset-path", "data/train"]], ids=["validated", "not validated"])
+def test_a_loss_that_is_not_finite_at_the_end_of_a_short_run_is_no_result(study, tmp_path, data):
+    data = [study / part if "/" in part else part for part in data]
+    options = ("--learning-rate", 1e6, "--max-steps", 5, "--eval-steps", 2, *data)
+    for _ in range(2):  # nor when the same command goes on
+        with pytest.raises(ValueError, match="the loss is nan at the end, step 5 of 5; lower --learning-rate"):
+            run_train(*arguments(study, tmp_path / "run", *options))
+    assert not (tmp_path / "run-final").exists()
+
+
+def test_weights_that_are_not_finite_are_not_trained(study, tmp_path):
+    model = Mamba2LM.from_pretrained(arguments(study, tmp_path)[1])
+    model.lm_head.weight.data[0, 0] = torch.nan
+    model.save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match=r"lm_head\.weight holds NaN or infinity in float32; nothing can be computed"):
+        run_train(*arguments(study, tmp_path / "run", "--model-path", tmp_path / "model", "--max-steps", 1))
+
+
 def test_a_dry_run_makes_one_step_and_writes_nothing(study, whole, tmp_path, capsys, monkeypatch):
     indices = []
     original = train.Job.step
@@ -335,7 +353,7 @@ def test_a_dry_run_makes_one_step_and_writes_nothing(study, whole, tmp_path, cap
 def test_the_plan_says_which_files_are_trained_on(study, tmp_path, capsys):
     for name in ("wiki.train.txt", "wiki.valid.txt", "wiki.test.txt"):
         (tmp_path / "data" / name).parent.mkdir(exist_ok=True)
-        (tmp_path / "data" / name).write_text("a text of some words " * 50)
+        (tmp_path / "data" / name).write_text(name * 75)
     run_train(*arguments(study, tmp_path / "run", "--dry-run", "--dataset-path", tmp_path / "data"))
     output = capsys.readouterr().out
     assert (
@@ -344,7 +362,7 @@ def test_the_plan_says_which_files_are_trained_on(study, tmp_path, capsys):
     )
     assert "train        split train: 1 file, 1,050 bytes (wiki.train.txt)" in output
     assert "held out     split validation: 1 file, 1,050 bytes (wiki.valid.txt)" in output
-    assert "left out     split test: 1 file, 1,050 bytes (wiki.test.txt)" in output
+    assert "left out     split test: 1 file, 975 bytes (wiki.test.txt)" in output
 
 
 def test_the_plan_says_where_an_earlier_version_did_not_record_the_files(study, tmp_path, capsys):

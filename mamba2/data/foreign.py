@@ -44,7 +44,7 @@ def open_foreign(files: list[Path], cache: Path, tokenizer: Tokenizer | None) ->
 
     Raises ValueError naming the file when it is cut short, has an unknown header, or does not fit the tokenizer.
     """
-    headers = [_has_header(file, alone=len(files) == 1) for file in files]
+    headers = [_has_header(file, files) for file in files]
     if any(headers) != all(headers):
         raise ValueError(f"{files[headers.index(False)]} has no header of llm.c, and others beside it do")
     if all(headers):
@@ -62,15 +62,19 @@ def open_foreign(files: list[Path], cache: Path, tokenizer: Tokenizer | None) ->
     return open_tokens(cache / key, "train", tokenizer)
 
 
-def _has_header(file: Path, alone: bool) -> bool:
+def _has_header(file: Path, files: list[Path]) -> bool:
     """Whether it is a shard of llm.c. Raises ValueError if it should be and is not, or has not the size it says."""
     refuse_pointer(file)
     size = file.stat().st_size
     start = np.fromfile(file, dtype="<i4", count=3)
     if len(start) < 3 or start[0] != MAGIC:
-        if not alone or (splits_said(file.stem) and file.stem not in WORDS):
+        if len(files) > 1 or (splits_said(file.stem) and file.stem not in WORDS):
             magic = start[0] if len(start) else "nothing"
-            raise ValueError(f"{file} begins with {magic} and not with {MAGIC}, as a shard of llm.c does")
+            names = ", ".join(other.name for other in files[:3])
+            several = (
+                f"; a split of raw ids is one file, and here it is {len(files)}: {names}" if len(files) > 1 else ""
+            )
+            raise ValueError(f"{file} begins with {magic} and not with {MAGIC}, as a shard of llm.c does{several}")
         if size == 0 or size % 2:
             raise ValueError(f"{file} has {size} bytes: uint16 ids take an even number above 0; is it cut short?")
         return False

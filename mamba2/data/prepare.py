@@ -212,7 +212,10 @@ def _make(work: Path, plan: Plan, workers: int) -> None:
                 source = plan.sources.get(name) or plan.sources["train"]
                 if plan.holds_out and any(other.tokens for other in files.values()):
                     raise ValueError(f"{source.name}: not one of its {state.seen} documents falls to {name}")
-                raise ValueError(f"{source.name} ({source.split}) is empty: not one document with text or ids")
+                raise ValueError(
+                    f"{source.name} ({source.split}) is empty: not one document with text or ids; of a table with both "
+                    "columns, text and input_ids, only input_ids is read"
+                )
         entries = {name: file.entry(plan) for name, file in files.items()}
     write_sidecar(work, entries, plan.tokenizer, plan.eot_id, plan.dtype, plan.record())
 

@@ -2,7 +2,7 @@
 
 Each reader takes a file and a place in it, 0 being the beginning, and yields items with that file's places and bytes.
 Text is UTF-8; a byte order mark at the beginning of a file is no text. Of a table the column `input_ids` is read, lists
-of integers, or else `text`. A missing cell (null) counts as an empty document.
+of integers, or else `text`. A cell that is null counts as an empty document.
 """
 
 import codecs
@@ -147,7 +147,9 @@ def _row_column(row, where: str) -> str:
 def _cell(row, column: str, where: str) -> Document:
     if not isinstance(row, dict):
         raise ValueError(f"{where}: a row is a JSON object with the column {column}, not {_found(row)}")
-    return document(row.get(column), column, where)
+    if column not in row:
+        raise ValueError(f"{where}: the row has no column {column}, which the first row of the file has")
+    return document(row[column], column, where)
 
 
 def _parquet(file: Path, start: int) -> Iterator[Item]:
@@ -224,6 +226,11 @@ def document(value, column: str, where: str) -> Document:
     if value is None:
         return ""
     if column == "text" and isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            half = f"{value[error.start]!r}, half of a surrogate pair, which UTF-8 cannot hold"
+            raise ValueError(f"{where}: the column text holds {half}") from error
         return value
     if column == "input_ids" and isinstance(value, list) and set(map(type, value)) <= {int}:
         try:

@@ -111,11 +111,16 @@ class Listing:
         try:
             return choose_split(asked, self.splits, self.root)
         except NoSplit as error:
-            if not (unnamed := self.left_out.get(UNNAMED)):
-                raise
-            more = f"{_count(len(unnamed), 'files')} without a split in the name ({_names(unnamed, self.root)})"
-            hint = "into a folder whose name says it, such as train"
-            raise NoSplit(f"{error}; or move {more} {hint}", error.names) from error
+            hints = {
+                UNNAMED: "or move {} without a split in the name ({}) into a folder whose name says it, such as train",
+                COPIES: "{} with the same bytes as a file held out ({}) left out",
+            }
+            more = [
+                f"; {hint.format(_count(len(files), 'files'), _names(files, self.root))}"
+                for why, hint in hints.items()
+                if (files := self.left_out.get(why))
+            ]
+            raise NoSplit(f"{error}{''.join(more)}", error.names) from error
 
     def told(self) -> dict:
         """For the plan: how many files there are of each kind, how large, and the names of the first."""

@@ -125,7 +125,7 @@ class Job:
 
     def _load(self, folder: Path) -> Mamba2LM:
         # What is going to be sharded goes to the device block by block.
-        return Mamba2LM.from_pretrained(folder, "cpu" if self.sharded else self.device)
+        return Mamba2LM.from_pretrained(folder, "cpu" if self.sharded else self.device, finite=True)
 
     def build(self, checkpoint: Path | None, updates: int = 0) -> None:
         """Bring model, optimizer and generators to where `checkpoint` left them after `updates`, or to the start."""

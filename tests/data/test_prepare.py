@@ -241,6 +241,7 @@ def test_ids_fit_their_type_and_the_vocabulary(tmp_path):
         ("a.jsonl", b'{"other": 5}\n', "neither a column input_ids nor text, only other"),
         ("a.jsonl", b'{"text": ""}\n', "is empty: not one document"),
         ("a.jsonl", b"", "is empty: not one document"),
+        ("a.jsonl", b'{"input_ids": null, "text": "a"}\n', "of a table with both columns, .* only input_ids is read"),
         ("a.txt", b"ab\xff", "is not UTF-8: byte 2 is 0xff"),
         ("a.parquet", b"PAR1", "is not a parquet file, or cut short"),
     ],

@@ -161,6 +161,10 @@ def test_the_documents_of_a_file_are_found_once_and_again_when_it_changes(tmp_pa
         (lambda p: shard(p / "a_train_1.bin", [1, 2], count=3), "its header says 3 tokens: it is cut short"),
         (lambda p: shard(p / "a_train_1.bin", []), "cut short or empty"),
         (lambda p: (raw(p / "train.bin", [1]), shard(p / "x_train.bin", [1])), "begins with nothing"),
+        (
+            lambda p: (raw(p / "train.bin", [1, 2]), raw(p / "train2.bin", [1, 2])),
+            "a split of raw ids is one file, and here it is 2: train.bin, train2.bin",
+        ),
         (lambda p: (p / "train.bin").write_bytes(b"abc"), "has 3 bytes: uint16 ids take an even number"),
         (lambda p: (p / "train.bin").write_bytes(b""), "has 0 bytes"),
         (
