@@ -69,13 +69,16 @@ def read_tokenizer_json(file: Path) -> dict[str, Any]:
         nfc = _is_nfc(description.get("normalizer"))
         pattern = _split_pattern(description.get("pre_tokenizer"))
         added = _added_tokens(description.get("added_tokens", []), vocabulary)
-        eot_id = next((added[name]["id"] for name in END_OF_TEXT if name in added), None)
-        if eot_id is None:
+        eot = next((name for name in END_OF_TEXT if name in added), None)
+        if eot is None:
             raise ValueError(f"no end-of-text token; one of {', '.join(END_OF_TEXT)} must be an added token")
-        # Special tokens and the end of text never come out of text; the others are matched in it before the merging.
-        special = {
-            name.encode(): token["id"] for name, token in added.items() if token.get("special") or token["id"] == eot_id
-        }
+        if not added[eot].get("special"):
+            raise ValueError(f"the end-of-text token {eot!r} is not special, so that text could hold it")
+        # Special tokens never come out of text; the others are matched in it before the merging.
+        special = {name.encode(): token["id"] for name, token in added.items() if token.get("special")}
+        for name, other in itertools.product(added, added):
+            if name.encode() in special and other.encode() not in special and _begins_inside(other, name):
+                raise ValueError(f"the added token {other!r} can begin inside the special token {name!r}")
         tokens, pairs = _in_bytes(vocabulary, merges, added)
         for token in special.keys() & {a + b for a, b in pairs} | {token for token in special if len(token) == 1}:
             raise ValueError(f"the special token {token.decode()!r} comes out of merging, so that text could hold it")
@@ -87,7 +90,7 @@ def read_tokenizer_json(file: Path) -> dict[str, Any]:
         "name": str(file),
         "identity": "sha256:" + hashlib.sha256(content).hexdigest(),
         "ranks": ranks,
-        "eot_id": eot_id,
+        "eot_id": added[eot]["id"],
         "extra": {name.encode(): token["id"] for name, token in added.items() if name.encode() not in special},
         "raw": {name.encode() for name, token in added.items() if not token.get("normalized")},
         "unused": {token: i for token, i in tokens.items() if token not in ranks} | special,
@@ -139,7 +142,8 @@ def _check_outer_steps(processor: Any, decoder: Any) -> None:
         if kind == "TemplateProcessing":
             _check("the post_processor", step, type=ANY, single=ANY, pair=ANY, special_tokens=ANY)
             single = step.get("single")
-            if not isinstance(single, list) or json.dumps(single).count('"Sequence"') != 1:
+            text = json.dumps(single, sort_keys=True)
+            if not isinstance(single, list) or text.count('"Sequence"') != 1 or '"Sequence": {"id": "A"' not in text:
                 raise ValueError(f"the post_processor has single {_show(single)}, which is not the text once")
         elif kind == "RobertaProcessing":
             _check("the post_processor", step, type=ANY, sep=ANY, cls=ANY, trim_offsets=ANY, add_prefix_space=ANY)
@@ -228,6 +232,11 @@ def _added_tokens(tokens: Any, vocabulary: dict[str, int]) -> dict[str, dict]:
             raise ValueError(f"the added token {content!r} has {strips[0]} true, which is not supported")
         added[content] = token
     return added
+
+
+def _begins_inside(token: str, special: str) -> bool:
+    """Whether `token` could be found in text that begins in `special`, which the library passes over as a whole."""
+    return any(special[i:].startswith(token) or (i and token.startswith(special[i:])) for i in range(len(special)))
 
 
 def _in_bytes(

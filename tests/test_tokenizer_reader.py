@@ -129,6 +129,7 @@ def change_vocabulary(generator: random.Random, description: dict) -> None:
 
 LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 TEXT, BOS = ({"Sequence": {"id": "A", "type_id": 0}}, {"SpecialToken": {"id": "<s>", "type_id": 0}})
+TEXT_B = {"Sequence": {"id": "B", "type_id": 0}}
 TEMPLATE = {
     "type": "TemplateProcessing",
     "single": [BOS, BOS, TEXT],
@@ -364,12 +365,34 @@ def test_of_added_tokens_the_raw_come_first_and_the_longest_counts(trained, tmp_
         ("", "decoder", {"type": "Fuse"}, 'the decoder has type "Fuse"'),
         ("", "post_processor", {"type": "BertProcessing"}, 'the post_processor has type "BertProcessing"'),
         ("", "post_processor", {"type": "TemplateProcessing", "single": [BOS]}, "which is not the text once"),
+        ("", "post_processor", {"type": "TemplateProcessing", "single": [BOS, TEXT_B]}, "which is not the text once"),
+        ("", "pre_tokenizer", split("a{1,99999999999}"), "which cannot be read: the repetition number is too large"),
     ],
 )
 def test_what_is_not_known_is_refused_by_name(trained, tmp_path, where, key, value, sentence):
     description = copy.deepcopy(trained)
     (description[where] if where else description)[key] = value
     assert sentence in load_both(description, tmp_path / "tokenizer.json")[0]
+
+
+@pytest.mark.parametrize("content", ["<|end", "text", ">>", "<s>!", "x<s>", "|>x", "<"])
+def test_an_added_token_is_not_found_inside_a_special_one(trained, tmp_path, content):
+    """Which is passed over as a whole there; the sentence is said only of what could begin inside it."""
+    description = copy.deepcopy(trained)
+    number = description["model"]["vocab"].setdefault(content, len(description["model"]["vocab"]))
+    description["added_tokens"].append(added(number, content))
+    ours, library = load_both(description, tmp_path / "tokenizer.json")
+    if content in ("<s>!", "x<s>"):
+        assert_same_ids(ours, library, ["x<s>!", "<s>", "<s><s>!x<s>", f"<|endoftext|>{content}>>x"])
+    else:
+        assert f"the added token {content!r} can begin inside the special token" in ours
+
+
+def test_an_end_of_text_that_text_could_hold_is_refused(trained, tmp_path):
+    description = copy.deepcopy(trained)
+    description["added_tokens"][0]["special"] = False
+    sentence, _ = load_both(description, tmp_path / "tokenizer.json")
+    assert "the end-of-text token '<|endoftext|>' is not special, so that text could hold it" in sentence
 
 
 @pytest.mark.parametrize("content", ["[" * 100_000, "", "[]", '{"model": []}', "\xff"])
