@@ -8,8 +8,10 @@ d_inner = h p; b batch, l seqlen, d hidden_size, h nheads, p headdim, g ngroups,
 
 import dataclasses
 import functools
+import itertools
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple, Self
 
@@ -75,6 +77,36 @@ _keep_products = functools.partial(
         torch.ops.mamba2.ssd_blocked_forward.default,
     ],
 )
+
+
+NOT_RECOMPUTED = "does not go with keep_products_only or checkpoint_every: turn them off, or call model.eval()"
+
+
+def _recompute(block: nn.Module, function: Callable, *arguments: object, **options: object) -> tuple:
+    """Run the block's `function` and keep its arguments alone; run it again in the backward pass.
+
+    Raises ValueError where that would be with other weights, those that `functional_call` had replaced, or where torch
+    does not have it.
+    """
+    calls = itertools.count()
+
+    def once(*arguments: object) -> tuple:
+        if next(calls):
+            raise ValueError(f"a gradient of torch.func.functional_call {NOT_RECOMPUTED}")
+        return function(*arguments)
+
+    replaced = not all(isinstance(parameter, nn.Parameter) for parameter in block.parameters())
+    try:
+        return checkpoint(once if replaced else function, *arguments, use_reentrant=False, **options)
+    except RuntimeError as error:
+        if "saved tensor hooks" not in str(error):
+            raise
+        raise ValueError(f"a gradient by torch.func {NOT_RECOMPUTED}") from error
+
+
+def _refuse_second(grad: torch.Tensor) -> None:
+    if torch.is_grad_enabled():
+        raise ValueError("create_graph=True does not go with keep_products_only; checkpoint_every does")
 
 
 class SplitLinear(Linear):
@@ -207,8 +239,11 @@ class Mamba2Block(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor, MixerState | None]:
         """Returns (output (b, l, d), residual (b, l, d), state)."""
         if self.training and self.keep_products_only:
-            options = {"use_reentrant": False, "preserve_rng_state": False, "context_fn": _keep_products}
-            return checkpoint(self._mix, x, residual, seq_idx, state, return_state, **options)
+            options = {"preserve_rng_state": False, "context_fn": _keep_products}
+            results = _recompute(self, self._mix, x, residual, seq_idx, state, return_state, **options)
+            if results[0].requires_grad and not torch.compiler.is_compiling():
+                results[0].register_hook(_refuse_second)
+            return results
         return self._mix(x, residual, seq_idx, state, return_state)
 
     def _mix(
@@ -262,7 +297,7 @@ class Mamba2Backbone(nn.Module):
             layer_state = None if state is None else state[i]
             if self.training and self.checkpoint_every and i % self.checkpoint_every == 0:
                 arguments = x, residual, seq_idx, layer_state, return_state
-                x, residual, layer_state = checkpoint(layer, *arguments, use_reentrant=False)
+                x, residual, layer_state = _recompute(layer, layer, *arguments)
             else:
                 x, residual, layer_state = layer(x, residual, seq_idx, layer_state, return_state)
             new_state.append(layer_state)

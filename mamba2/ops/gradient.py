@@ -34,13 +34,24 @@ def register_gradient(op: Callable, backward: Callable, setup_context: Callable)
     def first_order(ctx: Any, *grads: Any) -> tuple[torch.Tensor | None, ...]:
         if is_transformed() or any(map(_is_batched, tree_leaves(grads))):
             raise ValueError(f"the fast forms have no batched gradients and no tangents of gradients; {ADVICE}")
+        if not torch.is_grad_enabled():
+            return backward(ctx, *grads)
+        once = _Once(ctx)  # create_graph=True
         with torch.no_grad():
-            results = backward(ctx, *grads)
-        if torch.is_grad_enabled():  # create_graph=True
-            results = _Last.apply(len(results), *results, *ctx.saved_tensors, *tree_leaves(grads))
-        return results
+            results = backward(once, *grads)
+        return _Last.apply(len(results), *results, *once.saved_tensors, *tree_leaves(grads))
 
     op.register_autograd(first_order, setup_context=setup_context)
+
+
+class _Once:
+    """A context whose saved tensors are fetched once: activation checkpointing gives them out no second time."""
+
+    def __init__(self, ctx: Any):
+        self._ctx, self.saved_tensors = ctx, ctx.saved_tensors
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._ctx, name)
 
 
 class _Last(torch.autograd.Function):
@@ -52,4 +63,5 @@ class _Last(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> None:
-        raise ValueError(f"the fast forms have no second derivatives; {ADVICE}")
+        uses = "which torch.autograd.functional.jvp uses, too"
+        raise ValueError(f"the fast forms have no second derivatives, {uses}; {ADVICE}")

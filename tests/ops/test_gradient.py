@@ -143,7 +143,7 @@ def test_a_fast_form_refuses_to_be_differentiated_twice(monkeypatch, name, backe
     for gradient, value in zip(gradients, plain):
         assert torch.equal(gradient, value)  # asking for a graph is no error, and changes no value
     for x in inputs:
-        with pytest.raises(ValueError, match="no second derivatives; MAMBA2_BACKEND=reference"):
+        with pytest.raises(ValueError, match=r"no second derivatives, which .*jvp uses, too; MAMBA2_BACKEND=reference"):
             torch.autograd.grad(along(gradients, direction), x, retain_graph=True, allow_unused=True)
     with pytest.raises(ValueError, match="no batched gradients"):
         torch.autograd.grad(recorded, inputs, torch.ones(2), is_grads_batched=True, retain_graph=True)
@@ -180,6 +180,35 @@ def test_the_model_has_tangents_and_second_derivatives(monkeypatch, checkpoint_e
     curvature = torch.autograd.grad(loss_and_slope(0.0)[1], list(model.parameters()))
     expected = pytest.approx((slope_above - slope_below).item() / 2e-6, rel=1e-5)
     assert along(curvature, direction.values()).item() == expected
+
+
+@pytest.mark.parametrize("option", ["checkpoint_every", "keep_products_only"])
+def test_derivatives_that_recomputing_does_not_have_are_refused_by_name(option):
+    model = Mamba2LM(small_config(num_hidden_layers=2), seed=1)
+    weights = {name: p.detach() * 1.1 for name, p in model.named_parameters()}
+    ids = torch.arange(16).view(2, 8)
+    plain = torch.autograd.grad(model(ids, ids), list(model.parameters()))
+    for part in (model.backbone, *model.backbone.layers):
+        setattr(part, option, 1)  # those that have it
+
+    def loss(values):
+        return torch.func.functional_call(model, values, (ids, ids))
+
+    with pytest.raises(ValueError, match=r"a gradient by torch\.func does not go with keep_products_only or"):
+        torch.func.grad(loss)(weights)
+    moved = {name: p.requires_grad_() for name, p in weights.items()}
+    with pytest.raises(ValueError, match="functional_call does not go with keep_products_only or checkpoint_every"):
+        loss(moved).backward()
+    if option == "keep_products_only":
+        with pytest.raises(ValueError, match="create_graph=True does not go with keep_products_only"):
+            torch.autograd.grad(model(ids, ids), list(model.parameters()), create_graph=True)
+    else:
+        gradients = torch.autograd.grad(model(ids, ids), list(model.parameters()), create_graph=True)
+        assert all(torch.equal(a, b) for a, b in zip(gradients, plain))
+        with pytest.raises(ValueError, match="the fast forms have no second derivatives"):
+            gradients[0].sum().backward()
+    model.eval()
+    assert torch.func.grad(loss)(weights).keys() == weights.keys()
 
 
 def test_a_compiled_function_sees_the_transforms_around_an_op():
