@@ -29,6 +29,10 @@ SSM_KEYS = {
 FIXED = {"D_has_hdim": False, "rmsnorm": True, "norm_before_gate": False, "d_ssm": None}
 # How things are started or run, which the weights do not depend on.
 IGNORED = {"layer", "A_init_range", "conv_init", "use_mem_eff_path"}
+# Fields of `MambaConfig`, and what the hub's tools write beside them.
+FIELDS = {"d_model", "d_intermediate", "n_layer", "vocab_size", "ssm_cfg", "attn_layer_idx", "attn_cfg", "rms_norm"}
+FIELDS |= {"residual_in_fp32", "fused_add_norm", "pad_vocab_size_multiple", "tie_embeddings"}
+FIELDS |= {"architectures", "model_type", "torch_dtype", "dtype", "transformers_version", "_name_or_path"}
 NORM_EPSILON = 1e-5  # mamba-ssm writes none: this is what it builds
 GPT_NEOX_IDS = 50277
 
@@ -56,6 +60,8 @@ def read_config(folder: Path) -> Mamba2Config:
 
 def from_mamba_ssm(values: dict[str, Any]) -> Mamba2Config:
     """Our config from the fields of mamba-ssm's `MambaConfig`. Raises ValueError for what is no plain Mamba-2."""
+    if unknown := sorted(values.keys() - FIELDS):
+        raise ValueError(f"a config of mamba-ssm with keys that are not known: {', '.join(unknown)}")
     ssm = values.get("ssm_cfg") or {}
     if not isinstance(ssm, dict):
         raise ValueError(f"ssm_cfg is {ssm!r}, and must be an object")

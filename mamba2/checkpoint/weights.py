@@ -43,7 +43,7 @@ def our_name(key: str) -> str:
 
 def find_weights(folder: Path) -> list[Path]:
     """The weight files of a folder. Raises FileNotFoundError when there are none, or naming a shard that is not there,
-    ValueError when an index cannot be read."""
+    ValueError when an index cannot be read or names a shard for a tensor that lies in another."""
     for name in WEIGHT_FILES:
         if (folder / name).is_file():
             return [folder / name]
@@ -51,7 +51,8 @@ def find_weights(folder: Path) -> list[Path]:
     if index is None:
         raise FileNotFoundError(f"no model.safetensors in {folder}, nor {', '.join(WEIGHT_FILES[1:])} or their index")
     try:
-        shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        shards = sorted(set(places.values()))
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise ValueError(f"{index} is not an index of shards: {error!r}") from error
     if not shards:
@@ -61,6 +62,10 @@ def find_weights(folder: Path) -> list[Path]:
             raise ValueError(f"{index} names {shard!r} as a shard, and must name files")
         if Path(shard).name != shard or not (folder / shard).is_file():
             raise FileNotFoundError(f"{index} names the shard {shard}, which is not in {folder}")
+    for shard in shards:
+        with _opened(folder / shard) as (keys, _, _):
+            if elsewhere := sorted(key for key, file in places.items() if file == shard and key not in keys):
+                raise ValueError(f"{index} says that {elsewhere[0]} lies in {shard}, which does not hold it")
     return [folder / shard for shard in shards]
 
 

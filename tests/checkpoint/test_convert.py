@@ -96,8 +96,12 @@ def test_the_layout_of_state_spaces_models_pads_the_vocabulary():
             "vocab_size": 50277,
             "ssm_cfg": {"layer": "Mamba2"},
             "attn_layer_idx": [],
+            "attn_cfg": {},
+            "d_intermediate": 0,
             "rms_norm": True,
             "residual_in_fp32": True,
+            "fused_add_norm": True,
+            "torch_dtype": "float16",
             "pad_vocab_size_multiple": 16,
             "tie_embeddings": True,
         }
@@ -244,6 +248,16 @@ def test_an_index_that_names_a_missing_shard_is_refused(tmp_path):
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(FileNotFoundError, match=r"names the shard model-2\.safetensors, which is not in"):
         read_model(tmp_path)
+    tensors = load_file(tmp_path / "model-1.safetensors")
+    save_file({"lm_head.weight": tensors.pop("lm_head.weight")}, tmp_path / "model-2.safetensors")
+    save_file(tensors, tmp_path / "model-1.safetensors")
+    places = dict.fromkeys(tensors, "model-1.safetensors") | {"lm_head.weight": "model-2.safetensors"}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    read_model(tmp_path)
+    places["lm_head.weight"] = "model-1.safetensors"
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    with pytest.raises(ValueError, match=r"says that lm_head.weight lies in model-1\.safetensors, which does not hold"):
+        read_model(tmp_path)
     (tmp_path / "model.safetensors.index.json").write_text("{}")
     with pytest.raises(ValueError, match="is not an index of shards"):
         read_model(tmp_path)
@@ -317,6 +331,7 @@ MAMBA_SSM = {"d_model": 32, "n_layer": 1, "vocab_size": 61, "ssm_cfg": {"layer":
         ({"n_layer": True}, "n_layer is True, and must be an integer"),
         ({"pad_vocab_size_multiple": 0}, "pad_vocab_size_multiple is 0, and must be an integer of at least 1"),
         ({"tie_embeddings": "yes"}, "tie_word_embeddings is 'yes', and must be true or false"),
+        ({"norm_epsilon": 1e-6, "new": 1}, "with keys that are not known: new, norm_epsilon"),
         ({"n_layer": 10**8}, r"a model of .* parameters takes .* GB, and this machine has"),
     ],
 )
