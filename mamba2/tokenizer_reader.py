@@ -34,7 +34,8 @@ SUFFIX = r"'?(?:\[[sdmt]+\]|[sdmt]|ll|ve|re)"
 ATOM = rf"(?:{ESCAPE}|{CLASS}|\(\?i:{SUFFIX}(?:\|{SUFFIX})*\)|[^\\()\[\]{{}}|*+?.^$])"
 TIMES = r"(?:[*+?][+?]?|\{\d+(?:,\d*)?\}(?![+?]))"
 COMMON = re.compile(rf"(?:\((?:\?[:!=])?|\||(?:{ATOM}|\)){TIMES}?)+")
-PARTS = re.compile(rf"(?P<atom>{ATOM})|(?P<look>\(\?[!=])|{TIMES}|.", re.DOTALL)
+PARTS = re.compile(rf"(?P<atom>{ATOM})|(?P<look>\(\?[!=])|\(\?:|{TIMES}|.", re.DOTALL)
+GROUP = re.compile(r"\((?:\?[:!=])?([^()]*)\)([*+]|\{\d+,\})?")
 
 ANY = object()
 BYTES = {bytes([byte]) for byte in range(256)}
@@ -196,6 +197,8 @@ def _split_pattern(rule: Any) -> str:
         )
     if _matches_nothing(pattern):
         raise ValueError(f"the Split has the pattern {_show(pattern)}, which can match the empty string")
+    if _may_take_forever(pattern):
+        raise ValueError(f"the Split has the pattern {_show(pattern)}, which repeats what can match in several ways")
     if split.get("behavior") == "Removed" or pattern in (GPT2_SPLIT, LLAMA3_SPLIT, QWEN2_SPLIT):
         return pattern
     one_class = re.fullmatch(rf"({ESCAPE})(?:\+|\{{1,\d+\}})?", pattern)
@@ -209,6 +212,16 @@ def _matches_nothing(pattern: str) -> bool:
         return re.fullmatch(signs, "") is not None
     except (re.error, OverflowError) as error:
         raise ValueError(f"the Split has the pattern {_show(pattern)}, which cannot be read: {error}") from None
+
+
+def _may_take_forever(pattern: str) -> bool:
+    """Whether a repeated group holds a repetition or a choice: where a text has many matches the library gives up."""
+    signs = PARTS.sub(lambda m: "x" if m["atom"] else m[0], pattern)
+    while group := GROUP.search(signs):  # from the inside out
+        if group[2] and re.search(r"[*+|]|,\}", group[1]):
+            return True
+        signs = signs[: group.start()] + group[1] + (group[2] or "") + signs[group.end() :]
+    return False
 
 
 def _added_tokens(tokens: Any, vocabulary: dict[str, int]) -> dict[str, dict]:

@@ -18,7 +18,9 @@ GPT4O_SPLIT = (
 )
 FAMILIES = [GPT2_SPLIT, LLAMA3_SPLIT, QWEN2_SPLIT, GPT4O_SPLIT]
 SIMPLE = [r"\d", r"\p{N}{1,3}", r"\d{2}", r"[A-Za-z]+", r"\s+", r" ?\p{L}+|\s+(?!\S)", r"\p{L}++(?=\s)|[!?]", "ab|b"]
+SIMPLE += ["(?:ab)+", r"(?:\d|a+)b?", r"\d{1,3}(?=(?:\d{3})*)"]
 FOREIGN = [r"\w+", "(?i:ss)", "^a", "a$", ".", r"\p{N}{1,3}+", "[a-z&&[^b]]", "(?<=a)b", "(a", r"\d*", r"(?!\S)", ""]
+FOREIGN += ["(a+)+b", "(?:a|aa)+b", "((ab*)){2,}c"]
 PIECES = [
     "a",
     "b",
