@@ -388,6 +388,7 @@ def test_what_float32_does_not_hold_is_refused_or_not_made(name, params):
     else:
         dt = torch.nn.functional.softplus(dt_bias)
         assert (dt.isfinite() & (dt >= tiny) & ((dt_bias == 0) | (dt_bias.abs() >= tiny))).all()
+        assert (half_life(dt, torch.arange(1.0, 9)) >= tiny).all()
 
 
 @pytest.mark.parametrize(

@@ -230,8 +230,8 @@ def test_changed_data_tokenizer_or_model_are_refused_by_name(study, finished, tm
     shutil.rmtree(finished / "checkpoint-8")
     run_train(*arguments(study, finished, *same))  # the same contents elsewhere are the same
     shutil.rmtree(finished.with_name("run-final"))
-    for split, name in (("train", "training"), ("validation", "validation")):
-        file = copy / split / "5.txt"
+    for changed, name in (("train/5.txt", "training"), ("validation/65.txt", "validation")):
+        file = copy / changed
         text = file.read_text()
         file.write_text(text.replace("small", "SMALL"))
         with pytest.raises(ValueError, match=rf"{name} data \(sha256\) was"):
