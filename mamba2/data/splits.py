@@ -69,7 +69,7 @@ def choose_split(asked: str, names: Iterable[str], where: str | os.PathLike) -> 
             raise ValueError(f"{where} has several splits that say {asked}: {', '.join(found)}; {CHOOSE}")
         if found:
             return found[0]
-    raise NoSplit(f"{where} has no split {asked!r}; it has {', '.join(names)}; {CHOOSE}", names)
+    raise NoSplit(f"{where} has no split {asked!r}; it has {', '.join(names) or 'none'}; {CHOOSE}", names)
 
 
 def split_of(path: PurePath, root: PurePath) -> str | None:
@@ -136,7 +136,7 @@ class Listing:
 def list_files(root: Path, files: Iterable[Path], is_data: Callable[[Path], bool], endings: str) -> Listing:
     """Sort `files`, which lie below `root`, by split. If no name says a split, all of them are for training.
 
-    Raises ValueError if a name says several splits, or one that is none of the words, or one file belongs to two;
+    Raises ValueError if a name says several splits or may mean held out, or one file belongs to two splits;
     FileNotFoundError for a broken link.
     """
     splits: dict[str | None, list[Path]] = {}
