@@ -300,8 +300,8 @@ def test_a_synthetic_task_is_trained_and_scored_by_the_same_scripts(study):
 def test_several_data_sets_and_protocols_in_one_call(study):
     folder, _ = study
     (folder / "more").mkdir()
-    for split in ("train", "test"):
-        (folder / f"more/{split}.txt").write_text("".join(TEXTS[:4]))
+    for i, split in enumerate(("train", "test")):
+        (folder / f"more/{split}.txt").write_text("".join(TEXTS[i : i + 4]))
     arguments = ["--model-base-path", "out", "--initializations", "uniform", "--output-file", "several.json"]
     arguments += ["--dataset-name", "more", "wikitext", "--protocol", "strided", "lm_eval", "--context", 16]
     run_script(folder, "eval.py", *arguments, "--stride", 16, "--batch-size", 8)
