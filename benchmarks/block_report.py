@@ -155,7 +155,7 @@ def measure(case: Case, multiprocessors: int) -> tuple[Cost, Cost, float]:
 
     with ExitStack() as stack:
         stack.enter_context(mamba_ssm_environment(multiprocessors))
-        for module in ("mamba2.ops.conv1d.triton_op", "mamba2.ops.norm.triton_op", "mamba2.ops.ssd.triton_op"):
+        for module in ("mamba2.ops.conv1d.triton_op", "mamba2.ops.norm.triton_op", "mamba2.ops.ssd.op"):
             replaced = mock.patch.object(importlib.import_module(module), "multiprocessors", lambda _: multiprocessors)
             stack.enter_context(replaced)
         hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)

@@ -40,6 +40,12 @@ TARGETS = {
 }
 
 
+# Bytes per thread that a kernel may spill. At 255 registers the assembler leaves a handful in memory, most of them
+# outside the loop; which ones changes with every line. In loops on sm_90 and sm_80 they are 0 to 5 of about 1 000
+# instructions, 24 of 1 323 at the most.
+SPILLS = 128
+
+
 @dataclass(frozen=True)
 class Compiled:
     kernel: str
@@ -66,7 +72,7 @@ class Compiled:
         """Whether the target can run it, and Triton before 3.7.1 compiles it rightly: on Hopper that one multiplies
         wrongly by a transposed result as first operand (triton-lang/triton#6124, fla-org/flash-linear-attention#640).
         """
-        return self.spills == 0 and self.shared <= TARGETS[self.target].shared_limit and not self.transposed
+        return self.spills <= SPILLS and self.shared <= TARGETS[self.target].shared_limit and not self.transposed
 
 
 def captured(function: Callable[[], object]) -> list[tuple[JITFunction, tuple, dict]]:

@@ -170,7 +170,20 @@ def torch_operations() -> Iterator[list[int]]:
     Allocations and views move nothing and are left out, and so is what the interpreter itself does to run a kernel.
     Custom operations are not looked into.
     """
-    free = ("empty", "view", "as_strided", "detach", "expand", "slice", "select", "alias", "transpose", "permute", "t.")
+    free = (
+        "empty",
+        "view",
+        "as_strided",
+        "detach",
+        "expand",
+        "slice",
+        "select",
+        "alias",
+        "transpose",
+        "permute",
+        "unbind",
+        "t.",
+    )
     sizes: list[int] = []
 
     class Watch(TorchDispatchMode):

@@ -2,7 +2,8 @@
 
     python -m benchmarks.kernel_report                        both tables, then `benchmarks.block_report`: some minutes
     python -m benchmarks.kernel_report --traffic [SHAPE …]    the first
-    python -m benchmarks.kernel_report --resources [SHAPE …]  the second; exit code 1 if a kernel spills, asks for more
+    python -m benchmarks.kernel_report --resources [SHAPE …]  the second; exit code 1 if a kernel spills (more than
+                                                              128 bytes of a thread's registers), asks for more
                                                               shared memory than the device has, multiplies without
                                                               matrix instructions, or in a way that Triton before
                                                               3.7.1 compiles wrongly on Hopper
@@ -48,13 +49,13 @@ DEVICES = {
     "MI300X": (1307e12, 5.3e12),
 }
 
-# How a call can differ in what its kernels do: whole sequences; packed documents with states carried in and out; a
-# gate; sequences shared out by spans.
+# How a call can differ in what its kernels do: whole sequences; packed documents with states carried in and out; either
+# cut into segments.
 FORMS = {
     "plain": {},
     "documents": {"seq_idx": True, "states": True},
-    "gate": {"z": True},
-    "spans": {"multiprocessors": 10**6},
+    "segments": {"multiprocessors": 40},
+    "both": {"seq_idx": True, "states": True, "multiprocessors": 40},
 }
 
 
@@ -65,8 +66,17 @@ def main() -> None:
     parser.add_argument(
         "--json", metavar="FILE", help="write what was counted for each launch at benchmarks.gpu's shapes"
     )
+    parser.add_argument("--time", nargs="*", type=int, metavar="SHAPE", help="only times, estimated; 1 to 6, or all")
+    parser.add_argument("--target", choices=("sm_90", "sm_80"), default="sm_90", help="of --time [sm_90]")
     arguments = parser.parse_args()
     os.environ["MAMBA2_BACKEND"] = "triton"
+    if arguments.time is not None:
+        from benchmarks.estimate import report
+        from benchmarks.gpu.fast import SHAPES as MEASURED
+
+        chosen = arguments.time or range(1, len(MEASURED) + 1)
+        report([MEASURED[i - 1] for i in chosen], arguments.target, arguments.json and Path(arguments.json))
+        return
     if arguments.resources is not None:
         sys.exit(0 if print_resources(arguments.resources or list(SHAPES)) else 1)
     os.environ["TRITON_INTERPRET"] = "1"
@@ -82,10 +92,8 @@ def main() -> None:
         sys.exit(max(subprocess.run([sys.executable, "-m", *report], env=environment).returncode for report in reports))
 
 
-def make_arguments(
-    l: int, h: int, p: int, g: int, n: int, seq_idx: bool = False, z: bool = False, states: bool = False
-) -> dict:
-    """One sequence in bfloat16, x, B and C side by side as the convolution leaves them; parameters in float32."""
+def make_arguments(l: int, h: int, p: int, g: int, n: int, seq_idx: bool = False, states: bool = False) -> dict:
+    """One sequence in bfloat16, as the convolution leaves it in three pieces; parameters in float32."""
     import torch
 
     generator = torch.Generator().manual_seed(0)
@@ -93,7 +101,7 @@ def make_arguments(
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator).bfloat16()
 
-    x, B, C = normal(1, l, h * p + 2 * g * n).split([h * p, g * n, g * n], dim=-1)
+    x, B, C = normal(1, l, h * p), normal(1, l, g * n), normal(1, l, g * n)
     arguments = {
         "x": x.unflatten(-1, (h, p)),
         "dt": normal(1, l, h),
@@ -103,8 +111,6 @@ def make_arguments(
         "D": torch.ones(h),
         "dt_bias": torch.full((h,), -4.0),
     }
-    if z:
-        arguments["z"] = normal(1, l, h, p)
     if states:
         arguments["initial_states"] = torch.zeros(1, h, p, n)
     arguments = {name: tensor.detach().requires_grad_() for name, tensor in arguments.items()}
@@ -124,7 +130,7 @@ def print_traffic(shapes: list[str]) -> None:
 
     from benchmarks.interpreter import record, torch_operations, use_exact_bfloat16
     from mamba2.ops import ssd
-    from mamba2.ops.ssd import triton_op
+    from mamba2.ops.ssd import op
     from tests.oracles import mamba_ssm_environment, mamba_ssm_scan
 
     use_exact_bfloat16()
@@ -139,7 +145,7 @@ def print_traffic(shapes: list[str]) -> None:
                 arguments = make_arguments(*shape)
                 with (
                     mamba_ssm_environment(count),
-                    mock.patch.object(triton_op, "multiprocessors", lambda _, c=count: c),
+                    mock.patch.object(op, "multiprocessors", lambda _, c=count: c),
                 ):
                     with record() as forward, torch_operations() as forward_torch:
                         y = function(**arguments, chunk_size=256, dt_softplus=True)
@@ -174,13 +180,14 @@ def write_counts(path: Path) -> None:
     Where one group has all heads, 8 and 16 of them are counted and the rest follows: each head more adds the same.
     """
     from benchmarks.gpu.fast import SHAPES as MEASURED
+    from benchmarks.gpu.right import FORMS as WALKS
     from benchmarks.interpreter import use_exact_bfloat16
 
     use_exact_bfloat16()
     rows = []
     for h, p, g, n in dict.fromkeys(shape[2:] for shape in MEASURED):
         for form in ("plain", "documents"):
-            for walk in ("sequential", "chunk-parallel"):
+            for walk in WALKS:
                 few, many = (count_launches((heads, p, g, n), form, walk) for heads in ((8, 16) if g == 1 else (h, h)))
                 for (kernel, *at_few), (_, *at_many) in zip(few, many, strict=True):
                     dram, flops = (a + (b - a) * (h - 8) / 8 for a, b in zip(at_few, at_many))
@@ -200,11 +207,11 @@ def count_launches(shape: tuple[int, int, int, int], form: str, walk: str) -> li
     from benchmarks.gpu.right import FORMS as WALKS
     from benchmarks.interpreter import record
     from mamba2.ops import ssd
-    from mamba2.ops.ssd import triton_op
+    from mamba2.ops.ssd import op
 
     l, documents = 512, form == "documents"
     arguments = make_arguments(l, *shape, seq_idx=documents)
-    with mock.patch.object(triton_op, "multiprocessors", lambda _: WALKS[walk]), record() as launches:
+    with mock.patch.object(op, "multiprocessors", lambda _: WALKS[walk]), record() as launches:
         y = ssd(**arguments, chunk_size=256, dt_softplus=True, return_final_states=documents)
         torch.autograd.backward(y[0] if documents else y, torch.ones_like(arguments["x"]))
     return [(launch.name, launch.dram / l, launch.flops / l) for launch in launches]
@@ -274,9 +281,9 @@ def print_resources(shapes: list[str]) -> bool:
     import torch
     from triton.runtime.errors import PTXASError
 
-    from benchmarks.compilation import TARGETS, captured, compile_launch
+    from benchmarks.compilation import TARGETS, captured, compile_launch, specialize
     from mamba2.ops import ssd
-    from mamba2.ops.ssd import triton_op
+    from mamba2.ops.ssd import op
 
     os.environ["TRITON_INTERPRET"] = "1"  # lets CPU tensors through to launches that are only noted, never run
     good = True
@@ -295,12 +302,12 @@ def print_resources(shapes: list[str]) -> bool:
 
             for target in TARGETS:
                 with (
-                    mock.patch.object(triton_op, "multiprocessors", lambda _, c=count: c),
-                    mock.patch.object(triton_op, "target_of", lambda _, t=target: t),
+                    mock.patch.object(op, "multiprocessors", lambda _, c=count: c),
+                    mock.patch.object(op, "target_of", lambda _, t=target: t),
                 ):
                     launches = captured(step)
                 for kernel, args, kwargs in launches:
-                    key = (kernel.fn.__name__, target, str(kwargs), str([type(a) for a in args]))
+                    key = (kernel.fn.__name__, target, str(specialize(kernel, args, kwargs, target)[1:]))
                     if key in seen:
                         continue
                     seen.add(key)

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from mamba2.model import Mamba2Block, Mamba2LM, MixerState
 from mamba2.ops.fusion import compile_like, require_cxx_compiler
 from mamba2.ops.norm.reference import add_rms_norm_reference, gated_rms_norm_reference
-from mamba2.ops.step.reference import ssd_step_reference
+from mamba2.ops.ssd.reference import ssd_step_reference
 
 _steps: dict[tuple, Callable] = {}
 

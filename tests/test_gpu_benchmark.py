@@ -11,7 +11,10 @@ import torch
 
 from benchmarks.gpu import __main__ as command
 from benchmarks.gpu import kernels, second
+from benchmarks.gpu.record import decoded, encoded, tensors_of
 from benchmarks.gpu.worker import Bench, Wrong, run_cases
+from mamba2.ops.ssd.forward import Edges
+from mamba2.ops.ssd.tiles import Sizes, constant, view
 
 WITHOUT_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="looks at what is said and done without a GPU")
 
@@ -34,7 +37,8 @@ def test_the_rehearsal_runs_every_section(tmp_path):
     assert not bad, (tmp_path / "gpu.log").read_text()[-3000:]
     assert {row["section"] for row in rows} == set(command.LIMITS)
     kernel_cases = {row["case"].split(",")[0] for row in rows if row["section"] == "kernels"}
-    assert {"_decays_kernel", "_finish_kernel", "_scan_kernel", "_gradient_kernel", "_step_kernel"} <= kernel_cases
+    ours = {"_decays_kernel", "_decays_gradient_kernel", "_walk_kernel", "_pass_kernel", "_gradient_kernel"}
+    assert {*ours, "_step_kernel"} <= kernel_cases
     page = (tmp_path / "gpu.md").read_text()
     assert all(f"| {row['case']} | ok |" in page for row in rows)
 
@@ -90,12 +94,13 @@ def test_cases_for_which_there_is_no_time_are_named(tmp_path):
 
 def test_a_kernel_that_leaves_other_values_is_wrong():
     def launch(tensor: torch.Tensor) -> dict:
+        args = (torch.ones(3, 8), torch.zeros(8), None, None, None, 3, 8, 8, 0, 0)
         return {
             "case": "_sum",
             "kernel": ("mamba2.ops.triton_reduce", "_sum_rows_kernel"),
             "grid": (1,),
-            "before": ((torch.ones(3, 8), torch.zeros(8), None, None, None, 3, 8, 8, 0, 0), {"ROWS": 16, "COLUMNS": 8}),
-            "after": [torch.ones(3, 8), tensor, *[None] * 8],
+            "before": (encoded(args), {"ROWS": 16, "COLUMNS": 8}),
+            "after": [torch.ones(3, 8), tensor],
         }
 
     with pytest.MonkeyPatch.context() as patch:
@@ -122,13 +127,30 @@ def test_the_profilers_table_is_read_and_failed_cases_come_first(tmp_path):
     report = (
         "==PROF== Connected\n"
         '"ID","Kernel Name","gpu__time_duration.sum","lts__t_sector_hit_rate.pct"\n'
-        '"","","ns","%"\n"0","_scan_kernel","2000","50.5"\n"1","_scan_kernel","1000","60"\n"2","_gradient_kernel","9","1"\n'
+        '"","","ns","%"\n"0","_walk_kernel","2000","50.5"\n"1","_walk_kernel","1000","60"\n"2","_gradient_kernel","9","1"\n'
     )
     assert second.parse(report) == {
-        "_scan_kernel": {"ns": "1000", "L2 hits %": "60"},
+        "_walk_kernel": {"ns": "1000", "L2 hits %": "60"},
         "_gradient_kernel": {"ns": "9", "L2 hits %": "1"},
     }
     rows = [{"section": "right", "case": "repeated runs of ssd", "status": "wrong"}]
     (tmp_path / "gpu.json").write_text(json.dumps({"rows": rows}))
     names = list(second.cases(Bench(tmp_path, tmp_path, rehearse=True)))
     assert names[0] == "compute-sanitizer, right: repeated runs of ssd" and "Nsight Compute" in names[1]
+
+
+def test_arguments_inside_tuples_survive_the_file():
+    tensor = torch.arange(6.0).view(2, 3).t()
+    args = (view(tensor), Sizes(*map(constant, range(9))), Edges(None, tensor, None), (1, tensor), 2.0)
+    back = decoded(encoded(args))
+    assert [type(a) for a in back] == [type(a) for a in args]
+    assert back[0].strides.value == (3,) and [field.value for field in back[1]] == list(range(9))
+    assert len(tensors_of(back)) == 3 and all(t.stride() == (1, 3) for t in tensors_of(back))
+
+
+def test_a_list_of_the_cases_writes_nothing(tmp_path):
+    options = ["--rehearse", "--list", "--only", "compile", "fast", "--output", str(tmp_path / "new")]
+    result = subprocess.run([sys.executable, "-m", "benchmarks.gpu", *options], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("compile\n  all kernels\nfast\n") and "mamba-ssm" in result.stdout
+    assert not (tmp_path / "new").exists()

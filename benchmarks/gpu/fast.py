@@ -18,7 +18,7 @@ from benchmarks.gpu.right import FORMS
 from benchmarks.gpu.worker import Bench, Case
 from benchmarks.kernel_report import floor
 from mamba2.ops import ssd
-from mamba2.ops.ssd import triton_op
+from mamba2.ops.ssd import op as ssd_launches
 from tests.oracles import mamba_ssm_environment, mamba_ssm_scan
 
 # b, l, h, p, g, n: the study's model with one and all of its windows, 130m, 2.7b with a long and a very long sequence,
@@ -96,7 +96,7 @@ def ours(bench: Bench, shape: tuple[int, ...], training: bool, form: str, count:
 
     tensors = make_tensors(shape, bench.device, training)
     leaves = [tensor for tensor in tensors.values() if tensor.requires_grad]
-    with mock.patch.object(triton_op, "multiprocessors", lambda device: count):
+    with mock.patch.object(ssd_launches, "multiprocessors", lambda device: count):
         values = measure(bench, shape, function, tensors)
         times = bench.kernel_milliseconds(lambda: torch.autograd.grad(function(tensors).sum(), leaves))
     speed = measured_ceilings(bench)

@@ -8,12 +8,13 @@ import sys
 
 import torch
 
+from benchmarks.gpu.record import decoded, tensors_of
 from benchmarks.gpu.worker import Bench, Case, Wrong
 from benchmarks.train_step import matmul_peak
 from mamba2.ops.device import target_of
 
 # Sums by scans and reductions in one kernel have failed on Hopper elsewhere (fla-org/flash-linear-attention#734).
-FIRST = ("_decays_kernel", "_finish_kernel")
+FIRST = ("_decays_kernel", "_decays_gradient_kernel")
 # Of what a launch leaves, by its dtype. Products of 16-bit operands are exact, their sums are in another order.
 BOUNDS = {torch.float32: 2e-3, torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.int32: 0.0}
 
@@ -48,10 +49,10 @@ def ceilings(bench: Bench) -> dict[str, float]:
 
 def start(launch: dict) -> dict[str, float]:
     module, name = launch["kernel"]
-    args, kwargs = launch["before"]
+    args, kwargs = decoded(launch["before"][0]), launch["before"][1]
     getattr(importlib.import_module(module), name)[launch["grid"]](*args, **kwargs)
     torch.cuda.synchronize()
-    pairs = [(left, after) for left, after in zip(args, launch["after"]) if after is not None]
+    pairs = list(zip(tensors_of(args), launch["after"], strict=True))
     worst = max(error(left, after) / (BOUNDS.get(after.dtype, 0.0) or 1e-9) for left, after in pairs)
     values = {"error / bound": worst}
     if not worst <= 1.0:

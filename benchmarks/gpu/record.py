@@ -5,21 +5,24 @@
 The launches are those that TARGET (sm_90, …) would see. `kernels` starts them again, each alone, on the device.
 """
 
+import importlib
 import io
 import sys
 from collections.abc import Callable
+from typing import Any
 from unittest import mock
 
 import torch
+import triton.language as tl
 from triton.runtime.interpreter import GridExecutor
 
 from benchmarks.interpreter import use_exact_bfloat16
 from mamba2.ops import causal_conv1d, linear_cross_entropy, ssd, ssd_step
-from mamba2.ops.ssd import triton_op
-from tests.ops import test_conv1d_triton, test_cross_entropy_triton, test_norm_triton, test_step
+from mamba2.ops.ssd import op as ssd_launches
+from tests.ops import test_conv1d_triton, test_cross_entropy_triton, test_norm_triton, test_ssd_step
 from tests.ops.test_ssd import documents, make_inputs
 
-PARALLEL = 10**6  # multiprocessors that no number of programs fills: the chunk-parallel form
+PARALLEL = 10**6  # multiprocessors that no number of programs fills: many segments
 
 
 def differentiate(op: Callable, inputs: dict[str, torch.Tensor | None]) -> None:
@@ -39,7 +42,7 @@ def ssd_call(
     def op(**tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return ssd(**tensors, chunk_size=64, dt_softplus=True, return_final_states=True, seq_idx=seq_idx)
 
-    with mock.patch.object(triton_op, "multiprocessors", lambda device: multiprocessors):
+    with mock.patch.object(ssd_launches, "multiprocessors", lambda device: multiprocessors):
         differentiate(op, inputs)
 
 
@@ -57,6 +60,31 @@ def ssd_calls(tiny: bool) -> dict[str, Callable[[], None]]:
     }
 
 
+def encoded(value: Any) -> Any:
+    """Arguments of a kernel as lists, tensors and numbers, which torch reads back without running anything."""
+    if isinstance(value, tl.constexpr):
+        return ["constexpr", value.value]
+    if isinstance(value, tuple):
+        kind = [type(value).__module__, type(value).__name__]
+        return ["tuple", kind, [encoded(field) for field in value]]
+    return value
+
+
+def decoded(value: Any) -> Any:
+    if not isinstance(value, list):
+        return value
+    if value[0] == "constexpr":
+        return tl.constexpr(value[1])
+    (module, name), fields = value[1], [decoded(field) for field in value[2]]
+    return tuple(fields) if name == "tuple" else getattr(importlib.import_module(module), name)(*fields)
+
+
+def tensors_of(args: tuple) -> list[torch.Tensor]:
+    """In order, those inside tuples as well."""
+    nested = [tensors_of(a) if isinstance(a, tuple) else [a] for a in args]
+    return [leaf for leaves in nested for leaf in leaves if isinstance(leaf, torch.Tensor)]
+
+
 CALLS: dict[str, Callable[[], None]] = {
     "convolution": lambda: differentiate(
         causal_conv1d, test_conv1d_triton.make_inputs(2, 37, 142, 4, torch.bfloat16, optional=("bias",))
@@ -71,7 +99,7 @@ CALLS: dict[str, Callable[[], None]] = {
         lambda **t: linear_cross_entropy(**t, targets=test_cross_entropy_triton.make_targets(12, 257)),
         test_cross_entropy_triton.make_inputs(12, 32, 257, torch.bfloat16),
     ),
-    "step": lambda: ssd_step(**test_step.make_inputs(2, 4, 32, 2, 142, torch.bfloat16, D=1, dt_bias=True)),
+    "step": lambda: ssd_step(**test_ssd_step.make_inputs(2, 4, 32, 2, 142, torch.bfloat16, D=1, dt_bias=True)),
 }
 
 
@@ -84,9 +112,9 @@ def main() -> None:
 
     def run(self, *args, **kwargs):
         before = io.BytesIO()
-        torch.save((args, kwargs), before)  # strides, and tensors that share memory, stay as they are
+        torch.save((encoded(args), kwargs), before)  # strides, and tensors that share memory, stay as they are
         call(self, *args, **kwargs)
-        after = [t.detach().clone() if isinstance(t, torch.Tensor) else None for t in args]
+        after = [tensor.detach().clone() for tensor in tensors_of(args)]
         launches.append(
             {
                 "case": f"{self.fn.__name__}, {current}",

@@ -16,19 +16,19 @@ import torch
 
 from benchmarks.gpu.worker import Bench, Case, Wrong
 from mamba2.ops import linear_cross_entropy, ssd, ssd_step
-from mamba2.ops.ssd import triton_op
+from mamba2.ops.ssd import op as ssd_launches
 from tests.ops import kernel_checks as checks
 from tests.ops import test_conv1d_triton as conv
 from tests.ops import test_cross_entropy_triton as loss
 from tests.ops import test_norm_triton as norm
-from tests.ops import test_step as step
+from tests.ops import test_ssd_step as step
 from tests.ops.test_ssd import MAMBA_SSM_CASES, documents, make_inputs, mamba_ssm_inputs
 from tests.ops.test_ssd import run as run_ssd
 from tests.oracles import mamba_ssm_environment, mamba_ssm_scan
 
 # (b, l, h, p, g, n); nothing divides anything. The first is the study's, the last one's head has three tiles.
 SHAPES = [(1, 300, 6, 32, 2, 142), (2, 257, 4, 64, 1, 128), (1, 130, 3, 16, 3, 143), (1, 70, 4, 48, 2, 256)]
-FORMS = {"sequential": 1, "chunk-parallel": 10**6}  # multiprocessors that the launcher is told of
+FORMS = {"one segment": 1, "many segments": 10**6}  # multiprocessors that the launcher is told of
 SANITIZER_SECONDS = 50
 
 
@@ -80,7 +80,7 @@ def ssd_op(seq_idx: torch.Tensor | None = None) -> Callable:
 
 def ssd_accuracy(shape: tuple[int, ...], dtype: torch.dtype, count: int, everything: bool) -> dict:
     seq_idx = documents(*shape[:2]).to(checks.DEVICE) if everything else None
-    with mock.patch.object(triton_op, "multiprocessors", lambda device: count):
+    with mock.patch.object(ssd_launches, "multiprocessors", lambda device: count):
         return judged(ssd_op(seq_idx), ssd_tensors(shape, dtype, everything))
 
 

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 
+from benchmarks.gpu.right import FORMS
 from benchmarks.gpu.worker import Bench, Case, Wrong, cases_of
 
 # Issue slots, why warps wait, how much of L2's traffic hits, by Nsight Compute's names.
@@ -30,9 +31,9 @@ METRICS = {
 
 def cases(bench: Bench) -> dict[str, Case]:
     found: dict[str, Case] = {}
-    for form in ("mamba2 sequential", "mamba2 chunk-parallel"):
+    for form in FORMS:
         for i, name in enumerate(cases_of("fast", bench)):
-            if name.startswith(form):
+            if name.startswith(f"mamba2 {form}"):
                 found[f"Nsight Compute, {name}"] = functools.partial(counters, bench, i)
     first = bench.output / "gpu.json"
     rows = json.loads(first.read_text(encoding="utf-8"))["rows"] if first.exists() else []

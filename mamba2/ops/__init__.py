@@ -1,10 +1,10 @@
 """The mathematics: each op is one public function and one file per backend. Knows tensors only."""
 
-from mamba2.ops.conv1d import causal_conv1d
+from mamba2.ops.conv1d import causal_conv1d, causal_conv1d_step
 from mamba2.ops.cross_entropy import IGNORE_INDEX, linear_cross_entropy, linear_token_losses
 from mamba2.ops.norm import add_rms_norm, gated_rms_norm
 from mamba2.ops.ssd import ssd
-from mamba2.ops.step import causal_conv1d_step, ssd_step
+from mamba2.ops.ssd.step import ssd_step
 
 __all__ = [
     "IGNORE_INDEX",

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch.autograd import forward_ad
-from torch.utils._pytree import tree_leaves
 
 ADVICE = "MAMBA2_BACKEND=reference computes them, slowly, in plain torch"
 
@@ -25,23 +24,59 @@ def _is_batched(grad: torch.Tensor | None) -> bool:
     return grad is not None and torch._C._functorch.is_legacy_batchedtensor(grad)
 
 
-def register_gradient(op: Callable, backward: Callable, setup_context: Callable) -> None:
+def _flat(grads: tuple) -> list[torch.Tensor | None]:
+    """Of results that are tensors or lists of tensors; `tree_leaves` takes as long as a launch."""
+    return [g for grad in grads for g in (grad if isinstance(grad, (list, tuple)) else (grad,))]
+
+
+def register_gradient(op: Callable, backward: Callable, setup_context: Callable) -> Callable:
     """`op.register_autograd` for a `backward` that can be run, but not itself be differentiated.
 
-    Raises ValueError from the backward pass where that is tried.
+    Returns what to call in place of `op`: the same without torch's dispatcher, which takes longer than a launch, where
+    nobody looks at the call: no compiler, no mode and no subclass of tensors.
+
+    The backward pass raises ValueError where a second derivative is asked for.
     """
 
     def first_order(ctx: Any, *grads: Any) -> tuple[torch.Tensor | None, ...]:
-        if is_transformed() or any(map(_is_batched, tree_leaves(grads))):
+        if is_transformed() or any(map(_is_batched, _flat(grads))):
             raise ValueError(f"the fast forms have no batched gradients and no tangents of gradients; {ADVICE}")
         if not torch.is_grad_enabled():
             return backward(ctx, *grads)
         once = _Once(ctx)  # create_graph=True
         with torch.no_grad():
             results = backward(once, *grads)
-        return _Last.apply(len(results), *results, *once.saved_tensors, *tree_leaves(grads))
+        return _Last.apply(len(results), *results, *once.saved_tensors, *_flat(grads))
 
     op.register_autograd(first_order, setup_context=setup_context)
+
+    class Direct(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *args: Any) -> tuple[torch.Tensor, ...]:
+            outputs = op._init_fn(*args)
+            setup_context(ctx, args, outputs)
+            return tuple(outputs)
+
+        backward = staticmethod(first_order)
+
+    def call(*args: Any) -> Any:
+        if is_watched(args):
+            return op(*args)
+        return Direct.apply(*args) if torch.is_grad_enabled() else op._init_fn(*args)
+
+    return call
+
+
+def unwatched(op: Callable) -> Callable:
+    """What to call in place of an `op` without a gradient, as above."""
+    return lambda *args: op(*args) if is_watched(args) else op._init_fn(*args)
+
+
+def is_watched(args: tuple) -> bool:
+    """Whether someone else than autograd needs to see a call with these arguments in torch's dispatcher."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or is_transformed():
+        return True
+    return any(isinstance(a, torch.Tensor) and type(a) not in (torch.Tensor, torch.nn.Parameter) for a in args)
 
 
 class _Once:

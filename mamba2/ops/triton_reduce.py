@@ -12,8 +12,7 @@ import triton
 import triton.language as tl
 
 # 8 float32 are one sector of 32 bytes: the narrowest column block that wastes no traffic gives the most programs.
-COLUMNS = 8
-ROWS = 128
+ROWS, COLUMNS = 128, 8
 
 
 @triton.jit
@@ -70,8 +69,10 @@ def sum_rows(
     there is no `second`.
     """
     rows, columns = partial.shape
+    tile_rows = min(ROWS, 1 << (rows - 1).bit_length())
+    tile_columns = COLUMNS * ROWS // tile_rows
     other_rows, other_columns = (0, 0) if other is None else other.shape
-    grid = (triton.cdiv(columns, COLUMNS) + triton.cdiv(other_columns, COLUMNS),)
+    grid = (-(-columns // tile_columns) - (-other_columns // tile_columns),)
     _sum_rows_kernel[grid](
         partial,
         first,
@@ -83,7 +84,7 @@ def sum_rows(
         columns,
         other_rows,
         other_columns,
-        ROWS=ROWS,
-        COLUMNS=COLUMNS,
+        ROWS=tile_rows,
+        COLUMNS=tile_columns,
         num_warps=4,
     )

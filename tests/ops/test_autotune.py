@@ -10,7 +10,8 @@ import torch
 from triton.runtime.errors import OutOfResources, PTXASError
 
 from mamba2.ops import autotune
-from mamba2.ops.ssd.triton_launch import choose_launch
+from mamba2.ops.ssd.op import _Run
+from tests.ops.test_ssd import make_inputs
 
 
 @pytest.fixture(autouse=True)
@@ -55,19 +56,20 @@ def test_a_process_waits_for_another_that_measures_and_takes_what_it_found(cache
     assert taken == ["b"] and not started
 
 
-def test_sizes_are_told_apart_and_a_sequential_form_keeps_its_programs():
+def test_sizes_are_told_apart():
     tried: list = []
 
-    def choose(b: int, l: int, programs: int) -> None:
-        choose_launch("scan", "sm_90", torch.bfloat16, (b, l, 4, 64, 1, 128), True, programs, tried.append)
+    def choose(b: int, l: int) -> None:
+        tensors = [t.detach() for t in make_inputs(b, l, 4, 64, 1, 128, torch.bfloat16, ()).values()]
+        _Run([*tensors, None, None, None, None], (True, 0.0, 1.0), [None] * 3).launch("walk", tried.append)
 
-    choose(8, 1000, 1)
-    assert {launch.p_tile for launch in tried} == {16, 32}
+    choose(2, 1000)
+    assert len(tried) > 4 and {launch.p_tile for launch in tried} == {16, 64}
+    taken = tried.pop()
+    assert taken in tried  # the fastest, started once more
     tried.clear()
-    choose(8, 1024, 1)  # the same to a power of two
-    assert not tried
-    choose(1, 1024, 1)
-    assert tried
+    choose(2, 1024)  # the same to a power of two
+    assert tried == [taken]
     tried.clear()
-    choose(8, 4096, 8 * 4 * 4)  # so many programs only with 16 channels each
-    assert {launch.p_tile for launch in tried} == {16}
+    choose(1, 1024)
+    assert len(tried) > 4

@@ -223,6 +223,7 @@ FAST_CASES = {
 def test_the_fast_form_equals_the_readable_one(monkeypatch, case, shape, dtype):
     """Values and all gradients, in several blocks of chunks, the last of them partly padding."""
     from mamba2.ops import device
+    from mamba2.ops.ssd import SSDInputs
     from mamba2.ops.ssd.chunked import ssd_chunked
 
     monkeypatch.setattr(device, "CACHED_ELEMENTS", 3 * shape[2] * 16 * 16)
@@ -236,7 +237,8 @@ def test_the_fast_form_equals_the_readable_one(monkeypatch, case, shape, dtype):
     def readable(chunk_size, seq_idx=None, return_final_states=True, dt_softplus=True, dt_limit=None, **tensors):
         optional = [tensors.get(name) for name in ("D", "z", "dt_bias", "initial_states")]
         five = [tensors[name] for name in NAMES[:5]]
-        return ssd_chunked(*five, chunk_size, *optional, seq_idx, dt_softplus, dt_limit, return_final_states)
+        options = (seq_idx, dt_softplus, dt_limit, return_final_states)
+        return ssd_chunked(SSDInputs(*five, chunk_size, *optional, *options))
 
     # In 16 bits both forms round: each is compared with the exact result for the same inputs.
     expected = run(readable, {name: t.detach().double().requires_grad_() for name, t in inputs.items()}, **options)

@@ -19,7 +19,8 @@ from torch.utils.checkpoint import checkpoint
 
 from mamba2 import Mamba2Config, Mamba2LM
 from mamba2.ops import autotune, ssd
-from mamba2.ops.ssd import IMPLEMENTATIONS, triton_launch, triton_op
+from mamba2.ops.ssd import IMPLEMENTATIONS
+from mamba2.ops.ssd import op as ssd_op
 from mamba2.ops.ssd.chunked import ssd_chunked
 from tests.ops.kernel_checks import check_registration
 from tests.ops.test_ssd import (
@@ -88,9 +89,9 @@ def test_values_and_gradients_in_float16(monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("shape", [(2, 200, 2, 16, 1, 16), (1, 300, 8, 16, 1, 16)])
-def test_chunk_parallel_form_over_many_spans(monkeypatch, shape):
-    """Few programs: states of spans first, then outputs of all spans at once, in both directions."""
-    monkeypatch.setattr(triton_op, "multiprocessors", lambda device: 10_000)
+def test_many_segments(monkeypatch, shape):
+    """Few programs: what each segment adds to the state first, then all segments at once, in both directions."""
+    monkeypatch.setattr(ssd_op, "multiprocessors", lambda device: 10_000)
     inputs = on_device(make_inputs(*shape, dtype=torch.float32))
     check(monkeypatch, inputs, seq_idx=documents(*shape[:2]).to(DEVICE))
 
@@ -137,43 +138,16 @@ def test_one_result_alone_can_carry_the_gradient(monkeypatch, gradient_of):
 
 
 @pytest.mark.slow
-def test_sequential_and_chunk_parallel_forms_agree(monkeypatch):
+def test_one_segment_and_many_agree(monkeypatch):
     monkeypatch.setenv("MAMBA2_BACKEND", "triton")
     inputs = make_inputs(1, 300, 2, 16, 1, 16, dtype=torch.float32)
     inputs = on_device(inputs)
     results = []
     for count in (1, 10_000):
-        monkeypatch.setattr(triton_op, "multiprocessors", lambda device, count=count: count)
+        monkeypatch.setattr(ssd_op, "multiprocessors", lambda device, count=count: count)
         results.append(run(ssd, inputs, chunk_size=64, seq_idx=documents(1, 300).to(DEVICE)))
     for name, expected in results[0].items():
         torch.testing.assert_close(results[1][name], expected, rtol=2e-4, atol=2e-4, msg=name)
-
-
-LONG = pytest.mark.slow  # three spans of tokens; two are enough to see the order of the launches
-
-
-@pytest.mark.parametrize(
-    ("count", "l"), [(10_000, 150), pytest.param(10_000, 300, marks=LONG), pytest.param(1, 300, marks=LONG)]
-)
-def test_launching_the_gradients_one_by_one_gives_the_same_bits(monkeypatch, count, l):
-    """As on AMD, where one kernel of all does not fit."""
-    monkeypatch.setenv("MAMBA2_BACKEND", "triton")
-    monkeypatch.setattr(triton_op, "multiprocessors", lambda device: count)
-    inputs = on_device(make_inputs(2, l, 4, 16, 2, 16, dtype=torch.bfloat16))
-    results, parts = [], []
-
-    class Noted:
-        def __getitem__(self, grid):
-            return lambda *args, **kwargs: parts.append(kwargs["PART"]) or kernel[grid](*args, **kwargs)
-
-    kernel = triton_op._gradient_kernel
-    monkeypatch.setattr(triton_op, "_gradient_kernel", Noted())
-    for target in ("sm_80", "gfx942"):
-        monkeypatch.setattr(triton_op, "target_of", lambda device, target=target: target)
-        results.append(run(ssd, inputs, chunk_size=64, seq_idx=documents(2, l).to(DEVICE)))
-    assert parts == ["all", "walk", "write", "read"]
-    for name, expected in results[0].items():
-        assert torch.equal(results[1][name], expected), name
 
 
 def test_repeated_runs_give_the_same_bits(monkeypatch):
@@ -239,7 +213,7 @@ def values_and_gradients(inputs: dict, options: dict, states: bool) -> dict[str,
 def test_nothing_unwritten_is_read(monkeypatch, count, states):
     """Outputs and workspaces start as NaN (or as a document that there is not) and end as if they had not."""
     monkeypatch.setenv("MAMBA2_BACKEND", "triton")
-    monkeypatch.setattr(triton_op, "multiprocessors", lambda device: count)
+    monkeypatch.setattr(ssd_op, "multiprocessors", lambda device: count)
     inputs, options = everything((1, 150, 2, 24, 2, 20))
     expected = values_and_gradients(inputs, options, states)
     plain = torch.Tensor.new_empty
@@ -259,33 +233,13 @@ def test_no_address_is_written_by_two_programs(monkeypatch, count, states):
     from benchmarks.interpreter import record
 
     monkeypatch.setenv("MAMBA2_BACKEND", "triton")
-    monkeypatch.setattr(triton_op, "multiprocessors", lambda device: count)
+    monkeypatch.setattr(ssd_op, "multiprocessors", lambda device: count)
     inputs, options = everything((1, 150, 2, 24, 1, 20))
     with record(keep_stores=True) as launches:
         values_and_gradients(inputs, options, states)
     assert [launch.name for launch in launches if launch.shared_stores()] == []
-    assert len(launches) == (7 if count == 1 else 10)  # the gate's included
-
-
-@pytest.mark.skipif(DEVICE == "cuda", reason="addresses are recorded by the interpreter, which a GPU does not use")
-@pytest.mark.parametrize("count", [1, 10_000])
-def test_what_is_zero_at_the_ends_moves_nothing(monkeypatch, count):
-    """Without a state before the sequence or a gradient after it, walks over states leave out the span at that end."""
-    from benchmarks.interpreter import record
-
-    monkeypatch.setenv("MAMBA2_BACKEND", "triton")
-    monkeypatch.setattr(triton_op, "multiprocessors", lambda device: count)
-    inputs, options = everything((1, 128, 2, 32, 2, 32))  # one span
-    with record() as launches:
-        values_and_gradients(inputs, options, states=False)
-    moved = {launch.name: launch.dram for launch in launches}
-    assert "_states_kernel" not in moved and "_reverse_kernel" not in moved
-    with record() as launches:
-        values_and_gradients(inputs, options, states=True)
-    states = 2 * inputs["initial_states"].nbytes  # S and R, in bfloat16 as the inputs are
-    with_states = {launch.name: launch.dram for launch in launches}
-    assert with_states["_gradient_kernel"] - moved["_gradient_kernel"] >= states
-    assert with_states["_scan_kernel"] - moved["_scan_kernel"] >= states
+    # Segments: two more forward, four backward; heads of a group shared out: sums of dB and of dC.
+    assert len(launches) == (7 if count == 1 else 15)
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="torch's operations are told apart from the interpreter's own")
@@ -294,16 +248,16 @@ def test_torch_runs_nothing_between_the_launches(monkeypatch):
     from benchmarks.interpreter import torch_operations
 
     monkeypatch.setenv("MAMBA2_BACKEND", "triton")
-    inputs, options = everything((1, 40, 2, 24, 2, 20))
-    monkeypatch.setattr(triton_op, "_forward_op", triton_op._forward_op._init_fn)
+    inputs = on_device(make_inputs(1, 40, 2, 24, 2, 20, torch.bfloat16, ("D", "dt_bias", "initial_states")))
+    monkeypatch.setattr(ssd_op, "_forward", ssd_op._forward_op._init_fn)
     with torch.no_grad(), torch_operations() as outside:
-        ssd(**inputs, **options, dt_softplus=True)
+        ssd(**inputs, chunk_size=64, dt_softplus=True)
     assert outside == []
-    arguments = [inputs.get(name) for name in NAMES]
+    arguments = [inputs.get(name) for name in NAMES if name != "z"]
     flags = (True, 0.0, float("inf"))
-    _, _, *kept = triton_op._forward_op(*arguments, None, *flags, False, True)
+    _, _, *kept = ssd_op._forward_op(*arguments, None, *flags, False)
     with torch_operations() as inside:
-        triton_op._backward_op._init_fn(inputs["x"].detach(), None, *kept, *arguments, None, *flags)
+        ssd_op._backward_op._init_fn(inputs["x"].detach(), None, kept, [*arguments, None], *flags)
     assert inside == []
     with torch_operations() as something:
         inputs["x"].sum()
@@ -361,15 +315,17 @@ def test_float32_products_follow_torchs_setting(monkeypatch, setting, expected):
     monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: setting)
     for dtype in (torch.float32, torch.bfloat16):
         inputs = [t.detach() for t in make_inputs(1, 5, 2, 16, 1, 16, dtype=dtype, optional=()).values()]
-        decays = (None, None, None, None)
-        run = triton_op._Run(*decays, *inputs, None, None, None, None, None, True, 0.0, 1.0)
+        run = ssd_op._Run([*inputs, None, None, None, None], (True, 0.0, 1.0), [None] * 3)
         assert run.precision == (expected if dtype == torch.float32 else "ieee")
 
 
 def test_operations_are_registered_as_torch_compile_needs_them():
-    inputs, options = everything((1, 20, 2, 16, 1, 16))
-    arguments = [*inputs.values(), options["seq_idx"], True, 0.0, 1.0, True, True]
-    check_registration(triton_op._forward_op, *arguments)
+    inputs = on_device(make_inputs(1, 20, 2, 16, 1, 16, torch.bfloat16, ("D", "dt_bias", "initial_states")))
+    arguments = [*inputs.values(), documents(1, 20).to(DEVICE)]
+    check_registration(ssd_op._forward_op, *arguments, True, 0.0, 1.0, True)
+    _, _, *kept = (t.detach() for t in ssd_op._forward_op(*arguments, True, 0.0, 1.0, True))
+    tensors = [t.detach() for t in arguments]
+    check_registration(ssd_op._backward_op, tensors[0], None, kept, tensors, True, 0.0, 1.0)
 
 
 def test_activation_checkpointing_gives_the_same_bits(monkeypatch):
@@ -429,17 +385,24 @@ def test_autotuning_measures_once_and_remembers(monkeypatch, tmp_path):
         actual = run(ssd, inputs, chunk_size=8)
         for name in expected:
             torch.testing.assert_close(actual[name], expected[name], rtol=1e-5, atol=1e-5)
-    assert len(measured) == 3 * 5  # scan, reverse and gradient, each with its neighbours, in the first run only
+    assert len(measured) == 3 * 5  # walk, states and gradient, each with its neighbours, in the first run only
     kept = json.loads((tmp_path / "autotune.json").read_text())
-    assert sorted(key.split(",")[0] for key in kept) == ["ssd gradient", "ssd reverse", "ssd scan"]
+    assert sorted(key.split(",")[0] for key in kept) == ["ssd gradient", "ssd states", "ssd walk"]
     (tmp_path / "autotune.json").write_text("{")
     with pytest.raises(ValueError, match=r"autotune.json is not the JSON .* delete it"):
         ssd(**inputs, chunk_size=8)
 
 
-@pytest.mark.parametrize("target", ["sm_86", "sm_103", "gfx950"])
-def test_a_target_outside_the_table_takes_the_nearest_row(target):
-    assert triton_launch.launch_for("scan", target, 2, 32, 142) in triton_launch.WALKS.values()
+def test_segments_are_as_many_as_shorten_the_longest_chain():
+    """Of walks that fill a device one, of few so many that all run at once; never more than there are chunks."""
+    assert ssd_op.choose_segments(1000, 128, 264) == 1
+    assert ssd_op.choose_segments(80, 128, 264) == 3
+    assert ssd_op.choose_segments(1, 5, 264) == 5
+    for walks, chunks in itertools.product((1, 24, 80, 160, 264), (1, 2, 7, 32, 1024)):
+        segments = ssd_op.choose_segments(walks, chunks, 264)
+        assert 1 <= segments <= chunks
+        length = -(-chunks // segments)
+        assert (segments - 1) * length < chunks  # none is empty
 
 
 @pytest.mark.slow

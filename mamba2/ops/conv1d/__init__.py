@@ -7,7 +7,7 @@ import torch
 
 from mamba2.ops.backend import choose_backend
 from mamba2.ops.conv1d.blocked import causal_conv1d_blocked
-from mamba2.ops.conv1d.reference import causal_conv1d_reference
+from mamba2.ops.conv1d.reference import causal_conv1d_reference, causal_conv1d_step_reference
 from mamba2.ops.conv1d.triton_op import MAX_WIDTH, causal_conv1d_triton
 
 IMPLEMENTATIONS = {
@@ -65,3 +65,26 @@ def causal_conv1d(
     ys, final_state = implementation(x, weight, bias, seq_idx, initial_state, activation, return_final_state, pieces)
     y = ys[0] if splits is None else ys
     return (y, final_state) if return_final_state else y
+
+
+@torch.no_grad()
+def causal_conv1d_step(
+    window: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    activation: bool = True,
+) -> torch.Tensor:
+    """Move `window` on in place by one token and return the convolution's output for it, (b, d) in x's dtype.
+
+    Arguments: window (b, K - 1, d), the last inputs, as `causal_conv1d` returns them; x (b, d); weight (d, K); bias
+    (d,) or None. A handful of torch operations on every device.
+
+    Raises ValueError naming the argument whose shape does not fit.
+    """
+    b, d = x.shape
+    if weight.dim() != 2 or weight.shape[0] != d:
+        raise ValueError(f"weight must have shape ({d}, width), not {tuple(weight.shape)}")
+    if tuple(window.shape) != (b, weight.shape[1] - 1, d):
+        raise ValueError(f"window must have shape {(b, weight.shape[1] - 1, d)}, not {tuple(window.shape)}")
+    return causal_conv1d_step_reference(window, x, weight, bias, activation)

@@ -61,3 +61,20 @@ def last_inputs(
         return kept
     document = F.pad((seq_idx[:, 1:] != seq_idx[:, :-1]).cumsum(dim=1), (window + 1, 0))[:, l:]  # (b, window)
     return torch.where((document == document[:, -1:])[:, :, None], kept, torch.zeros_like(kept)) if window else kept
+
+
+def causal_conv1d_step_reference(
+    window: torch.Tensor,  # (b, K - 1, d)
+    x: torch.Tensor,  # (b, d)
+    weight: torch.Tensor,  # (d, K)
+    bias: torch.Tensor | None,  # (d,)
+    activation: bool,
+) -> torch.Tensor:
+    """See `mamba2.ops.causal_conv1d_step`."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    inputs = torch.cat([window.to(x.dtype), x[:, None]], dim=1)  # (b, K, d)
+    window.copy_(inputs[:, 1:])
+    y = (inputs.to(wide) * weight.t().to(wide)).sum(dim=1)
+    if bias is not None:
+        y = y + bias.to(wide)
+    return (F.silu(y) if activation else y).to(x.dtype)

@@ -13,8 +13,8 @@ import torch
 
 from mamba2.ops.backend import choose_backend
 from mamba2.ops.ssd.blocked import ssd_blocked
-from mamba2.ops.ssd.reference import ssd_reference
-from mamba2.ops.ssd.triton_op import ssd_triton
+from mamba2.ops.ssd.op import ssd_triton
+from mamba2.ops.ssd.reference import SSDInputs, ssd_reference
 
 IMPLEMENTATIONS = {"reference": ssd_reference, "torch": ssd_blocked, "triton": ssd_triton}
 
@@ -59,30 +59,19 @@ def ssd(
 
     Raises ValueError naming the argument whose shape, dtype or device does not fit.
     """
-    _check(x, dt, A, B, C, chunk_size, D, z, dt_bias, initial_states, seq_idx, dt_limit)
+    inputs = SSDInputs(
+        x, dt, A, B, C, chunk_size, D, z, dt_bias, initial_states, seq_idx, dt_softplus, dt_limit, return_final_states
+    )
+    _check(inputs)
     implementation = IMPLEMENTATIONS[choose_backend(x, tuple(IMPLEMENTATIONS))]
     # Which dtype each product uses is decided in the implementations, not by an enclosing autocast.
     with torch.autocast(x.device.type, enabled=False):
-        y, final_states = implementation(
-            x,
-            dt,
-            A,
-            B,
-            C,
-            chunk_size,
-            D,
-            z,
-            dt_bias,
-            initial_states,
-            seq_idx,
-            dt_softplus,
-            dt_limit,
-            return_final_states,
-        )
+        y, final_states = implementation(inputs)
     return (y, final_states) if return_final_states else y
 
 
-def _check(x, dt, A, B, C, chunk_size, D, z, dt_bias, initial_states, seq_idx, dt_limit) -> None:
+def _check(inputs: SSDInputs) -> None:
+    x, dt, A, B, C, chunk_size, D, z, dt_bias, initial_states, seq_idx, _, (low, high), _ = inputs
     if x.dim() != 4 or 0 in x.shape:
         raise ValueError(f"x must have shape (batch, seqlen, nheads, headdim) with no empty dimension, not {_shape(x)}")
     b, l, h, p = x.shape
@@ -104,8 +93,8 @@ def _check(x, dt, A, B, C, chunk_size, D, z, dt_bias, initial_states, seq_idx, d
     ):
         if tensor is not None:
             _expect_shape(name, tensor, shape)
-    named = {"x": x, "dt": dt, "A": A, "B": B, "C": C, "D": D, "z": z, "dt_bias": dt_bias}
-    named["initial_states"] = initial_states
+    tensors = ("x", "dt", "A", "B", "C", "D", "z", "dt_bias", "initial_states")
+    named = {name: getattr(inputs, name) for name in tensors}
     for name, tensor in named.items():
         if tensor is not None and not tensor.is_floating_point():
             raise ValueError(f"{name} must be of a floating-point dtype, not {tensor.dtype}")
@@ -119,9 +108,8 @@ def _check(x, dt, A, B, C, chunk_size, D, z, dt_bias, initial_states, seq_idx, d
             raise ValueError(f"{name} is on {tensor.device} and x on {x.device}; all must be on one device")
     if not isinstance(chunk_size, int) or isinstance(chunk_size, bool) or chunk_size < 1:
         raise ValueError(f"chunk_size must be a positive integer, not {chunk_size!r}")
-    low, high = dt_limit
     if not 0.0 <= low <= high:
-        raise ValueError(f"dt_limit must be (low, high) with 0 <= low <= high, not {tuple(dt_limit)}")
+        raise ValueError(f"dt_limit must be (low, high) with 0 <= low <= high, not {(low, high)}")
 
 
 def _expect_shape(name: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> None:

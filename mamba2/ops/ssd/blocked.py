@@ -28,39 +28,25 @@ from mamba2.ops.device import block_elements
 from mamba2.ops.fusion import fusable, is_fused
 from mamba2.ops.gradient import register_gradient
 from mamba2.ops.ssd.chunked import _document_number, _pad
-from mamba2.ops.ssd.reference import activate_dt
+from mamba2.ops.ssd.reference import SSDInputs, activate_dt, skip_and_gate
 
 
-def ssd_blocked(
-    x: torch.Tensor,  # (b, l, h, p)
-    dt: torch.Tensor,  # (b, l, h)
-    A: torch.Tensor,  # (h,)
-    B: torch.Tensor,  # (b, l, g, n)
-    C: torch.Tensor,  # (b, l, g, n)
-    chunk_size: int,
-    D: torch.Tensor | None,  # (h,) or (h, p)
-    z: torch.Tensor | None,  # (b, l, h, p)
-    dt_bias: torch.Tensor | None,  # (h,)
-    initial_states: torch.Tensor | None,  # (b, h, p, n)
-    seq_idx: torch.Tensor | None,  # (b, l)
-    dt_softplus: bool,
-    dt_limit: tuple[float, float],
-    return_final_states: bool,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+def ssd_blocked(inputs: SSDInputs) -> tuple[torch.Tensor, torch.Tensor | None]:
     """See `mamba2.ops.ssd`; chunks are `chunk_size` long or shorter. Returns y, and the last state if asked for."""
+    x, B, D, initial = inputs.x, inputs.B, inputs.D, inputs.initial_states
     wide = torch.promote_types(x.dtype, torch.float32)
     p, n = x.shape[-1], B.shape[-1]
-    dt = activate_dt(dt, dt_bias, dt_softplus, dt_limit, wide)  # (b, l, h)
+    dt = activate_dt(inputs.dt, inputs.dt_bias, inputs.dt_softplus, inputs.dt_limit, wide)  # (b, l, h)
     if D is not None:
         D = (D if D.dim() == 2 else D[:, None].expand(-1, p)).to(wide)  # (h, p)
-    if initial_states is not None:
-        initial_states = initial_states.to(wide)
+    if initial is not None:
+        initial = initial.to(wide)
+    q = min(inputs.chunk_size, best_chunk(p, n), x.shape[1])
+    y, final, _ = forward_op(x, dt, dt * inputs.A.to(wide), B, inputs.C, D, initial, inputs.seq_idx, q)
     # The gate belongs to the wide result: in 16 bits y is rounded once more before it than in the chunked form.
-    q = min(chunk_size, best_chunk(p, n), x.shape[1])
-    y, final, _ = forward_op(x, dt, dt * A.to(wide), B, C, D, initial_states, seq_idx, q)
-    if z is not None:
-        y = (y.to(wide) * F.silu(z.to(wide))).to(x.dtype)
-    return y, final if return_final_states else None
+    if inputs.z is not None:
+        y = skip_and_gate(y.to(wide), x, None, inputs.z).to(x.dtype)
+    return y, final if inputs.return_final_states else None
 
 
 def best_chunk(headdim: int, d_state: int) -> int:

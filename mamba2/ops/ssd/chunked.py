@@ -15,42 +15,28 @@ multiplication, so that nothing is ever inf · 0.
 import torch
 import torch.nn.functional as F
 
-from mamba2.ops.ssd.reference import activate_dt
+from mamba2.ops.ssd.reference import SSDInputs, activate_dt, skip_and_gate
 
 
-def ssd_chunked(
-    x: torch.Tensor,  # (b, l, h, p)
-    dt: torch.Tensor,  # (b, l, h)
-    A: torch.Tensor,  # (h,)
-    B: torch.Tensor,  # (b, l, g, n)
-    C: torch.Tensor,  # (b, l, g, n)
-    chunk_size: int,
-    D: torch.Tensor | None,  # (h,) or (h, p)
-    z: torch.Tensor | None,  # (b, l, h, p)
-    dt_bias: torch.Tensor | None,  # (h,)
-    initial_states: torch.Tensor | None,  # (b, h, p, n)
-    seq_idx: torch.Tensor | None,  # (b, l)
-    dt_softplus: bool,
-    dt_limit: tuple[float, float],
-    return_final_states: bool,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+def ssd_chunked(inputs: SSDInputs) -> tuple[torch.Tensor, torch.Tensor | None]:
     """See `mamba2.ops.ssd`. Returns y (b, l, h, p), and the last state (b, h, p, n) if asked for."""
+    x, B, C, seq_idx = inputs.x, inputs.B, inputs.C, inputs.seq_idx
     b, l, h, p = x.shape
     g, n = B.shape[2:]
     r = h // g  # heads per group
-    q = min(chunk_size, l)
+    q = min(inputs.chunk_size, l)
     c = -(-l // q)  # chunks
     wide = torch.promote_types(x.dtype, torch.float32)
     narrow = x.dtype
 
     # Past the end dt is 0: the state neither decays nor is written.
     padding = c * q - l
-    dt = activate_dt(dt, dt_bias, dt_softplus, dt_limit, wide)
+    dt = activate_dt(inputs.dt, inputs.dt_bias, inputs.dt_softplus, inputs.dt_limit, wide)
     dt_c = _pad(dt, padding).view(b, c, q, g, r).permute(0, 1, 3, 4, 2)  # (b, c, g, r, q)
     x_c = _pad(x, padding).view(b, c, q, g, r, p).permute(0, 1, 3, 4, 2, 5)  # (b, c, g, r, q, p)
     B_c = _pad(B, padding).view(b, c, q, g, n).transpose(2, 3)  # (b, c, g, q, n)
     C_c = _pad(C, padding).view(b, c, q, g, n).transpose(2, 3)  # (b, c, g, q, n)
-    cs = torch.cumsum(dt_c * A.to(wide).view(g, r, 1), dim=-1)  # (b, c, g, r, q)
+    cs = torch.cumsum(dt_c * inputs.A.to(wide).view(g, r, 1), dim=-1)  # (b, c, g, r, q)
 
     # decay[i, j] = exp(cs_i - cs_j) for j <= i. The difference is never positive there; the clamp keeps exp finite on
     # the other side of the diagonal, whose values `where` drops.
@@ -78,10 +64,10 @@ def ssd_chunked(
     x_out = (x_c * (decay_out * dt_c).unsqueeze(-1)).to(narrow)  # (b, c, g, r, q, p)
     written = x_out.transpose(-1, -2).reshape(b, c, g, r * p, q) @ B_c  # (b, c, g, r p, n)
     written = written.view(b, c, h, p, n).to(wide)
-    if initial_states is None:
+    if inputs.initial_states is None:
         state = written.new_zeros(b, h, p, n)
     else:
-        state = initial_states.to(wide)
+        state = inputs.initial_states.to(wide)
     states = []
     for chunk in range(c):
         states.append(state)
@@ -91,11 +77,8 @@ def ssd_chunked(
     y = y.to(wide) + read * decay_in.unsqueeze(-1)
 
     y = y.permute(0, 1, 4, 2, 3, 5).reshape(b, c * q, h, p)[:, :l]
-    if D is not None:
-        y = y + x * (D if D.dim() == 2 else D[:, None]).to(wide)
-    if z is not None:
-        y = y * F.silu(z.to(wide))
-    return y.to(narrow), state if return_final_states else None
+    y = skip_and_gate(y, x, inputs.D, inputs.z)
+    return y.to(narrow), state if inputs.return_final_states else None
 
 
 def _pad(tensor: torch.Tensor, tokens: int) -> torch.Tensor:

@@ -129,7 +129,7 @@ def test_no_address_is_written_by_two_programs(monkeypatch):
 
 def test_the_op_is_registered_as_torch_compile_needs_it(monkeypatch):
     monkeypatch.setenv("MAMBA2_BACKEND", "triton")
-    from mamba2.ops.step.triton_op import _ssd_step_op
+    from mamba2.ops.ssd.step import _ssd_step_op
 
     inputs = make_inputs(2, 4, 8, 2, 16, D=2)
     args = (*inputs.values(), True, 0.0, 1.0)
