@@ -155,7 +155,7 @@ def measure(case: Case, multiprocessors: int) -> tuple[Cost, Cost, float]:
 
     with ExitStack() as stack:
         stack.enter_context(mamba_ssm_environment(multiprocessors))
-        for module in ("mamba2.ops.conv1d.triton_op", "mamba2.ops.norm.triton_op", "mamba2.ops.ssd.op"):
+        for module in ("mamba2.ops.conv1d", "mamba2.ops.norm", "mamba2.ops.ssd.op"):
             replaced = mock.patch.object(importlib.import_module(module), "multiprocessors", lambda _: multiprocessors)
             stack.enter_context(replaced)
         hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
@@ -198,12 +198,12 @@ def mamba_ssm_norms() -> tuple[Callable, Callable]:
 def measure_softmax(dtype: torch.dtype = torch.bfloat16) -> Cost:
     """Loss and gradient of logits, per token, in one pass."""
     from benchmarks.interpreter import record
-    from mamba2.ops.cross_entropy.triton_softmax import triton_softmax
+    from mamba2.ops.cross_entropy import triton_softmax
 
     logits = leaf(LOSS_TOKENS, VOCABULARY, dtype=dtype).detach()
     targets = torch.arange(LOSS_TOKENS)
     with record() as launches:
-        losses, gradient = triton_softmax(logits, targets, -100, 0.0, True)
+        losses, gradient = triton_softmax(logits, targets, -100, True)
     requested, dram = (sum(getattr(launch, key) for launch in launches) for key in ("requested", "dram"))
     floor = size([logits, gradient, targets, losses])
     return Cost(len(launches), *(value / LOSS_TOKENS for value in (requested, dram, floor)))
@@ -213,7 +213,7 @@ def resource_launches() -> Iterator[tuple[str, list]]:
     """Launches at shapes of models, captured and not run: of the study, of mamba2-2.7b (d 2560, d_inner 5120)."""
     from benchmarks.compilation import captured
     from mamba2.ops import add_rms_norm, causal_conv1d, gated_rms_norm
-    from mamba2.ops.cross_entropy.triton_softmax import triton_softmax
+    from mamba2.ops.cross_entropy import triton_softmax
 
     def both(function: Callable, *inputs: torch.Tensor) -> list:
         def step() -> None:
@@ -246,7 +246,7 @@ def resource_launches() -> Iterator[tuple[str, list]]:
         title = f"gated norm d{d} g{groups}" + (" norm first" if first else "")
         yield title, both(lambda *t, g=groups, f=first: gated_rms_norm(*t, EPS, g, f), x, z, weight)
     logits, targets = torch.zeros(LOSS_TOKENS, VOCABULARY, dtype=half), torch.zeros(LOSS_TOKENS, dtype=torch.int64)
-    yield f"softmax v{VOCABULARY}", captured(lambda: triton_softmax(logits, targets, -100, 0.0, True))
+    yield f"softmax v{VOCABULARY}", captured(lambda: triton_softmax(logits, targets, -100, True))
 
 
 def resources() -> Iterator[tuple[str, list]]:

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 
 from mamba2.model import Mamba2Block, Mamba2LM, MixerState
 from mamba2.ops.fusion import compile_like, require_cxx_compiler
-from mamba2.ops.norm.reference import add_rms_norm_reference, gated_rms_norm_reference
+from mamba2.ops.norm_torch import add_rms_norm_reference, gated_rms_norm_reference
 from mamba2.ops.ssd.reference import ssd_step_reference
 
 _steps: dict[tuple, Callable] = {}
@@ -85,9 +85,7 @@ class CompiledDecoder:
                 dt_softplus=True,
                 dt_limit=cfg.time_step_limit,
             )
-            y = gated_rms_norm_reference(
-                y.flatten(-2), z, layer.gated_norm, cfg.layer_norm_epsilon, cfg.n_groups, norm_before_gate=False
-            )
+            y = gated_rms_norm_reference(y.flatten(-2), z, layer.gated_norm, cfg.layer_norm_epsilon, cfg.n_groups)
             x = _product(y, layer.out_proj, layer.out_bias)
         hidden, _ = add_rms_norm_reference(x, residual, self.norm_f, cfg.layer_norm_epsilon, wide)
         return _product(hidden, self.head, None)

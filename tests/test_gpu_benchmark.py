@@ -13,8 +13,9 @@ from benchmarks.gpu import __main__ as command
 from benchmarks.gpu import kernels, second
 from benchmarks.gpu.record import decoded, encoded, tensors_of
 from benchmarks.gpu.worker import Bench, Wrong, run_cases
+from mamba2.ops.kernel import constant
 from mamba2.ops.ssd.forward import Edges
-from mamba2.ops.ssd.tiles import Sizes, constant, view
+from mamba2.ops.ssd.tiles import Sizes, view
 
 WITHOUT_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="looks at what is said and done without a GPU")
 
@@ -97,7 +98,7 @@ def test_a_kernel_that_leaves_other_values_is_wrong():
         args = (torch.ones(3, 8), torch.zeros(8), None, None, None, 3, 8, 8, 0, 0)
         return {
             "case": "_sum",
-            "kernel": ("mamba2.ops.triton_reduce", "_sum_rows_kernel"),
+            "kernel": ("mamba2.ops.kernel", "_sum_rows_kernel"),
             "grid": (1,),
             "before": (encoded(args), {"ROWS": 16, "COLUMNS": 8}),
             "after": [torch.ones(3, 8), tensor],

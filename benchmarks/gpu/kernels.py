@@ -11,7 +11,7 @@ import torch
 from benchmarks.gpu.record import decoded, tensors_of
 from benchmarks.gpu.worker import Bench, Case, Wrong
 from benchmarks.train_step import matmul_peak
-from mamba2.ops.device import target_of
+from mamba2.ops.kernel import target_of
 
 # Sums by scans and reductions in one kernel have failed on Hopper elsewhere (fla-org/flash-linear-attention#734).
 FIRST = ("_decays_kernel", "_decays_gradient_kernel")

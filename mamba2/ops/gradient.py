@@ -35,18 +35,20 @@ def register_gradient(op: Callable, backward: Callable, setup_context: Callable)
     Returns what to call in place of `op`: the same without torch's dispatcher, which takes longer than a launch, where
     nobody looks at the call: no compiler, no mode and no subclass of tensors.
 
-    The backward pass raises ValueError where a second derivative is asked for.
+    `backward` takes the context and the gradient of each result, of those in a list as well. Where a second derivative
+    is asked for, it raises ValueError.
     """
 
     def first_order(ctx: Any, *grads: Any) -> tuple[torch.Tensor | None, ...]:
-        if is_transformed() or any(map(_is_batched, _flat(grads))):
+        grads = _flat(grads)
+        if is_transformed() or any(map(_is_batched, grads)):
             raise ValueError(f"the fast forms have no batched gradients and no tangents of gradients; {ADVICE}")
         if not torch.is_grad_enabled():
             return backward(ctx, *grads)
         once = _Once(ctx)  # create_graph=True
         with torch.no_grad():
             results = backward(once, *grads)
-        return _Last.apply(len(results), *results, *once.saved_tensors, *_flat(grads))
+        return _Last.apply(len(results), *results, *once.saved_tensors, *grads)
 
     op.register_autograd(first_order, setup_context=setup_context)
 
@@ -55,7 +57,7 @@ def register_gradient(op: Callable, backward: Callable, setup_context: Callable)
         def forward(ctx: Any, *args: Any) -> tuple[torch.Tensor, ...]:
             outputs = op._init_fn(*args)
             setup_context(ctx, args, outputs)
-            return tuple(outputs)
+            return outputs if isinstance(outputs, torch.Tensor) else tuple(outputs)
 
         backward = staticmethod(first_order)
 

@@ -4,8 +4,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mamba2.ops import add_rms_norm, causal_conv1d, gated_rms_norm, linear_cross_entropy, linear_token_losses
-from mamba2.ops.cross_entropy import chunked
+from mamba2.ops import (
+    add_rms_norm,
+    causal_conv1d,
+    gated_rms_norm,
+    linear_cross_entropy,
+    linear_token_losses,
+)
+from mamba2.ops import cross_entropy as chunked
 
 
 def randn(*shape, seed=0):
@@ -67,20 +73,18 @@ def test_add_rms_norm_equals_torch_and_adds_in_the_streams_dtype():
 
 
 @pytest.mark.parametrize("ngroups", [1, 2, 8])
-@pytest.mark.parametrize("norm_before_gate", [False, True])
-def test_gated_norm_normalises_each_group(ngroups, norm_before_gate):
+def test_gated_norm_normalises_each_group(ngroups):
     x, z, weight = randn(2, 3, 16), randn(2, 3, 16, seed=1), randn(16, seed=2)
-    u = x if norm_before_gate else x * F.silu(z)
+    u = x * F.silu(z)
     expected = torch.cat([F.rms_norm(part, part.shape[-1:], eps=1e-5) for part in u.chunk(ngroups, dim=-1)], dim=-1)
-    expected = expected * weight * (F.silu(z) if norm_before_gate else 1)
-    actual = gated_rms_norm(x, z, weight, 1e-5, ngroups, norm_before_gate)
+    expected = expected * weight
+    actual = gated_rms_norm(x, z, weight, 1e-5, ngroups)
     torch.testing.assert_close(actual, expected)
-    assert torch.autograd.gradcheck(lambda *t: gated_rms_norm(*t, 1e-5, ngroups, norm_before_gate), (x, z, weight))
+    assert torch.autograd.gradcheck(lambda *t: gated_rms_norm(*t, 1e-5, ngroups), (x, z, weight))
 
 
 @pytest.mark.parametrize("tokens_per_chunk", [3, 100])
-@pytest.mark.parametrize("z_loss", [0.0, 0.1])
-def test_cross_entropy_equals_torch(monkeypatch, tokens_per_chunk, z_loss):
+def test_cross_entropy_equals_torch(monkeypatch, tokens_per_chunk):
     def chunks(hidden, weight):
         return [slice(i, i + tokens_per_chunk) for i in range(0, len(hidden), tokens_per_chunk)]
 
@@ -89,10 +93,8 @@ def test_cross_entropy_equals_torch(monkeypatch, tokens_per_chunk, z_loss):
     targets = torch.arange(14).view(2, 7) % 11
     targets[1, 2:5] = -100
     logits = (hidden @ weight.t()).flatten(0, 1)
-    kept = targets.flatten() != -100
     expected = F.cross_entropy(logits, targets.flatten(), reduction="sum")
-    expected = expected + z_loss * torch.logsumexp(logits, dim=-1)[kept].square().sum()
-    actual = linear_cross_entropy(hidden, weight, targets, z_loss=z_loss)
+    actual = linear_cross_entropy(hidden, weight, targets)
     torch.testing.assert_close(actual, expected)
     for a, b in zip(
         torch.autograd.grad(3 * actual, (hidden, weight)), torch.autograd.grad(3 * expected, (hidden, weight))
@@ -119,7 +121,7 @@ def test_cross_entropy_never_holds_all_logits():
     hidden, weight = torch.randn(4096, 4), torch.randn(20000, 4)
     targets = torch.zeros(4096, dtype=torch.int64)
     with Watch():
-        chunked.losses_and_gradients(chunked.torch_softmax, hidden, weight, targets, -100, 0.0, True, True)
+        chunked.losses_and_gradients(chunked.torch_softmax, hidden, weight, targets, -100, True, True)
     assert weight.numel() < largest[0] <= chunked.CHUNK_BYTES // 4 < 4096 * 20000 // 2
 
 
@@ -174,9 +176,9 @@ def values_and_gradients(function, tensors: list[torch.Tensor]) -> list[torch.Te
 
 def assert_forms_agree(monkeypatch, function, tensors: list[torch.Tensor], dtype: torch.dtype) -> None:
     """The fast form in `dtype` against the readable one in float64 on the same values, in blocks of few rows."""
-    from mamba2.ops import device
+    from mamba2.ops import fusion
 
-    monkeypatch.setattr(device, "CACHED_ELEMENTS", 40)
+    monkeypatch.setattr(fusion, "CACHED_ELEMENTS", 40)
     narrow = [t.to(dtype).requires_grad_() for t in tensors]
     monkeypatch.setenv("MAMBA2_BACKEND", "reference")
     expected = values_and_gradients(function, [t.detach().double().requires_grad_() for t in narrow])
@@ -208,6 +210,17 @@ def test_fast_convolution_equals_the_readable_form(monkeypatch, length, width, w
     assert_forms_agree(monkeypatch, function, tensors if width > 1 else tensors[:3], dtype)
 
 
+@pytest.mark.parametrize("v", [33, 34, 997])
+def test_what_memory_held_before_does_not_reach_the_gradients(monkeypatch, v):
+    """oneDNN's small products of bfloat16 read past the width: NaN there came through in 241 of 300 calls."""
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda self, *size, **kw: self.new_full(size, float("nan"), **kw))
+    hidden = torch.randn(64, 8, dtype=torch.bfloat16, requires_grad=True)
+    weight = torch.randn(v, 8, requires_grad=True)
+    linear_cross_entropy(hidden, weight, torch.arange(64) % v).backward()
+    assert hidden.grad.isfinite().all()
+    assert weight.grad.isfinite().all()
+
+
 @pytest.mark.parametrize("dtype", FAST_DTYPES)
 @pytest.mark.parametrize("ngroups", [1, 3])
 def test_fast_norms_equal_the_readable_forms(monkeypatch, ngroups, dtype):
@@ -224,7 +237,7 @@ def test_fast_norms_equal_the_readable_forms(monkeypatch, ngroups, dtype):
 
 
 def test_cross_entropy_in_blocks_equals_one_block(monkeypatch):
-    from mamba2.ops import device
+    from mamba2.ops import fusion
 
     generator = torch.Generator().manual_seed(0)
     hidden, weight = torch.randn(40, 8, generator=generator), torch.randn(50, 8, generator=generator)
@@ -233,9 +246,9 @@ def test_cross_entropy_in_blocks_equals_one_block(monkeypatch):
     for dtype, tolerance in ((torch.float32, 1e-6), (torch.bfloat16, 1e-2)):
         results = []
         for elements, chunk in ((2**17, chunked.CPU_CHUNK_BYTES), (70, 1)):
-            monkeypatch.setattr(device, "CACHED_ELEMENTS", elements)
+            monkeypatch.setattr(fusion, "CACHED_ELEMENTS", elements)
             monkeypatch.setattr(chunked, "CPU_CHUNK_BYTES", chunk)
-            arguments = (chunked.torch_softmax, hidden.to(dtype), weight, targets, -100, 0.1, True, True)
+            arguments = (chunked.torch_softmax, hidden.to(dtype), weight, targets, -100, True, True)
             results.append(chunked.losses_and_gradients(*arguments))
         for one, many in zip(*results):
             torch.testing.assert_close(many, one, rtol=tolerance, atol=tolerance)

@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mamba2.ops import causal_conv1d
-from mamba2.ops.conv1d import triton_op
+from mamba2.ops import causal_conv1d, conv1d
 from tests.ops import kernel_checks as checks
 
 DTYPES = checks.HALF_PRECISIONS_AND_SINGLE
@@ -120,7 +119,7 @@ def test_one_result_alone_can_carry_the_gradient(monkeypatch, gradient_of):
 @pytest.mark.parametrize("multiprocessors", [1, 10_000])
 def test_few_and_many_tokens_per_program_agree(monkeypatch, multiprocessors):
     """With one multiprocessor a program takes 128 of these tokens, with very many 32."""
-    monkeypatch.setattr(triton_op, "multiprocessors", lambda device: multiprocessors)
+    monkeypatch.setattr(conv1d, "multiprocessors", lambda device: multiprocessors)
     checks.check_accuracy(monkeypatch, op(documents(8, 130)), make_inputs(8, 130, 3, 2))
 
 
@@ -197,8 +196,8 @@ def test_registration():
     tensors = [None if t is None else t.requires_grad_() for t in make_inputs(1, 9, 6, 4).values()]
     x, weight, bias, initial = tensors
     seq_idx = documents(1, 9)
-    checks.check_registration(triton_op._forward_op, x, weight, bias, seq_idx, initial, True, True, (2, 4))
-    checks.check_registration(triton_op._forward_op, x, weight, None, None, None, False, False, (6,))
+    checks.check_registration(conv1d._forward_op, x, weight, bias, seq_idx, initial, True, True, (2, 4))
+    checks.check_registration(conv1d._forward_op, x, weight, None, None, None, False, False, (6,))
     x, weight, bias, initial = (tensor.detach() for tensor in tensors)
     dys = [checks.normal(1, 9, width) for width in (2, 4)]
-    checks.check_registration(triton_op._backward_op, dys, None, x, weight, bias, seq_idx, initial, True)
+    checks.check_registration(conv1d._backward_op, dys, None, x, weight, bias, seq_idx, initial, True)

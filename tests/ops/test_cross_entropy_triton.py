@@ -3,11 +3,8 @@
 import pytest
 import torch
 
-from mamba2.ops import linear_cross_entropy, linear_token_losses
-from mamba2.ops.cross_entropy import chunked
-from mamba2.ops.cross_entropy.chunked import torch_softmax
-from mamba2.ops.cross_entropy.op import loss_op, token_losses_op
-from mamba2.ops.cross_entropy.triton_softmax import triton_softmax
+from mamba2.ops import cross_entropy, linear_cross_entropy, linear_token_losses
+from mamba2.ops.cross_entropy import loss_op, token_losses_op, torch_softmax, triton_softmax
 from tests.ops import kernel_checks as checks
 
 DTYPES = checks.HALF_PRECISIONS_AND_SINGLE
@@ -20,7 +17,7 @@ def small_chunks(monkeypatch):
     def chunks(hidden, weight):
         return [slice(start, start + 17) for start in range(0, hidden.shape[0], 17)]
 
-    monkeypatch.setattr(chunked, "_chunks", chunks)
+    monkeypatch.setattr(cross_entropy, "_chunks", chunks)
 
 
 def make_inputs(t, d, v, dtype=torch.float32):
@@ -34,15 +31,14 @@ def make_targets(t: int, v: int) -> torch.Tensor:
     return targets.to(checks.DEVICE)
 
 
-def op(targets, z_loss=0.0, factor=1.0):
-    return lambda hidden, weight: factor * linear_cross_entropy(hidden, weight, targets, z_loss=z_loss)
+def op(targets, factor=1.0):
+    return lambda hidden, weight: factor * linear_cross_entropy(hidden, weight, targets)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("z_loss", [0.0, 0.1])
 @pytest.mark.parametrize("v", [3, 142, 257, 5000])
-def test_loss_and_gradients(monkeypatch, v, z_loss, dtype):
-    checks.check_accuracy(monkeypatch, op(make_targets(12, v), z_loss, 1 / 1023), make_inputs(12, 8, v, dtype))
+def test_loss_and_gradients(monkeypatch, v, dtype):
+    checks.check_accuracy(monkeypatch, op(make_targets(12, v), 1 / 1023), make_inputs(12, 8, v, dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -73,8 +69,8 @@ def test_gradients_that_nobody_needs_are_not_made(monkeypatch, needed):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_kernel_overwrites_logits_with_their_gradient(dtype):
     logits, targets = checks.normal(24, 257, dtype=dtype) * 4, make_targets(12, 257).flatten()
-    expected, gradient = torch_softmax(logits.double(), targets, -100, 0.1, True)
-    losses, overwritten = triton_softmax(logits, targets, -100, 0.1, True)
+    expected, gradient = torch_softmax(logits.double(), targets, -100, True)
+    losses, overwritten = triton_softmax(logits, targets, -100, True)
     assert overwritten is logits and losses.dtype == torch.float32
     torch.testing.assert_close(losses.double(), expected, rtol=1e-5, atol=1e-5)
     rtol = {torch.float32: 1e-5, torch.bfloat16: 4e-3, torch.float16: 5e-4}[dtype]
@@ -110,7 +106,7 @@ def test_any_strides_give_the_same(monkeypatch):
 def test_rows_past_the_range_of_int32():
     logits, targets = checks.normal(3, 16, dtype=torch.bfloat16), torch.tensor([3, 0, 15], device=checks.DEVICE)
     apart = checks.far_apart(logits, 0)
-    losses = [triton_softmax(tensor, targets, -100, 0.0, True)[0] for tensor in (apart, logits)]
+    losses = [triton_softmax(tensor, targets, -100, True)[0] for tensor in (apart, logits)]
     assert torch.equal(*losses) and torch.equal(apart, logits)
 
 
@@ -147,7 +143,7 @@ def test_registration(backend):
     checks.check_registration(token_losses_op, hidden, weight, targets, -100, backend)
     hidden, weight = hidden.requires_grad_(), weight.requires_grad_()
     for needed in ((True, True), (False, True), (True, False)):
-        checks.check_registration(loss_op, hidden, weight, targets, -100, 0.0, *needed, backend)
+        checks.check_registration(loss_op, hidden, weight, targets, -100, *needed, backend)
 
 
 def test_what_the_kernel_cannot_take_is_named(monkeypatch):

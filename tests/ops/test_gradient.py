@@ -53,7 +53,7 @@ OPS = {
     ),
     "add_rms_norm": (lambda x, residual, w: add_rms_norm(x, residual, w, 1e-5), [(3, 4), (3, 4), (4,)]),
     "gated_rms_norm": (lambda x, z, w: gated_rms_norm(x, z, w, 1e-5, ngroups=2), [(3, 4), (3, 4), (4,)]),
-    "linear_cross_entropy": (lambda h, w: linear_cross_entropy(h, w, TARGETS, z_loss=0.1), [(3, 4), (5, 4)]),
+    "linear_cross_entropy": (lambda h, w: linear_cross_entropy(h, w, TARGETS), [(3, 4), (5, 4)]),
     "linear_token_losses": (lambda h, w: linear_token_losses(h, w, TARGETS), [(3, 4), (5, 4)]),
     "ssd_step": (step_of, [(1, 2, 2, 3), (1, 2, 2), (1, 2), (2,), (1, 1, 3), (1, 1, 3)]),
     "causal_conv1d_step": (conv_step_of, [(1, 3, 5), (1, 5), (5, 4)]),

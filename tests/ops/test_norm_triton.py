@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from mamba2.ops import add_rms_norm, gated_rms_norm
-from mamba2.ops.norm import triton_op
+from mamba2.ops import add_rms_norm, gated_rms_norm, norm
 from tests.ops import kernel_checks as checks
 
 DTYPES = checks.HALF_PRECISIONS_AND_SINGLE
@@ -25,9 +24,9 @@ def make_gated(*shape, dtype=torch.float32):
     return {"x": x, "z": z, "weight": checks.normal(shape[-1], seed=2)}
 
 
-def gated(ngroups=1, norm_before_gate=False):
+def gated(ngroups=1):
     def function(x, z, weight):
-        return gated_rms_norm(x, z, weight, EPS, ngroups, norm_before_gate)
+        return gated_rms_norm(x, z, weight, EPS, ngroups)
 
     return function
 
@@ -71,23 +70,21 @@ def test_a_stream_that_starts_is_not_copied(monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("norm_before_gate", [False, True])
 @pytest.mark.parametrize(("shape", "ngroups"), [((1, 5), 1), ((2, 17, 144), 3), ((9, 24), 8), ((3, 257), 1)])
-def test_gated_norm(monkeypatch, shape, ngroups, norm_before_gate, dtype):
-    checks.check_accuracy(monkeypatch, gated(ngroups, norm_before_gate), make_gated(*shape, dtype=dtype))
+def test_gated_norm(monkeypatch, shape, ngroups, dtype):
+    checks.check_accuracy(monkeypatch, gated(ngroups), make_gated(*shape, dtype=dtype))
 
 
 @pytest.mark.parametrize("d", [2560, *(pytest.param(d, marks=pytest.mark.slow) for d in (5120, 5121))])
 def test_wide_rows_in_pieces(monkeypatch, d):
     checks.check_accuracy(monkeypatch, add, make_add(3, d, dtype=torch.bfloat16))
-    for first in (False, True):
-        checks.check_accuracy(monkeypatch, gated(1, first), make_gated(3, d, dtype=torch.bfloat16))
+    checks.check_accuracy(monkeypatch, gated(), make_gated(3, d, dtype=torch.bfloat16))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("multiprocessors", [1, 10_000])
 def test_few_and_many_rows_per_program_agree(monkeypatch, multiprocessors):
-    monkeypatch.setattr(triton_op, "multiprocessors", lambda device: multiprocessors)
+    monkeypatch.setattr(norm, "multiprocessors", lambda device: multiprocessors)
     checks.check_accuracy(monkeypatch, add, make_add(257, 257))
     checks.check_accuracy(monkeypatch, gated(3), make_gated(257, 144))
 
@@ -95,8 +92,7 @@ def test_few_and_many_rows_per_program_agree(monkeypatch, multiprocessors):
 def test_memory_that_nobody_wrote_is_not_read_and_none_is_written_twice(monkeypatch):
     checks.check_memory(monkeypatch, add, make_add(19, 257, dtype=torch.bfloat16))
     checks.check_memory(monkeypatch, add, make_add(1, 2560, stream=None))
-    for first in (False, True):
-        checks.check_memory(monkeypatch, gated(3, first), make_gated(2, 19, 144))
+    checks.check_memory(monkeypatch, gated(3), make_gated(2, 19, 144))
 
 
 def test_any_strides_give_the_same(monkeypatch):
@@ -165,13 +161,13 @@ def test_what_the_kernels_cannot_take_is_named(monkeypatch, message, call):
 @pytest.mark.parametrize("stream", [None, torch.float32])
 def test_registration_of_add_norm(stream):
     x, residual, weight = make_add(9, 24, dtype=torch.bfloat16, stream=stream).values()
-    checks.check_registration(triton_op._add_forward_op, x.requires_grad_(), residual, weight, EPS, torch.float16)
+    checks.check_registration(norm._add_forward_op, x.requires_grad_(), residual, weight, EPS, torch.float16)
     u = x.detach() if residual is None else residual
     dy = checks.normal(9, 24)
-    checks.check_registration(triton_op._add_backward_op, dy, residual, u, weight, EPS, torch.bfloat16)
+    checks.check_registration(norm._add_backward_op, dy, residual, u, weight, EPS, torch.bfloat16)
 
 
 def test_registration_of_gated_norm():
     x, z, weight = make_gated(9, 24).values()
-    checks.check_registration(triton_op._gated_backward_op, x, x, z, weight, EPS, 3, False)
-    checks.check_registration(triton_op._gated_forward_op, x.requires_grad_(), z, weight, EPS, 3, True)
+    checks.check_registration(norm._gated_backward_op, x, x, z, weight, EPS, 3)
+    checks.check_registration(norm._gated_forward_op, x.requires_grad_(), z, weight, EPS, 3)

@@ -222,11 +222,11 @@ FAST_CASES = {
 @pytest.mark.parametrize("case", FAST_CASES)
 def test_the_fast_form_equals_the_readable_one(monkeypatch, case, shape, dtype):
     """Values and all gradients, in several blocks of chunks, the last of them partly padding."""
-    from mamba2.ops import device
+    from mamba2.ops import fusion
     from mamba2.ops.ssd import SSDInputs
     from mamba2.ops.ssd.chunked import ssd_chunked
 
-    monkeypatch.setattr(device, "CACHED_ELEMENTS", 3 * shape[2] * 16 * 16)
+    monkeypatch.setattr(fusion, "CACHED_ELEMENTS", 3 * shape[2] * 16 * 16)
     settings = dict(FAST_CASES[case])
     options = {"chunk_size": 16, "dt_limit": (0.01, 1.5)}
     if settings.pop("documents", False):

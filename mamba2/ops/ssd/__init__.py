@@ -4,7 +4,7 @@
 
 `reference.py` runs it token by token and is the oracle; `chunked.py` computes the same by chunks with matrix products
 (Dao & Gu 2024, arXiv:2405.21060, section 6) and is the form to read; `blocked.py` is that form made fast, which runs;
-`triton_*.py` are kernels for GPUs, put together in `triton_op.py`.
+`docs/kernels.md` is the guide to the kernels for GPUs, which `op.py` puts together.
 """
 
 import math

@@ -24,8 +24,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from mamba2.ops.device import block_elements
-from mamba2.ops.fusion import fusable, is_fused
+from mamba2.ops.fusion import block_elements, fusable, is_fused
 from mamba2.ops.gradient import register_gradient
 from mamba2.ops.ssd.chunked import _document_number, _pad
 from mamba2.ops.ssd.reference import SSDInputs, activate_dt, skip_and_gate

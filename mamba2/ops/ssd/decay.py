@@ -31,8 +31,8 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from mamba2.ops.kernel import LOG2E, sigmoid, softplus
 from mamba2.ops.ssd.tiles import at
-from mamba2.ops.triton_math import LOG2E, sigmoid, softplus
 
 
 class Activation(NamedTuple):

@@ -18,14 +18,13 @@ import triton
 
 from mamba2.ops.autotune import autotuning, fastest
 from mamba2.ops.backend import TRITON_DTYPES
-from mamba2.ops.device import multiprocessors, target_of
 from mamba2.ops.gradient import register_gradient, unwatched
+from mamba2.ops.kernel import constant, multiprocessors, sum_rows, target_of
 from mamba2.ops.ssd.backward import _gradient_kernel
 from mamba2.ops.ssd.decay import Activation, Decays, Sums, _decays_gradient_kernel, _decays_kernel
 from mamba2.ops.ssd.forward import Edges, Outputs, _pass_kernel, _walk_kernel
 from mamba2.ops.ssd.reference import SSDInputs, skip_and_gate
-from mamba2.ops.ssd.tiles import Sizes, constant, n_tiles, view
-from mamba2.ops.triton_reduce import sum_rows
+from mamba2.ops.ssd.tiles import Sizes, n_tiles, view
 
 
 def ssd_triton(inputs: SSDInputs) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -15,11 +15,10 @@ import triton
 import triton.language as tl
 
 from mamba2.ops.backend import choose_backend
+from mamba2.ops.kernel import LOG2E, constant, require_kernel_tensors, silu, softplus
 from mamba2.ops.ssd.decay import Activation
 from mamba2.ops.ssd.reference import ssd_step_reference
-from mamba2.ops.ssd.tiles import Sizes, constant, view
-from mamba2.ops.triton_launch import require_kernel_tensors
-from mamba2.ops.triton_math import LOG2E, silu, softplus
+from mamba2.ops.ssd.tiles import Sizes, view
 
 # Elements of the state that one program holds: 16 registers of each of its threads.
 ELEMENTS, WARPS = 2048, 4

@@ -14,6 +14,8 @@ import torch
 import triton
 import triton.language as tl
 
+from mamba2.ops.kernel import constant
+
 
 class View(NamedTuple):
     """A tensor as kernels take it."""
@@ -35,12 +37,6 @@ class Sizes(NamedTuple):
     N1: Any
     N2: Any
     PRECISION: Any  # how float32 operands are multiplied; 16-bit ones are exact
-
-
-@functools.lru_cache(maxsize=None, typed=True)
-def constant(value: Any) -> tl.constexpr:
-    """The same object for the same value: Triton looks compiled kernels up by these, and is slow to compare two."""
-    return tl.constexpr(value)
 
 
 def view(tensor: torch.Tensor | None) -> View | None:

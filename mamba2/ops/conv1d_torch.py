@@ -1,4 +1,4 @@
-"""The convolution for speed in plain torch: the mathematics of `reference.py`, in blocks of rows that stay in cache.
+"""The convolution in plain torch: to read, as a sum of shifted copies; for speed, in blocks of rows that stay in cache.
 
 Kept for the backward are the inputs alone. With a the sum before SiLU and da = dy silu'(a):
 
@@ -13,10 +13,84 @@ from collections.abc import Iterator, Sequence
 import torch
 import torch.nn.functional as F
 
-from mamba2.ops.conv1d.reference import causal_conv1d_reference, last_inputs
-from mamba2.ops.device import block_elements
-from mamba2.ops.fusion import fusable, is_fused
-from mamba2.ops.gradient import register_gradient
+from mamba2.ops.fusion import block_elements, fusable, is_fused
+from mamba2.ops.gradient import register_gradient, unwatched
+
+
+def causal_conv1d_reference(
+    x: torch.Tensor,  # (b, l, d)
+    weight: torch.Tensor,  # (d, K)
+    bias: torch.Tensor | None,  # (d,)
+    seq_idx: torch.Tensor | None,  # (b, l)
+    initial_state: torch.Tensor | None,  # (b, K - 1, d)
+    activation: bool,
+    return_final_state: bool,
+    splits: tuple[int, ...],
+) -> tuple[tuple[torch.Tensor, ...], torch.Tensor | None]:
+    """See `mamba2.ops.causal_conv1d`. Returns the pieces of y and, if asked for, the last K - 1 inputs."""
+    b, l, d = x.shape
+    window = weight.shape[1] - 1
+    wide = torch.promote_types(x.dtype, torch.float32)
+    if initial_state is None:
+        initial_state = x.new_zeros(b, window, d)
+    padded = torch.cat([initial_state.to(x.dtype), x], dim=1)  # (b, window + l, d)
+    weight = weight.to(wide)
+
+    if seq_idx is not None:
+        changes = (seq_idx[:, 1:] != seq_idx[:, :-1]).cumsum(dim=1)
+        # the window before the sequence belongs to the document of the first token
+        document = F.pad(changes, (window + 1, 0))  # (b, window + l)
+
+    y = x.to(wide) * weight[:, window]
+    if bias is not None:
+        y = y + bias.to(wide)
+    for back in range(1, window + 1):
+        start = window - back
+        earlier = padded[:, start : start + l].to(wide)  # (b, l, d), the token `back` places before
+        if seq_idx is not None:
+            same = document[:, start : start + l] == document[:, window:]
+            earlier = torch.where(same[:, :, None], earlier, torch.zeros_like(earlier))
+        y = y + earlier * weight[:, start]
+    if activation:
+        y = F.silu(y)
+
+    ys = y.to(x.dtype).split(splits, dim=-1)
+    return ys, last_inputs(x, window, initial_state, seq_idx) if return_final_state else None
+
+
+def last_inputs(
+    x: torch.Tensor,  # (b, l, d)
+    window: int,
+    initial_state: torch.Tensor | None,  # (b, window, d)
+    seq_idx: torch.Tensor | None,  # (b, l)
+) -> torch.Tensor:
+    """The last inputs of each sequence, (b, window, d), those of documents before the last token's set to zero."""
+    b, l, d = x.shape
+    kept = x[:, max(0, l - window) :]
+    if l < window:
+        earlier = x.new_zeros(b, window - l, d) if initial_state is None else initial_state[:, l:].to(x.dtype)
+        kept = torch.cat([earlier, kept], dim=1)
+    if seq_idx is None:
+        return kept
+    document = F.pad((seq_idx[:, 1:] != seq_idx[:, :-1]).cumsum(dim=1), (window + 1, 0))[:, l:]  # (b, window)
+    return torch.where((document == document[:, -1:])[:, :, None], kept, torch.zeros_like(kept)) if window else kept
+
+
+def causal_conv1d_step_reference(
+    window: torch.Tensor,  # (b, K - 1, d)
+    x: torch.Tensor,  # (b, d)
+    weight: torch.Tensor,  # (d, K)
+    bias: torch.Tensor | None,  # (d,)
+    activation: bool,
+) -> torch.Tensor:
+    """See `mamba2.ops.causal_conv1d_step`."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    inputs = torch.cat([window.to(x.dtype), x[:, None]], dim=1)  # (b, K, d)
+    window.copy_(inputs[:, 1:])
+    y = (inputs.to(wide) * weight.t().to(wide)).sum(dim=1)
+    if bias is not None:
+        y = y + bias.to(wide)
+    return (F.silu(y) if activation else y).to(x.dtype)
 
 
 def causal_conv1d_blocked(
@@ -33,7 +107,7 @@ def causal_conv1d_blocked(
     if torch.compiler.is_compiling():
         # The compiler fuses the readable form by itself.
         return causal_conv1d_reference(x, weight, bias, seq_idx, initial_state, activation, return_final_state, splits)
-    ys = conv_op(x, weight, bias, seq_idx, initial_state, activation, splits)
+    ys = conv(x, weight, bias, seq_idx, initial_state, activation, splits)
     return tuple(ys), last_inputs(x, weight.shape[1] - 1, initial_state, seq_idx) if return_final_state else None
 
 
@@ -231,13 +305,14 @@ def _setup_context(ctx, inputs, output):
     ctx.save_for_backward(*tensors)
 
 
-def _backward(ctx, dys):
+def _backward(ctx, *dys):
     x, weight, bias, seq_idx, initial = ctx.saved_tensors
     zero = x.new_zeros(())
     dys = [zero.expand(*x.shape[:2], width) if dy is None else dy for dy, width in zip(dys, ctx.splits)]
-    dx, dweight, dbias, dinitial = conv_backward_op(dys, x, weight, bias, seq_idx, initial, ctx.activation)
+    dx, dweight, dbias, dinitial = conv_gradients(dys, x, weight, bias, seq_idx, initial, ctx.activation)
     # seq_idx, activation and splits have none.
     return dx, dweight, None if bias is None else dbias, None, None if initial is None else dinitial, None, None
 
 
-register_gradient(conv_op, _backward, _setup_context)
+conv = register_gradient(conv_op, _backward, _setup_context)
+conv_gradients = unwatched(conv_backward_op)

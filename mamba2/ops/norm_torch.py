@@ -1,4 +1,5 @@
-"""Both norms for speed in plain torch: the mathematics of `reference.py`, rows in blocks that stay in cache.
+"""Both norms in plain torch, in float32 (float64 for float64 input): to read; for speed, in blocks of rows that stay in
+cache.
 
 Kept for the backward are the inputs alone. With û = u / rms(u), v = dy · weight:
 
@@ -8,10 +9,39 @@ Kept for the backward are the inputs alone. With û = u / rms(u), v = dy · weig
 import torch
 import torch.nn.functional as F
 
-from mamba2.ops.device import block_elements
-from mamba2.ops.fusion import fusable, is_fused
-from mamba2.ops.gradient import register_gradient
-from mamba2.ops.norm.reference import add_rms_norm_reference, gated_rms_norm_reference
+from mamba2.ops.fusion import block_elements, fusable, is_fused
+from mamba2.ops.gradient import register_gradient, unwatched
+
+
+def add_rms_norm_reference(
+    x: torch.Tensor,  # (..., d)
+    residual: torch.Tensor | None,  # (..., d)
+    weight: torch.Tensor,  # (d,)
+    eps: float,
+    dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See `mamba2.ops.add_rms_norm`."""
+    residual = x if residual is None else residual + x.to(residual.dtype)
+    wide = residual.to(torch.promote_types(residual.dtype, torch.float32))
+    return (_rms_normalise(wide, eps) * weight.to(wide.dtype)).to(dtype), residual
+
+
+def gated_rms_norm_reference(
+    x: torch.Tensor,  # (..., d)
+    z: torch.Tensor,  # (..., d)
+    weight: torch.Tensor,  # (d,)
+    eps: float,
+    ngroups: int,
+) -> torch.Tensor:
+    """See `mamba2.ops.gated_rms_norm`."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    gate = F.silu(z.to(wide))
+    u = (x.to(wide) * gate).unflatten(-1, (ngroups, -1))
+    return (_rms_normalise(u, eps).flatten(-2) * weight.to(wide)).to(x.dtype)
+
+
+def _rms_normalise(x: torch.Tensor, eps: float) -> torch.Tensor:
+    return x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + eps)
 
 
 def add_rms_norm_blocked(
@@ -26,7 +56,7 @@ def add_rms_norm_blocked(
         # The compiler fuses the readable form by itself.
         return add_rms_norm_reference(x, residual, weight, eps, dtype)
     stream = x if residual is None else residual + x.to(residual.dtype)
-    return norm_op(stream, weight, eps, dtype), stream
+    return norm(stream, weight, eps, dtype), stream
 
 
 def gated_rms_norm_blocked(
@@ -35,12 +65,11 @@ def gated_rms_norm_blocked(
     weight: torch.Tensor,  # (d,)
     eps: float,
     ngroups: int,
-    norm_before_gate: bool,
 ) -> torch.Tensor:
-    """See `mamba2.ops.gated_rms_norm`; `norm_before_gate`, which no model here asks for, runs in the readable form."""
-    if norm_before_gate or torch.compiler.is_compiling():
-        return gated_rms_norm_reference(x, z, weight, eps, ngroups, norm_before_gate)
-    return gated_op(x, z, weight, eps, ngroups)
+    """See `mamba2.ops.gated_rms_norm`."""
+    if torch.compiler.is_compiling():
+        return gated_rms_norm_reference(x, z, weight, eps, ngroups)
+    return gated(x, z, weight, eps, ngroups)
 
 
 def _blocks(rows: torch.Tensor) -> list[slice]:
@@ -112,11 +141,12 @@ def _norm_setup(ctx, inputs, output):
     ctx.save_for_backward(x, weight)
 
 
-def _norm_gradients(ctx, dy):
-    return *norm_backward_op(dy, *ctx.saved_tensors, ctx.eps), None, None
+def _norm_vjp(ctx, dy):
+    return *norm_gradients(dy, *ctx.saved_tensors, ctx.eps), None, None
 
 
-register_gradient(norm_op, _norm_gradients, _norm_setup)
+norm = register_gradient(norm_op, _norm_vjp, _norm_setup)
+norm_gradients = unwatched(norm_backward_op)
 
 
 @fusable
@@ -188,7 +218,8 @@ def _gated_setup(ctx, inputs, output):
 
 
 def _gated_backward(ctx, dy):
-    return *gated_backward_op(dy, *ctx.saved_tensors, ctx.eps, ctx.ngroups), None, None
+    return *gated_gradients(dy, *ctx.saved_tensors, ctx.eps, ctx.ngroups), None, None
 
 
-register_gradient(gated_op, _gated_backward, _gated_setup)
+gated = register_gradient(gated_op, _gated_backward, _gated_setup)
+gated_gradients = unwatched(gated_backward_op)
