@@ -240,11 +240,11 @@ def resource_launches() -> Iterator[tuple[str, list]]:
     for d in (D_MODEL, 2560):
         tensors = leaf(1, TOKENS, d, dtype=half), leaf(1, TOKENS, d), leaf(d)
         yield f"add norm d{d}", both(lambda *t: add_rms_norm(*t, EPS), *tensors)
-    for d, groups, first in ((D_INNER, GROUPS, False), (5120, 1, False), (5120, 1, True)):
+    for d, groups in ((D_INNER, GROUPS), (5120, 1)):
         x, weight = leaf(1, TOKENS, d, dtype=half), leaf(d)
         z = projected(0, d) if d == D_INNER else leaf(1, TOKENS, d, dtype=half)
-        title = f"gated norm d{d} g{groups}" + (" norm first" if first else "")
-        yield title, both(lambda *t, g=groups, f=first: gated_rms_norm(*t, EPS, g, f), x, z, weight)
+        title = f"gated norm d{d} g{groups}"
+        yield title, both(lambda *t, g=groups: gated_rms_norm(*t, EPS, g), x, z, weight)
     logits, targets = torch.zeros(LOSS_TOKENS, VOCABULARY, dtype=half), torch.zeros(LOSS_TOKENS, dtype=torch.int64)
     yield f"softmax v{VOCABULARY}", captured(lambda: triton_softmax(logits, targets, -100, True))
 
