@@ -397,6 +397,7 @@ def test_segments_are_as_many_as_shorten_the_longest_chain():
     """Of walks that fill a device one, of few so many that all run at once; never more than there are chunks."""
     assert ssd_op.choose_segments(1000, 128, 264) == 1
     assert ssd_op.choose_segments(80, 128, 264) == 3
+    assert ssd_op.choose_segments(128, 64, 264) == 1  # a second walk would read more than it shortens
     assert ssd_op.choose_segments(1, 5, 264) == 5
     for walks, chunks in itertools.product((1, 24, 80, 160, 264), (1, 2, 7, 32, 1024)):
         segments = ssd_op.choose_segments(walks, chunks, 264)

@@ -180,16 +180,19 @@ def launch_for(kernel: str, target: str, itemsize: int, p: int, n: int, document
 
 @functools.cache
 def choose_segments(walks: int, chunks: int, slots: int) -> int:
-    """Segments of each sequence that are walked side by side, for the shortest chain of chunks.
+    """Segments of each sequence that are walked side by side, for the shortest time by the estimate of
+    `benchmarks/estimate.py`, in units of a chunk of a walk that has nothing to wait for.
 
-    Arguments: `walks`: programs of one segment each; `slots`: programs that the device holds at once. With more than
-    one segment each is walked twice, for its state alone in about half the time.
+    Arguments: `walks`: programs of one segment each; `slots`: programs that the device holds at once. A walk takes as
+    long as its chain of chunks, or where the device is full as its bytes, 1.4 for what all slots do together. With more
+    than one segment each is walked twice, for its state alone in 0.6 of the time.
     """
 
-    def chain(segments: int) -> float:
-        return cdiv(walks * segments, slots) * cdiv(chunks, segments) * (1.5 if segments > 1 else 1.0)
+    def cost(segments: int) -> float:
+        chain = cdiv(walks * segments, slots) * cdiv(chunks, segments)
+        return max(chain, 1.4 * walks * chunks / slots) * (1.6 if segments > 1 else 1.0)
 
-    best = min(range(1, max(1, min(chunks, 2 * slots // walks)) + 1), key=chain)
+    best = min(range(1, max(1, min(chunks, 2 * slots // walks)) + 1), key=cost)
     return cdiv(chunks, cdiv(chunks, best))
 
 
