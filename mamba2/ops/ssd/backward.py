@@ -84,7 +84,9 @@ def _gradient(v, other_v, k, other_k, decays, state, other_state, dk, sums, seql
         load_rows(k, batch, start, seqlen, group, Z),
         load_rows(other_k, batch, start, seqlen, group, Z),
     )
-    pairs = dot_rows(k_pair, other_pair, Z).to(narrow)  # of both kinds the same
+    # Of both kinds the same. No decay is between a token and itself: what would cancel must not round the sums.
+    pairs = dot_rows(k_pair, other_pair, Z)
+    pairs = tl.where(rows[:, None] == rows[None, :], 0.0, pairs).to(narrow)
     dpairs = tl.zeros((Z.Q, Z.Q), dtype=tl.float32)
     if FAR:
         far_pair = load_rows(other_k, batch, far_start, seqlen, group, Z)

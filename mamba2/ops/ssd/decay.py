@@ -58,8 +58,8 @@ class Decays(NamedTuple):
 class Sums(NamedTuple):
     """What the gradient of the decay is made of, float32; S and R are kept between spans of two chunks."""
 
-    rows: Any  # (b, h, l): Σ_{j<=i} W_ij + s_i, j in i's chunk or, in the second of a span, in both
-    columns: Any  # (b, h, l): Σ_{i>=j} W_ij, i in j's chunk
+    rows: Any  # (b, h, l): Σ_{j<i} W_ij + s_i, j in i's chunk or, in the second of a span, in both
+    columns: Any  # (b, h, l): Σ_{i>j} W_ij, i in j's chunk
     w: Any  # (b, h, l): w_j, and in the first chunk of a span Σ W_ij, i in the second
     state: Any  # (b, h, l): s_i in the second chunk, w_j in the first: what flows across the other one
     X: Any  # (b, h, spans)
