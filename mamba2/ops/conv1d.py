@@ -32,7 +32,7 @@ import triton.language as tl
 
 from mamba2.ops.backend import choose_backend
 from mamba2.ops.conv1d_torch import causal_conv1d_blocked, causal_conv1d_reference, causal_conv1d_step_reference
-from mamba2.ops.gradient import register_gradient, unwatched
+from mamba2.ops.gradient import empty_gradients, register_gradient, unwatched
 from mamba2.ops.kernel import (
     aligned,
     alignment,
@@ -487,7 +487,7 @@ def _backward_op(
     activation: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of x, weight, bias and initial; empty for those not given."""
-    grads = dx, dweight, dbias, dinitial = _backward_outputs(x, weight, bias, initial)
+    grads = dx, dweight, dbias, dinitial = empty_gradients(x, weight, bias, initial)
     b, l, d = x.shape
     grid, tokens, Z, warps = _launch(x, weight, dys, seq_idx, initial, backward=True)
     columns = weight.numel() + (0 if bias is None else d)
@@ -511,11 +511,7 @@ def _backward_op(
 
 @_backward_op.register_fake
 def _(dys, dfinal, x, weight, bias, seq_idx, initial, activation):
-    return _backward_outputs(x, weight, bias, initial)
-
-
-def _backward_outputs(*inputs):
-    return tuple(inputs[0].new_empty(0) if t is None else t.new_empty(t.shape) for t in inputs)
+    return empty_gradients(x, weight, bias, initial)
 
 
 def _setup_context(ctx, inputs, output):

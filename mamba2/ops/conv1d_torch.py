@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from mamba2.ops.fusion import block_elements, fusable, is_fused
-from mamba2.ops.gradient import register_gradient, unwatched
+from mamba2.ops.gradient import empty_gradients, register_gradient, unwatched
 
 
 def causal_conv1d_reference(
@@ -107,7 +107,7 @@ def causal_conv1d_blocked(
     if torch.compiler.is_compiling():
         # The compiler fuses the readable form by itself.
         return causal_conv1d_reference(x, weight, bias, seq_idx, initial_state, activation, return_final_state, splits)
-    ys = conv(x, weight, bias, seq_idx, initial_state, activation, splits)
+    ys = _convolution(x, weight, bias, seq_idx, initial_state, activation, splits)
     return tuple(ys), last_inputs(x, weight.shape[1] - 1, initial_state, seq_idx) if return_final_state else None
 
 
@@ -257,7 +257,7 @@ def conv_backward_op(
     activation: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of x, weight, bias and initial; empty for those not given."""
-    outputs = _gradients(x, weight, bias, initial)
+    outputs = empty_gradients(x, weight, bias, initial)
     wide = torch.promote_types(x.dtype, torch.float32)
     dx, dinitial = outputs[0], outputs[3]
     dweight, dbias = weight.new_zeros(weight.shape[::-1], dtype=wide), weight.new_zeros(weight.shape[0], dtype=wide)
@@ -292,11 +292,7 @@ def conv_backward_op(
 
 @conv_backward_op.register_fake
 def _(dys, x, weight, bias, seq_idx, initial, activation):
-    return _gradients(x, weight, bias, initial)
-
-
-def _gradients(*inputs: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
-    return tuple(inputs[0].new_empty(0) if t is None else t.new_empty(t.shape) for t in inputs)
+    return empty_gradients(x, weight, bias, initial)
 
 
 def _setup_context(ctx, inputs, output):
@@ -309,10 +305,10 @@ def _backward(ctx, *dys):
     x, weight, bias, seq_idx, initial = ctx.saved_tensors
     zero = x.new_zeros(())
     dys = [zero.expand(*x.shape[:2], width) if dy is None else dy for dy, width in zip(dys, ctx.splits)]
-    dx, dweight, dbias, dinitial = conv_gradients(dys, x, weight, bias, seq_idx, initial, ctx.activation)
+    dx, dweight, dbias, dinitial = _gradients(dys, x, weight, bias, seq_idx, initial, ctx.activation)
     # seq_idx, activation and splits have none.
     return dx, dweight, None if bias is None else dbias, None, None if initial is None else dinitial, None, None
 
 
-conv = register_gradient(conv_op, _backward, _setup_context)
-conv_gradients = unwatched(conv_backward_op)
+_convolution = register_gradient(conv_op, _backward, _setup_context)
+_gradients = unwatched(conv_backward_op)

@@ -52,7 +52,7 @@ def linear_cross_entropy(
     if backend == "reference":
         return token_losses_reference(hidden, weight, targets, ignore_index).sum()
     need_hidden, need_weight = (torch.is_grad_enabled() and t.requires_grad for t in (hidden, weight))
-    return loss(hidden, weight, targets, ignore_index, need_hidden, need_weight, backend)[0]
+    return _loss(hidden, weight, targets, ignore_index, need_hidden, need_weight, backend)[0]
 
 
 def linear_token_losses(
@@ -67,7 +67,7 @@ def linear_token_losses(
     with torch.no_grad():
         if backend == "reference":
             return token_losses_reference(hidden, weight, targets, ignore_index).view(shape)
-        return token_losses(hidden, weight, targets, ignore_index, backend).view(shape)
+        return _token_losses(hidden, weight, targets, ignore_index, backend).view(shape)
 
 
 def _prepare(
@@ -354,7 +354,7 @@ def _backward(ctx, grad_output, *_):
     return hidden, weight, *no_more
 
 
-loss = register_gradient(loss_op, _backward, _setup_context)
+_loss = register_gradient(loss_op, _backward, _setup_context)
 
 
 @torch.library.custom_op("mamba2::linear_token_losses", mutates_args=())
@@ -371,4 +371,4 @@ def _(hidden, weight, targets, ignore_index, backend):
     return hidden.new_empty(hidden.shape[0], dtype=torch.promote_types(hidden.dtype, torch.float32))
 
 
-token_losses = unwatched(token_losses_op)
+_token_losses = unwatched(token_losses_op)

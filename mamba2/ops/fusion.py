@@ -2,6 +2,7 @@
 
 The blocked torch forms keep it in small functions marked `fusable`. These run as they are written, or, after `fuse()`,
 compiled: on a processor about twice as fast, after half a minute of compiling, for whoever has a C++ compiler.
+`block_elements` says how much they should take at once.
 """
 
 import functools

@@ -81,6 +81,11 @@ def is_watched(args: tuple) -> bool:
     return any(isinstance(a, torch.Tensor) and type(a) not in (torch.Tensor, torch.nn.Parameter) for a in args)
 
 
+def empty_gradients(*inputs: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+    """What a backward op is to write: a tensor like each input, an empty one for an input that is not given."""
+    return tuple(inputs[0].new_empty(0) if t is None else t.new_empty(t.shape) for t in inputs)
+
+
 class _Once:
     """A context whose saved tensors are fetched once: activation checkpointing gives them out no second time."""
 

@@ -28,7 +28,7 @@ import triton
 import triton.language as tl
 
 from mamba2.ops.backend import choose_backend
-from mamba2.ops.gradient import register_gradient, unwatched
+from mamba2.ops.gradient import empty_gradients, register_gradient, unwatched
 from mamba2.ops.kernel import (
     aligned,
     alignment,
@@ -461,7 +461,7 @@ def _gated_backward_op(
     dy: torch.Tensor, x: torch.Tensor, z: torch.Tensor, weight: torch.Tensor, eps: float, ngroups: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of x, z and weight."""
-    outputs = dx, dz, dweight = _gated_backward_outputs(x, z, weight)
+    outputs = dx, dz, dweight = empty_gradients(x, z, weight)
     gradient, rows, gate = _rows(dy), _rows(x), _rows(z)
     count, d = rows.shape
     Z, warps = _launch(d // ngroups, ngroups, BACKWARD_ELEMENTS, gradient, rows, gate)
@@ -477,11 +477,7 @@ def _gated_backward_op(
 
 @_gated_backward_op.register_fake
 def _(dy, x, z, weight, eps, ngroups):
-    return _gated_backward_outputs(x, z, weight)
-
-
-def _gated_backward_outputs(*inputs):
-    return tuple(t.new_empty(t.shape) for t in inputs)
+    return empty_gradients(x, z, weight)
 
 
 def _gated_setup_context(ctx, inputs, output):

@@ -56,7 +56,7 @@ def add_rms_norm_blocked(
         # The compiler fuses the readable form by itself.
         return add_rms_norm_reference(x, residual, weight, eps, dtype)
     stream = x if residual is None else residual + x.to(residual.dtype)
-    return norm(stream, weight, eps, dtype), stream
+    return _norm(stream, weight, eps, dtype), stream
 
 
 def gated_rms_norm_blocked(
@@ -69,7 +69,7 @@ def gated_rms_norm_blocked(
     """See `mamba2.ops.gated_rms_norm`."""
     if torch.compiler.is_compiling():
         return gated_rms_norm_reference(x, z, weight, eps, ngroups)
-    return gated(x, z, weight, eps, ngroups)
+    return _gated(x, z, weight, eps, ngroups)
 
 
 def _blocks(rows: torch.Tensor) -> list[slice]:
@@ -142,11 +142,11 @@ def _norm_setup(ctx, inputs, output):
 
 
 def _norm_vjp(ctx, dy):
-    return *norm_gradients(dy, *ctx.saved_tensors, ctx.eps), None, None
+    return *_norm_gradients(dy, *ctx.saved_tensors, ctx.eps), None, None
 
 
-norm = register_gradient(norm_op, _norm_vjp, _norm_setup)
-norm_gradients = unwatched(norm_backward_op)
+_norm = register_gradient(norm_op, _norm_vjp, _norm_setup)
+_norm_gradients = unwatched(norm_backward_op)
 
 
 @fusable
@@ -157,7 +157,7 @@ def _gate_and_norm(y: torch.Tensor, x: torch.Tensor, z: torch.Tensor, weight: to
 
 
 @fusable
-def _gated_gradients(
+def _gated_rows_gradients(
     dx: torch.Tensor,  # (t, d), written
     dz: torch.Tensor,  # (t, d), written
     dy: torch.Tensor,  # (t, d)
@@ -203,7 +203,7 @@ def gated_backward_op(
     rows, gates, drows = (t.reshape(-1, d) for t in (x, z, dy))
     for block in _blocks(rows):
         results = dx.view(-1, d)[block], dz.view(-1, d)[block]
-        dweight += _gated_gradients(*results, drows[block], rows[block], gates[block], scale, eps)
+        dweight += _gated_rows_gradients(*results, drows[block], rows[block], gates[block], scale, eps)
     return dx, dz, dweight.flatten().to(weight.dtype)
 
 
@@ -218,8 +218,8 @@ def _gated_setup(ctx, inputs, output):
 
 
 def _gated_backward(ctx, dy):
-    return *gated_gradients(dy, *ctx.saved_tensors, ctx.eps, ctx.ngroups), None, None
+    return *_gated_gradients(dy, *ctx.saved_tensors, ctx.eps, ctx.ngroups), None, None
 
 
-gated = register_gradient(gated_op, _gated_backward, _gated_setup)
-gated_gradients = unwatched(gated_backward_op)
+_gated = register_gradient(gated_op, _gated_backward, _gated_setup)
+_gated_gradients = unwatched(gated_backward_op)

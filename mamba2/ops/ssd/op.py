@@ -18,7 +18,7 @@ import triton
 
 from mamba2.ops.autotune import autotuning, fastest
 from mamba2.ops.backend import TRITON_DTYPES
-from mamba2.ops.gradient import register_gradient, unwatched
+from mamba2.ops.gradient import empty_gradients, register_gradient, unwatched
 from mamba2.ops.kernel import constant, multiprocessors, sum_rows, target_of
 from mamba2.ops.ssd.backward import _gradient_kernel
 from mamba2.ops.ssd.decay import Activation, Decays, Sums, _decays_gradient_kernel, _decays_kernel
@@ -92,7 +92,7 @@ def _backward_op(
     high: float,
 ) -> list[torch.Tensor]:
     """Gradients of x, dt, A, B, C, D, dt_bias, initial_states; empty for those not given."""
-    grads = _gradients_of(tensors[:8])
+    grads = list(empty_gradients(*tensors[:8]))
     run = _Run(tensors, (softplus, low, high), kept)
     with torch.cuda.device_of(dout):
         run.backward(dout, dfinal, grads)
@@ -101,11 +101,7 @@ def _backward_op(
 
 @_backward_op.register_fake
 def _(dout, dfinal, kept, tensors, softplus, low, high):
-    return _gradients_of(tensors[:8])
-
-
-def _gradients_of(tensors):
-    return [tensors[0].new_empty(0) if t is None else t.new_empty(t.shape) for t in tensors]
+    return list(empty_gradients(*tensors[:8]))
 
 
 def _setup_context(ctx, inputs, output):
