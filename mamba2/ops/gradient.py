@@ -74,11 +74,15 @@ def unwatched(op: Callable) -> Callable:
     return lambda *args: op(*args) if is_watched(args) else op._init_fn(*args)
 
 
+# Of arguments that nobody but autograd looks into: all but subclasses of tensors.
+PLAIN = {torch.Tensor, torch.nn.Parameter, type(None), bool, int, float, str, tuple, list}
+
+
 def is_watched(args: tuple) -> bool:
     """Whether someone else than autograd needs to see a call with these arguments in torch's dispatcher."""
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or is_transformed():
         return True
-    return any(isinstance(a, torch.Tensor) and type(a) not in (torch.Tensor, torch.nn.Parameter) for a in args)
+    return not PLAIN.issuperset(map(type, args))
 
 
 def empty_gradients(*inputs: torch.Tensor | None) -> tuple[torch.Tensor, ...]:

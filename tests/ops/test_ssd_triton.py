@@ -87,11 +87,17 @@ def test_values_and_gradients_in_float16(monkeypatch):
     check(monkeypatch, on_device(make_inputs(1, 40, 3, 16, 1, 20, dtype=torch.float16, optional=("D", "dt_bias"))))
 
 
+def pretend(monkeypatch, multiprocessors: int) -> None:
+    """Of a device with so many; with 10 000 every sequence is cut, however short, and every group shared out."""
+    monkeypatch.setattr(ssd_op, "multiprocessors", lambda device: multiprocessors)
+    monkeypatch.setattr(ssd_op, "FEW_CHUNKS", 0)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("shape", [(2, 200, 2, 16, 1, 16), (1, 300, 8, 16, 1, 16)])
 def test_many_segments(monkeypatch, shape):
     """Few programs: what each segment adds to the state first, then all segments at once, in both directions."""
-    monkeypatch.setattr(ssd_op, "multiprocessors", lambda device: 10_000)
+    pretend(monkeypatch, 10_000)
     inputs = on_device(make_inputs(*shape, dtype=torch.float32))
     check(monkeypatch, inputs, seq_idx=documents(*shape[:2]).to(DEVICE))
 
@@ -144,7 +150,7 @@ def test_one_segment_and_many_agree(monkeypatch):
     inputs = on_device(inputs)
     results = []
     for count in (1, 10_000):
-        monkeypatch.setattr(ssd_op, "multiprocessors", lambda device, count=count: count)
+        pretend(monkeypatch, count)
         results.append(run(ssd, inputs, chunk_size=64, seq_idx=documents(1, 300).to(DEVICE)))
     for name, expected in results[0].items():
         torch.testing.assert_close(results[1][name], expected, rtol=2e-4, atol=2e-4, msg=name)
@@ -213,7 +219,7 @@ def values_and_gradients(inputs: dict, options: dict, states: bool) -> dict[str,
 def test_nothing_unwritten_is_read(monkeypatch, count, states):
     """Outputs and workspaces start as NaN (or as a document that there is not) and end as if they had not."""
     monkeypatch.setenv("MAMBA2_BACKEND", "triton")
-    monkeypatch.setattr(ssd_op, "multiprocessors", lambda device: count)
+    pretend(monkeypatch, count)
     inputs, options = everything((1, 150, 2, 24, 2, 20))
     expected = values_and_gradients(inputs, options, states)
     plain = torch.Tensor.new_empty
@@ -233,13 +239,13 @@ def test_no_address_is_written_by_two_programs(monkeypatch, count, states):
     from benchmarks.interpreter import record
 
     monkeypatch.setenv("MAMBA2_BACKEND", "triton")
-    monkeypatch.setattr(ssd_op, "multiprocessors", lambda device: count)
+    pretend(monkeypatch, count)
     inputs, options = everything((1, 150, 2, 24, 1, 20))
     with record(keep_stores=True) as launches:
         values_and_gradients(inputs, options, states)
     assert [launch.name for launch in launches if launch.shared_stores()] == []
-    # Segments: two more forward, four backward; heads of a group shared out: sums of dB and of dC.
-    assert len(launches) == (7 if count == 1 else 15)
+    # Segments: two more in each direction; heads of a group shared out: sums of dB and of dC.
+    assert len(launches) == (7 if count == 1 else 13)
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="torch's operations are told apart from the interpreter's own")
@@ -315,8 +321,8 @@ def test_float32_products_follow_torchs_setting(monkeypatch, setting, expected):
     monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: setting)
     for dtype in (torch.float32, torch.bfloat16):
         inputs = [t.detach() for t in make_inputs(1, 5, 2, 16, 1, 16, dtype=dtype, optional=()).values()]
-        run = ssd_op._Run([*inputs, None, None, None, None], (True, 0.0, 1.0), [None] * 3)
-        assert run.precision == (expected if dtype == torch.float32 else "ieee")
+        plan = ssd_op._Plan(*ssd_op._sizes(inputs[0], inputs[3], None))
+        assert plan.precision == (expected if dtype == torch.float32 else "ieee")
 
 
 def test_operations_are_registered_as_torch_compile_needs_them():
@@ -385,7 +391,7 @@ def test_autotuning_measures_once_and_remembers(monkeypatch, tmp_path):
         actual = run(ssd, inputs, chunk_size=8)
         for name in expected:
             torch.testing.assert_close(actual[name], expected[name], rtol=1e-5, atol=1e-5)
-    assert len(measured) == 3 * 5  # walk, states and gradient, each with its neighbours, in the first run only
+    assert len(measured) == 4 + 2 * 5  # walk, states and gradient, each with its neighbours, in the first run only
     kept = json.loads((tmp_path / "autotune.json").read_text())
     assert sorted(key.split(",")[0] for key in kept) == ["ssd gradient", "ssd states", "ssd walk"]
     (tmp_path / "autotune.json").write_text("{")
@@ -393,8 +399,22 @@ def test_autotuning_measures_once_and_remembers(monkeypatch, tmp_path):
         ssd(**inputs, chunk_size=8)
 
 
-def test_segments_are_as_many_as_shorten_the_longest_chain():
+@pytest.mark.parametrize("choice", range(5))
+def test_every_launch_that_autotuning_tries_gives_the_same(monkeypatch, choice):
+    monkeypatch.setenv("MAMBA2_BACKEND", "triton")
+    inputs = on_device(make_inputs(1, 20, 2, 32, 1, 16, dtype=torch.float32, optional=("D",)))
+    expected = run(ssd, inputs, chunk_size=8)
+    monkeypatch.setenv("MAMBA2_AUTOTUNE", "1")
+    monkeypatch.setattr(ssd_op, "fastest", lambda key, candidates, start: candidates[min(choice, len(candidates) - 1)])
+    actual = run(ssd, inputs, chunk_size=8)
+    for name in expected:
+        torch.testing.assert_close(actual[name], expected[name], rtol=1e-5, atol=1e-5)
+
+
+def test_segments_are_as_many_as_shorten_the_longest_chain(monkeypatch):
     """Of walks that fill a device one, of few so many that all run at once; never more than there are chunks."""
+    assert ssd_op.choose_segments(1, 12, 264) == 1  # two more launches would take longer
+    monkeypatch.setattr(ssd_op, "FEW_CHUNKS", 0)
     assert ssd_op.choose_segments(1000, 128, 264) == 1
     assert ssd_op.choose_segments(80, 128, 264) == 3
     assert ssd_op.choose_segments(128, 64, 264) == 1  # a second walk would read more than it shortens

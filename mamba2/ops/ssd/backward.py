@@ -40,7 +40,7 @@ def _gradient_kernel(
     dC,  # out: (parts, b, l, g, n), contiguous
     sums,
     seqlen,
-    Z,
+    Z: tl.constexpr,
     PARTS: tl.constexpr,  # programs that share the heads of a group
     STAGES: tl.constexpr,
 ):
@@ -87,15 +87,15 @@ def _gradient(v, other_v, k, other_k, decays, state, other_state, dk, sums, seql
     # Of both kinds the same. No decay is between a token and itself: what would cancel must not round the sums.
     pairs = dot_rows(k_pair, other_pair, Z)
     pairs = tl.where(rows[:, None] == rows[None, :], 0.0, pairs).to(narrow)
-    dpairs = tl.zeros((Z.Q, Z.Q), dtype=tl.float32)
+    dpairs = tl.full((Z.Q, Z.Q), 0.0, dtype=tl.float32)
     if FAR:
         far_pair = load_rows(other_k, batch, far_start, seqlen, group, Z)
         far_pairs = dot_rows(k_pair, far_pair, Z).to(narrow)
-        dfar = tl.zeros((Z.Q, Z.Q), dtype=tl.float32)
-    acc1 = tl.zeros((Z.Q, Z.N1), dtype=tl.float32)
+        dfar = tl.full((Z.Q, Z.Q), 0.0, dtype=tl.float32)
+    acc1 = tl.full((Z.Q, Z.N1), 0.0, dtype=tl.float32)
     acc2 = acc1
     if Z.N2 > 0:
-        acc2 = tl.zeros((Z.Q, Z.N2), dtype=tl.float32)
+        acc2 = tl.full((Z.Q, Z.N2), 0.0, dtype=tl.float32)
 
     spans = tl.cdiv(tl.cdiv(seqlen, Z.Q), 2)
     first_head = group * Z.R + part * heads
@@ -106,7 +106,7 @@ def _gradient(v, other_v, k, other_k, decays, state, other_state, dk, sums, seql
         to_kept = ((batch * spans + chunk // 2) * Z.h + head) * (Z.n * Z.p)
         d = load_decays(decays, batch, head, start, seqlen, Z)
         # One product at a time, each used up before the next: together they would not fit into the registers.
-        G = tl.zeros((Z.Q, Z.Q), dtype=tl.float32)
+        G = tl.full((Z.Q, Z.Q), 0.0, dtype=tl.float32)
         for tile in tl.static_range(p_tiles):
             columns = tile * Z.P + tl.arange(0, Z.P)
             v_tile = load_head(v, batch, start, seqlen, head, columns, Z)
@@ -120,7 +120,7 @@ def _gradient(v, other_v, k, other_k, decays, state, other_state, dk, sums, seql
         # The last chunk of a sequence can be alone in its span.
         across = tl.where(far_start < seqlen, through(e, DOCUMENTS), 1.0)
         to_state = weight * across if FAR else weight
-        by_far = tl.zeros((Z.Q,), dtype=tl.float32)
+        by_far = tl.full((Z.Q,), 0.0, dtype=tl.float32)
         if FAR:
             far_weight = out_of(e, True, DOCUMENTS) if READERS else into(e, DOCUMENTS)
             for tile in tl.static_range(p_tiles):
@@ -131,7 +131,7 @@ def _gradient(v, other_v, k, other_k, decays, state, other_state, dk, sums, seql
                 dfar = dot((wide * weight[:, None]).to(narrow), tl.trans(far_value), dfar, Z)
                 by_far += tl.sum(wide * dot(far_pairs, far_value, None, Z), axis=1)
             by_far *= weight
-        by_state = tl.zeros((Z.Q,), dtype=tl.float32)
+        by_state = tl.full((Z.Q,), 0.0, dtype=tl.float32)
         X = 0.0
         for tile in tl.static_range(p_tiles):
             columns = tile * Z.P + tl.arange(0, Z.P)

@@ -75,7 +75,7 @@ def _walk_kernel(
     seqlen,
     segment_chunks,
     skipped,  # segments before the first that is walked
-    Z,
+    Z: tl.constexpr,
     REVERSE: tl.constexpr,
     STAGES: tl.constexpr,
 ):
@@ -168,7 +168,7 @@ def _pass_kernel(
     through,  # (b, segments, h)
     begin,  # View (b, 1, h, p, n) of the state that the first begins with, or None
     segments,
-    Z,
+    Z: tl.constexpr,
     REVERSE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):

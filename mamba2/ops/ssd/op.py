@@ -4,9 +4,10 @@
     backward   walk for S; walk from the end for dx and R; dB and dC;
                gradient of the decays; sums                                5 launches
 
-A sequence that is cut into segments costs two launches more forward, four backward; heads of a group that are shared
-out two. Nothing else runs on the device, but for D per channel and the gate, which are left to torch. States are not
-kept for the backward pass, which computes them again: they are larger than all else that a layer keeps.
+A sequence that is cut into segments costs two launches more in each direction; heads of a group that are shared out
+two. Nothing else runs on the device, but for D per channel and the gate, which are left to torch. Of the states only
+those between segments are kept for the backward pass, which computes the others again: they are larger than all else
+that a layer keeps.
 """
 
 import functools
@@ -24,7 +25,7 @@ from mamba2.ops.ssd.backward import _gradient_kernel
 from mamba2.ops.ssd.decay import Activation, Decays, Sums, _decays_gradient_kernel, _decays_kernel
 from mamba2.ops.ssd.forward import Edges, Outputs, _pass_kernel, _walk_kernel
 from mamba2.ops.ssd.reference import SSDInputs, skip_and_gate
-from mamba2.ops.ssd.tiles import Sizes, n_tiles, view
+from mamba2.ops.ssd.tiles import Sizes, View, n_tiles, view
 
 
 def ssd_triton(inputs: SSDInputs) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -56,29 +57,31 @@ def _forward_op(
     low: float,
     high: float,
     want_final: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """y, the final state, then what the backward pass keeps: cs, source, first and last."""
-    outputs = _forward_outputs(x, B, seq_idx, want_final)
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """y, the final state, then what the backward pass keeps: cs, source, first and last, states between segments."""
+    plan = _plan(*_sizes(x, B, seq_idx))
+    outputs = _forward_outputs(plan, x, want_final)
     y, final, *kept = outputs
-    run = _Run((x, dt, A, B, C, D, dt_bias, initial_states, seq_idx), (softplus, low, high), kept)
+    run = _Run(plan, (x, dt, A, B, C, D, dt_bias, initial_states, seq_idx), (softplus, low, high), kept)
     with torch.cuda.device_of(x):
         run.compute_decays()
-        begin = run.edges(x, B, initial_states, reverse=False)
+        begin = run.edges(kept[3], x, B, initial_states, reverse=False)
         run.walk(x, B, C, Edges(begin, final if want_final else None, None), None, Outputs(y, D, None, None, None))
     return outputs
 
 
 @_forward_op.register_fake
 def _(x, dt, A, B, C, D, dt_bias, initial_states, seq_idx, softplus, low, high, want_final):
-    return _forward_outputs(x, B, seq_idx, want_final)
+    return _forward_outputs(_Plan(*_sizes(x, B, seq_idx)), x, want_final)
 
 
-def _forward_outputs(x, B, seq_idx, want_final):
-    b, l, h, p = x.shape
+def _forward_outputs(plan, x, want_final):
+    b, l, h, p, n = plan.b, plan.l, plan.h, plan.p, plan.n
     cs, source = (x.new_empty((b, h, l), dtype=torch.float32) for _ in range(2))
-    documents = x.new_empty((2, 0) if seq_idx is None else (2, b, l), dtype=torch.int32)
-    final = x.new_empty((b, h, p, B.shape[3]) if want_final else (0,), dtype=torch.float32)
-    return x.new_empty(b, l, h, p), final, cs, source, documents
+    documents = x.new_empty((2, b, l) if plan.documents else (2, 0), dtype=torch.int32)
+    final = x.new_empty((b, h, p, n) if want_final else (0,), dtype=torch.float32)
+    edges = x.new_empty((b, plan.segments, h, p, n) if plan.segments > 1 else (0,), dtype=torch.float32)
+    return x.new_empty(b, l, h, p), final, cs, source, documents, edges
 
 
 @torch.library.custom_op("mamba2::ssd_backward", mutates_args=())
@@ -93,9 +96,10 @@ def _backward_op(
 ) -> list[torch.Tensor]:
     """Gradients of x, dt, A, B, C, D, dt_bias, initial_states; empty for those not given."""
     grads = list(empty_gradients(*tensors[:8]))
-    run = _Run(tensors, (softplus, low, high), kept)
+    plan = _plan(*_sizes(tensors[0], tensors[3], tensors[-1]))
+    run = _Run(plan, tensors, (softplus, low, high), kept)
     with torch.cuda.device_of(dout):
-        run.backward(dout, dfinal, grads)
+        run.backward(dout, dfinal, kept[3], grads)
     return grads
 
 
@@ -113,7 +117,7 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ctx, dout, dfinal, *_):
     saved = ctx.saved_tensors
-    kept, tensors = saved[:3], saved[3:]
+    kept, tensors = saved[:4], saved[4:]
     if dout is None:
         dout = torch.zeros_like(tensors[0])
     grads = _backward_launches(dout, dfinal, kept, tensors, *ctx.activation)
@@ -174,102 +178,120 @@ def launch_for(kernel: str, target: str, itemsize: int, p: int, n: int, document
     return Launch(min(p_tile, widest), 4, 2 if target in ("sm_80", "sm_90", "sm_100") else 1)
 
 
-@functools.cache
+FEW_CHUNKS = 12  # of one walk take about as long as two launches more
+
+
 def choose_segments(walks: int, chunks: int, slots: int) -> int:
-    """Segments of each sequence that are walked side by side, for the shortest time by the estimate of
-    `benchmarks/estimate.py`, in units of a chunk of a walk that has nothing to wait for.
+    """Segments of each sequence that are walked side by side: as many as run at once, where that pays.
 
-    Arguments: `walks`: programs of one segment each; `slots`: programs that the device holds at once. A walk takes as
-    long as its chain of chunks, or where the device is full as its bytes, 1.4 for what all slots do together. With more
-    than one segment each is walked twice, for its state alone in 0.6 of the time.
+    Arguments: `walks`: programs of one segment each; `slots`: programs that the device holds at once. More than one
+    segment are walked twice, first for the state alone in 0.6 of the time, and on a full device a chunk takes 1.4 of
+    its time, for the bytes (estimates of `benchmarks/estimate.py`): it pays where 1.6 * 1.4 walks < slots. A compiler
+    may ask for sizes that it does not know yet.
     """
-
-    def cost(segments: int) -> float:
-        chain = cdiv(walks * segments, slots) * cdiv(chunks, segments)
-        return max(chain, 1.4 * walks * chunks / slots) * (1.6 if segments > 1 else 1.0)
-
-    best = min(range(1, max(1, min(chunks, 2 * slots // walks)) + 1), key=cost)
-    return cdiv(chunks, cdiv(chunks, best))
+    if 9 * walks > 4 * slots or chunks <= FEW_CHUNKS:
+        return 1
+    return cdiv(chunks, cdiv(chunks, torch.sym_min(chunks, slots // walks)))
 
 
-class _Run:
-    """One call's tensors and sizes, and the launches that take them."""
+class _Plan:
+    """What follows from the sizes of a call alone. One for each sizes: a call takes little longer than its launches."""
 
-    def __init__(
-        self,
-        tensors: Sequence[torch.Tensor | None],
-        activation: tuple[bool, float, float],
-        kept: Sequence[torch.Tensor],
-    ):
-        self.x, self.dt, A, self.B, self.C, self.D, bias, self.initial_states, seq_idx = tensors
-        self.b, self.l, self.h, self.p = self.x.shape
-        self.g, self.n = self.B.shape[2:]
-        self.dtype, self.target = self.x.dtype, target_of(self.x.device)
-        self.documents = seq_idx is not None
-        self.seq_idx = view(seq_idx.unsqueeze(-1)) if self.documents else None
-        self.Q = chunk_for(self.target, self.dtype.itemsize, self.n, self.documents)
-        self.chunks = cdiv(self.l, self.Q)
+    def __init__(self, b, l, h, p, g, n, dtype, documents: bool, tf32: bool, target: str, multiprocessors: int):
+        self.b, self.l, self.h, self.p, self.g, self.n = b, l, *map(int, (h, p, g, n))
+        self.dtype, self.documents, self.target, self.multiprocessors = dtype, documents, target, multiprocessors
+        self.Q = chunk_for(target, dtype.itemsize, self.n, documents)
+        self.chunks = cdiv(l, self.Q)
         self.spans = cdiv(self.chunks, 2)  # of two chunks
         self.tiles = cdiv(self.p, self.table("walk").p_tile)
-        slots = 2 * multiprocessors(self.x.device)
-        self.segments = choose_segments(self.b * self.h * self.tiles, self.chunks, slots)
+        self.segments = choose_segments(b * self.h * self.tiles, self.chunks, 2 * multiprocessors)
         self.segment_chunks = cdiv(self.chunks, self.segments)
-        self.decays = Decays(*kept[:2], *(kept[2] if self.documents else (None, None)))
-        softplus, low, high = activation
-        bias = None if bias is None else bias.contiguous()
-        self.activation = Activation(view(self.dt), A.contiguous(), bias, low, high, constant(softplus))
         # torch's setting for float32 products holds here, too. The device kernels round 16-bit operands not at all.
-        tf32 = self.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
-        self.precision = "tf32" if tf32 and self.target.startswith("sm") else "ieee"
+        self.precision = "tf32" if tf32 and target.startswith("sm") else "ieee"
 
     def table(self, kernel: str) -> Launch:
         return launch_for(kernel, self.target, self.dtype.itemsize, self.p, self.n, self.documents)
 
-    def launch(self, kernel: str, start: Callable[[Launch], object]) -> None:
-        """Call `start` with the table's launch, or with MAMBA2_AUTOTUNE=1 the fastest of its neighbours."""
-        launch = self.table(kernel)
-        if autotuning():
-            l = triton.next_power_of_2(self.l)
-            shape = f"batch {self.b}, length to {l}, {self.h} heads of {self.p}, {self.g} groups, d_state {self.n}"
-            form = "documents" if self.documents else "plain"
-            key = f"ssd {kernel}, {self.target}, {self.dtype}, {shape}, {form}, triton {triton.__version__}"
-            launch = fastest(key, neighbours(launch, self.target), start)
-        start(launch)
-
     def sizes(self, launch: Launch) -> Sizes:
         tiles = (1 << (self.n - 1).bit_length(), 0) if launch.whole else n_tiles(self.n)
-        numbers = (self.h, self.p, self.n, self.h // self.g, self.Q, launch.p_tile, *tiles, self.precision)
-        return Sizes(*map(constant, numbers))
+        return Sizes(self.h, self.p, self.n, self.h // self.g, self.Q, launch.p_tile, *tiles, self.precision)
+
+
+_plan = functools.lru_cache(1024)(_Plan)
+
+
+def _sizes(x: torch.Tensor, B: torch.Tensor, seq_idx: torch.Tensor | None) -> tuple:
+    """The arguments of `_Plan`."""
+    tf32 = x.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
+    places = target_of(x.device), multiprocessors(x.device)
+    return *x.shape, *B.shape[2:], x.dtype, seq_idx is not None, tf32, *places
+
+
+def first_state(state: torch.Tensor | None) -> View | None:
+    """A state before or after a sequence (b, h, p, n) as that of its only segment."""
+    return None if state is None else view(state.unsqueeze(1))
+
+
+class _Run:
+    """One call's tensors and plan, and the launches that take them."""
+
+    def __init__(
+        self,
+        plan: _Plan,
+        tensors: Sequence[torch.Tensor | None],
+        activation: tuple[bool, float, float],
+        kept: Sequence[torch.Tensor],
+    ):
+        self.plan = plan
+        self.x, dt, A, self.B, self.C, self.D, bias, self.initial_states, seq_idx = tensors
+        self.seq_idx = view(seq_idx.unsqueeze(-1)) if plan.documents else None
+        self.decays = Decays(*kept[:2], *(kept[2] if plan.documents else (None, None)))
+        softplus, low, high = activation
+        bias = None if bias is None else bias.contiguous()
+        self.activation = Activation(view(dt), A.contiguous(), bias, low, high, constant(softplus))
+
+    def launch(self, kernel: str, start: Callable[[Launch], object]) -> None:
+        """Call `start` with the table's launch, or with MAMBA2_AUTOTUNE=1 the fastest of its neighbours."""
+        plan = self.plan
+        launch = plan.table(kernel)
+        if autotuning():
+            l = triton.next_power_of_2(plan.l)
+            shape = f"batch {plan.b}, length to {l}, {plan.h} heads of {plan.p}, {plan.g} groups, d_state {plan.n}"
+            form = "documents" if plan.documents else "plain"
+            key = f"ssd {kernel}, {plan.target}, {plan.dtype}, {shape}, {form}, triton {triton.__version__}"
+            launch = fastest(key, neighbours(kernel, launch, plan.target), start)
+        start(launch)
 
     def floats(self, *shape: int) -> torch.Tensor:
         return self.x.new_empty(shape, dtype=torch.float32)
 
     def compute_decays(self) -> None:
-        grid = (cdiv(self.l, TOKENS), self.h, self.b)
-        _decays_kernel[grid](
-            self.activation, self.decays, self.seq_idx, self.l, h=self.h, Q=self.Q, CHUNKS=TOKENS // self.Q
+        plan = self.plan
+        _decays_kernel[(cdiv(plan.l, TOKENS), plan.h, plan.b)](
+            self.activation, self.decays, self.seq_idx, plan.l, h=plan.h, Q=plan.Q, CHUNKS=TOKENS // plan.Q
         )
 
-    def edges(self, v, k, begin, reverse: bool):
-        """View of the states that the segments begin with, `begin` or None being that of the first."""
-        begin = None if begin is None else view(begin.unsqueeze(1))
-        if self.segments == 1:
+    def edges(self, edges, v, k, begin, reverse: bool):
+        """View of the states that the segments begin with, written to `edges`; `begin` or None: that of the first."""
+        plan = self.plan
+        begin = first_state(begin)
+        if plan.segments == 1:
             return begin
-        edges = self.floats(self.b, self.segments, self.h, self.p, self.n)
-        through = self.floats(self.b, self.segments, self.h)
-        walked = range(1, self.segments) if reverse else range(self.segments - 1)
+        through = self.floats(plan.b, plan.segments, plan.h)
+        walked = range(1, plan.segments) if reverse else range(plan.segments - 1)
         self.walk(v, k, None, Edges(None, edges, through), None, None, reverse, walked)
         block = 256
-        _pass_kernel[(cdiv(self.n * self.p, block), self.h, self.b)](
-            edges, through, begin, self.segments, self.sizes(self.table("walk")), REVERSE=reverse, BLOCK=block
+        _pass_kernel[(cdiv(plan.n * plan.p, block), plan.h, plan.b)](
+            edges, through, begin, plan.segments, plan.sizes(plan.table("walk")), REVERSE=reverse, BLOCK=block
         )
         return view(edges)
 
     def walk(self, v, k, q, edges, kept, outputs, reverse: bool = False, segments: range | None = None) -> None:
-        segments = range(self.segments) if segments is None else segments
+        plan = self.plan
+        segments = range(plan.segments) if segments is None else segments
 
         def start(launch: Launch) -> None:
-            _walk_kernel[(self.h * cdiv(self.p, launch.p_tile), self.b, len(segments))](
+            _walk_kernel[(plan.h * cdiv(plan.p, launch.p_tile), plan.b, len(segments))](
                 view(v),
                 view(k),
                 view(q),
@@ -277,26 +299,28 @@ class _Run:
                 edges,
                 kept,
                 outputs,
-                self.l,
-                self.segment_chunks,
+                plan.l,
+                plan.segment_chunks,
                 segments.start,
-                self.sizes(launch),
+                plan.sizes(launch),
                 REVERSE=reverse,
                 STAGES=launch.num_stages,
-                **launch.options(self.target),
+                **launch.options(plan.target),
             )
 
         self.launch("states" if outputs is None else "walk", start)
 
-    def backward(self, dout, dfinal, grads) -> None:
+    def backward(self, dout, dfinal, edges, grads) -> None:
         dx, ddt, dA, dB, dC, dD, dbias, dinitial = grads
-        b, l, h, x = self.b, self.l, self.h, self.x
-        ux, of_dD = self.floats(2, self.tiles, b, h, l)
-        sums = Sums(*self.floats(4, b, h, l), self.floats(b, h, self.spans), ux, None if self.D is None else of_dD)
-        S, R = x.new_empty(2, b, self.spans, h, self.n, self.p)
-        begin = self.edges(x, self.B, self.initial_states, reverse=False)
+        plan, x = self.plan, self.x
+        b, l, h = plan.b, plan.l, plan.h
+        ux, of_dD = self.floats(2, plan.tiles, b, h, l).unbind()
+        per_token = self.floats(4, b, h, l).unbind()
+        sums = Sums(*per_token, self.floats(b, h, plan.spans), ux, None if self.D is None else of_dD)
+        S, R = x.new_empty(2, b, plan.spans, h, plan.n, plan.p).unbind()
+        begin = first_state(self.initial_states) if plan.segments == 1 else view(edges)
         self.walk(x, self.B, None, Edges(begin, None, None), S, None)
-        begin = self.edges(dout, self.C, dfinal, reverse=True)
+        begin = self.edges(self.floats(*edges.shape), dout, self.C, dfinal, reverse=True)
         end = None if self.initial_states is None else dinitial
         outputs = Outputs(dx, self.D, view(x), sums, b * h * l)
         self.walk(dout, self.C, self.B, Edges(begin, end, None), R, outputs, reverse=True)
@@ -313,20 +337,21 @@ class _Run:
             b * h * l,
             l,
             h=h,
-            Q=self.Q,
-            CHUNKS=TOKENS // self.Q,
-            P_TILES=self.tiles,
+            Q=plan.Q,
+            CHUNKS=TOKENS // plan.Q,
+            P_TILES=plan.tiles,
         )
         sum_rows(shares, dA, None if self.activation.bias is None else dbias, dD_shares, dD)
 
     def gradient(self, dout, S, R, dB, dC, sums) -> None:
         """dB and dC, the heads of a group shared out where there are too few programs for the device."""
-        programs = 4 * self.spans * self.g * self.b
-        parts = min(self.h // self.g, cdiv(multiprocessors(self.x.device), programs))
+        plan = self.plan
+        programs = 4 * plan.spans * plan.g * plan.b
+        parts = min(plan.h // plan.g, cdiv(plan.multiprocessors, programs))
         partial = self.floats(2, parts, *dB.shape) if parts > 1 else (dB, dC)
 
         def start(launch: Launch) -> None:
-            _gradient_kernel[(4 * parts * self.spans, self.g, self.b)](
+            _gradient_kernel[(4 * parts * plan.spans, plan.g, plan.b)](
                 view(self.x),
                 view(dout),
                 view(self.B),
@@ -336,11 +361,11 @@ class _Run:
                 R,
                 *partial,
                 sums,
-                self.l,
-                self.sizes(launch),
+                plan.l,
+                plan.sizes(launch),
                 PARTS=parts,
                 STAGES=launch.num_stages,
-                **launch.options(self.target),
+                **launch.options(plan.target),
             )
 
         self.launch("gradient", start)
@@ -352,13 +377,14 @@ class _Run:
 TOKENS = 256  # of a program of the kernels of the decays, which are short
 
 
-def neighbours(launch: Launch, target: str) -> list[Launch]:
+def neighbours(kernel: str, launch: Launch, target: str) -> list[Launch]:
     """What autotuning tries: the launch itself, then one thing changed at a time."""
     others = [
         replace(launch, num_stages=3 - launch.num_stages),
         replace(launch, num_warps=12 - launch.num_warps),
-        replace(launch, p_tile=32 if launch.p_tile == 16 else 16),
     ]
+    if kernel != "walk":  # whose sums lie one plane for each tile
+        others.append(replace(launch, p_tile=32 if launch.p_tile == 16 else 16))
     if not target.startswith("gfx"):
         others.append(replace(launch, registers=168 if launch.registers == 255 else 255))  # spills show in the time
     return [launch, *others]

@@ -85,7 +85,7 @@ def _step_kernel(
     D,  # View (h, p) or None
     z,  # View (b, h, p) or None
     y,  # out: (b, h, p), contiguous
-    Z,
+    Z: tl.constexpr,
 ):
     """Grid (h * p tiles, b). A program owns P channels of one head with all of their state."""
     p_tiles: tl.constexpr = (Z.p + Z.P - 1) // Z.P
@@ -149,7 +149,7 @@ def _ssd_step_op(
     tile = max(1, min(triton.next_power_of_2(p), ELEMENTS // columns))
     bias = None if dt_bias is None else dt_bias.contiguous()
     activation = Activation(view(dt), A.contiguous(), bias, low, high, constant(dt_softplus))
-    sizes = Sizes(*map(constant, (h, p, n, h // g, 1, tile, columns, 0, "ieee")))
+    sizes = Sizes(h, p, n, h // g, 1, tile, columns, 0, "ieee")
     with torch.cuda.device_of(x):
         _step_kernel[(h * triton.cdiv(p, tile), b)](
             view(state), view(x), activation, view(B), view(C), view(D), view(z), y, sizes, num_warps=WARPS

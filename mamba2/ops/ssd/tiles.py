@@ -26,17 +26,17 @@ class View(NamedTuple):
 
 
 class Sizes(NamedTuple):
-    """What is compiled into a kernel; every field a `tl.constexpr`."""
+    """What is compiled into a kernel, all of it one `tl.constexpr`: Triton looks at each argument in every launch."""
 
-    h: Any  # nheads
-    p: Any  # headdim
-    n: Any  # d_state
-    R: Any  # heads per group
-    Q: Any  # tokens of a chunk
-    P: Any  # channels of a tile
-    N1: Any
-    N2: Any
-    PRECISION: Any  # how float32 operands are multiplied; 16-bit ones are exact
+    h: int  # nheads
+    p: int  # headdim
+    n: int  # d_state
+    R: int  # heads per group
+    Q: int  # tokens of a chunk
+    P: int  # channels of a tile
+    N1: int
+    N2: int
+    PRECISION: str  # how float32 operands are multiplied; 16-bit ones are exact
 
 
 def view(tensor: torch.Tensor | None) -> View | None:
@@ -147,10 +147,10 @@ def store_state(given, state1, state2, columns, n, Z):
 @triton.jit
 def zero_state(Z):
     """The pair (N1, P), (N2, P), float32."""
-    state1 = tl.zeros((Z.N1, Z.P), dtype=tl.float32)
+    state1 = tl.full((Z.N1, Z.P), 0.0, dtype=tl.float32)
     state2 = state1
     if Z.N2 > 0:
-        state2 = tl.zeros((Z.N2, Z.P), dtype=tl.float32)
+        state2 = tl.full((Z.N2, Z.P), 0.0, dtype=tl.float32)
     return state1, state2
 
 
