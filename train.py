@@ -103,8 +103,11 @@ def parse() -> argparse.Namespace:
     add("--keep-products-only", action="store_true", help=what)
     add("--dtype", choices=("auto", "bf16", "fp32"), default="auto", help="of matrix products [bf16 where it is fast]")
     add("--parallel", choices=PARALLEL, default="ddp", help="under torchrun: copies, or shards of the model [ddp]")
-    what = "torch.compile of whole blocks, of the model, or, on a processor, of what is fused between products [off]"
-    add("--compile", choices=("off", "blocks", "model", "fused"), default="off", help=what)
+    what = (
+        "torch.compile of whole blocks, of the model, or, on a processor, of what is fused between products; graph: "
+        "forward and backward as one CUDA graph (one GPU; not run on any yet) [off]"
+    )
+    add("--compile", choices=("off", "blocks", "model", "fused", "graph"), default="off", help=what)
     add("--cuda-visible-devices", help='GPUs to use ["0", unless CUDA_VISIBLE_DEVICES is set]')
     add_study(parser, "train")
     args = parse_arguments(parser, "train", required=("model_path", "output_dir"))

@@ -97,7 +97,9 @@ def _recompute(block: nn.Module, function: Callable, *arguments: object, **optio
 
     replaced = not all(isinstance(parameter, nn.Parameter) for parameter in block.parameters())
     try:
-        return checkpoint(once if replaced else function, *arguments, use_reentrant=False, **options)
+        # Nothing in a block is random; asking a GPU's generator for its state would not go into a CUDA graph.
+        options = {"use_reentrant": False, "preserve_rng_state": False, **options}
+        return checkpoint(once if replaced else function, *arguments, **options)
     except RuntimeError as error:
         if "saved tensor hooks" not in str(error):
             raise
@@ -239,8 +241,8 @@ class Mamba2Block(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor, MixerState | None]:
         """Returns (output (b, l, d), residual (b, l, d), state)."""
         if self.training and self.keep_products_only:
-            options = {"preserve_rng_state": False, "context_fn": _keep_products}
-            results = _recompute(self, self._mix, x, residual, seq_idx, state, return_state, **options)
+            arguments = x, residual, seq_idx, state, return_state
+            results = _recompute(self, self._mix, *arguments, context_fn=_keep_products)
             if results[0].requires_grad and not torch.compiler.is_compiling():
                 results[0].register_hook(_refuse_second)
             return results

@@ -18,7 +18,7 @@ from torch import nn
 from benchmarks.gpu.worker import Bench, Case, Wrong
 from benchmarks.train_step import CONFIG, build_transformers
 from mamba2.config import Mamba2Config
-from mamba2.cuda_graph import GraphDecoder
+from mamba2.cuda_graph import GraphDecoder, GraphGradients
 from mamba2.model import Mamba2LM
 from mamba2.training import autocast, make_optimizer
 from mamba2.training.hardware import memory_estimate, peak_flops
@@ -33,9 +33,9 @@ LARGE = 20_000  # tokens from which on steps are not made in many processes at o
 def cases(bench: Bench) -> dict[str, Case]:
     found: dict[str, Case] = {}
     shapes = [("tiny.json", 1, 8)] if bench.rehearse else SHAPES  # and smaller yet: see `read_config`
-    modes = ("off",) if bench.rehearse else ("off", "blocks", "model")
+    modes = ("off", "graph") if bench.rehearse else ("off", "graph", "blocks", "model")
     for mode, (file, batch, length), lean in itertools.product(modes, shapes, (False, True)):
-        if bench.compiling and batch * length > LARGE:
+        if bench.compiling and (batch * length > LARGE or mode == "graph"):  # which compiles nothing of its own
             continue
         name = f"{file}, {batch} x {length}, bf16, " + ("eager" if mode == "off" else f"--compile {mode}")
         name += ", --keep-products-only" * lean
@@ -67,7 +67,7 @@ def our_step(bench: Bench, path: Path, batch: int, length: int, mode: str, lean:
             layer.compile()
     if mode == "model":
         model.compile()
-    values = training_step(bench, model, model, config, batch, length)
+    values = training_step(bench, model, model, config, batch, length, graphed=mode == "graph")
     estimate = memory_estimate(config, batch, length, torch.bfloat16, 0, lean)
     return {**values, "estimated GB": estimate / 1e9}
 
@@ -98,19 +98,34 @@ def build_mamba_ssm(config: Mamba2Config) -> tuple[nn.Module, Callable]:
 
 
 def training_step(
-    bench: Bench, model: nn.Module, loss_of: Callable, config: Mamba2Config, batch: int, length: int
+    bench: Bench,
+    model: nn.Module,
+    loss_of: Callable,
+    config: Mamba2Config,
+    batch: int,
+    length: int,
+    graphed: bool = False,
 ) -> dict[str, float]:
     """Forward, backward and AdamW on random ids: the best of some steps."""
     torch.manual_seed(0)
     optimizer = make_optimizer(model.train(), 1e-4, (0.9, 0.95), 0.1)
     ids = torch.randint(config.vocab_size, (batch, length + 1), device=bench.device)
 
-    def step() -> None:
+    total = torch.zeros((), dtype=torch.float64, device=bench.device)
+
+    def add(batch: list[torch.Tensor], tokens: int | torch.Tensor, total: torch.Tensor) -> None:
         with autocast(bench.device, torch.bfloat16):
-            loss = loss_of(ids[:, :-1], ids[:, 1:]) / (batch * length)
+            loss = loss_of(*batch) / tokens
         loss.backward()
+        total += loss.detach()
+
+    if graphed:
+        add = GraphGradients(model, add)
+
+    def step() -> None:
+        add([ids[:, :-1], ids[:, 1:]], batch * length, total)
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad(set_to_none=not graphed)
 
     def seconds() -> float:
         torch.cuda.synchronize()

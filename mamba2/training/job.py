@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import functools
 import hashlib
 import math
 from pathlib import Path
@@ -18,6 +19,7 @@ from mamba2.checkpoint.training_state import (
     save_rng,
     sort_headers,
 )
+from mamba2.cuda_graph import GraphGradients
 from mamba2.data import Tokens, Windows, describe, load_tokens, load_validation
 from mamba2.data.tokens import SIDECAR
 from mamba2.distributed import World, full, parallelize, reshard
@@ -38,7 +40,7 @@ from mamba2.training.hardware import (
 )
 from mamba2.training.metrics import Progress
 from mamba2.training.optimizer import Schedule, make_optimizer
-from mamba2.training.step import accumulate_gradients, mean_loss, update
+from mamba2.training.step import accumulate_gradients, add_gradients, mean_loss, update
 
 # Options that a resumed run must have as the run before it: another value would make it another run. What splits a step
 # into pieces, and what saves and shows it, may change; the schedule is compared by the rates it has given so far.
@@ -144,6 +146,13 @@ class Job:
         elif args.compile == "blocks":
             for layer in self.model.backbone.layers:
                 layer.compile()
+        self.add = None
+        if args.compile == "graph":
+            if self.device.type != "cuda" or self.world.size > 1:
+                place = f"on {self.device.type}, in {self.world.size} process{'es' if self.world.size > 1 else ''}"
+                raise ValueError(f"--compile graph records what one GPU does in one process, and this runs {place}")
+            add = functools.partial(add_gradients, self.model, self.dtype, self.world.size)
+            self.add = GraphGradients(self.model, add)
         self.parallel_model = parallelize(self.model, self.world, args.parallel, self.dtype)
         self.optimizer = make_optimizer(
             self.model, args.learning_rate, tuple(args.betas), args.weight_decay, args.eps, args.decay
@@ -165,9 +174,9 @@ class Job:
             args.batch_size, args.max_length, args.gradient_accumulation_steps, args.checkpoint_every
         ):
             loss, tokens = accumulate_gradients(
-                self.parallel_model, self.windows, indices, args.batch_size, self.dtype, self.world
+                self.parallel_model, self.windows, indices, args.batch_size, self.dtype, self.world, self.add
             )
-            norm = update(self.model, self.optimizer, args.clip)
+            norm = update(self.model, self.optimizer, args.clip, keep_gradients=self.add is not None)
         return {"loss": loss, "learning_rate": rate, "gradient_norm": norm, "tokens": tokens}
 
     def evaluate(self) -> float:

@@ -1,5 +1,7 @@
 """One optimizer step over the global batch, and one evaluation."""
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import nn
 
@@ -17,11 +19,13 @@ def accumulate_gradients(
     micro_batch: int,
     dtype: torch.dtype,
     world: World = ALONE,
+    add: Callable | None = None,
 ) -> tuple[float, int]:
     """Add the gradient of the mean loss over every token of the windows `indices`, `micro_batch` windows at a time.
 
     The mean is over the tokens of the whole batch, so it does not depend on how the batch is split into micro-batches
-    and among the processes of `world`. Returns (mean loss in nats per token, tokens), of all processes.
+    and among the processes of `world`. `add` does what `add_gradients` does for one of them, in a way of its own.
+    Returns (mean loss in nats per token, tokens), of all processes.
     """
     device = next(model.parameters()).device
     batches = _micro_batches(windows, indices, micro_batch, world)
@@ -29,19 +33,38 @@ def accumulate_gradients(
     # The sum stays on the device: reading it after every micro-batch would make a GPU wait.
     total = torch.zeros((), dtype=torch.float64, device=device)
     for i, batch in enumerate(batches):
-        inputs, targets, seq_idx = _to(batch, device)
         with gradient_sync(model, wanted=i == len(batches) - 1):
-            with autocast(device, dtype):
-                loss = model(inputs, targets, seq_idx=seq_idx) / tokens
-            (loss * world.size).backward()  # DDP and FSDP take the mean over the processes, and a sum is meant
-        total += loss.detach()
+            if add is None:
+                add_gradients(model, dtype, world.size, _to(batch, device), tokens, total)
+            else:
+                add(_to(batch, device), tokens, total)
     return world.sum(total).item(), tokens
 
 
-def update(model: Mamba2LM, optimizer: torch.optim.Optimizer, clip: float) -> float | None:
+def add_gradients(
+    model: nn.Module,
+    dtype: torch.dtype,
+    processes: int,
+    batch: Sequence[torch.Tensor | None],
+    tokens: int | torch.Tensor,
+    total: torch.Tensor,
+) -> None:
+    """Add to the gradients that of one micro-batch's loss / tokens, and this loss to `total`. The device waits for
+    nothing here, so that a CUDA graph can hold it."""
+    inputs, targets, seq_idx = batch
+    with autocast(total.device, dtype):
+        loss = model(inputs, targets, seq_idx=seq_idx) / tokens
+    (loss * processes).backward()  # DDP and FSDP take the mean over the processes, and a sum is meant
+    total += loss.detach()
+
+
+def update(
+    model: Mamba2LM, optimizer: torch.optim.Optimizer, clip: float, keep_gradients: bool = False
+) -> float | None:
     """Clip the gradient's norm to `clip` (0: do not) and step; without a finite gradient nothing moves.
 
-    Returns the norm before clipping, None where it was not finite. Gradients are gone afterwards.
+    Returns the norm before clipping, None where it was not finite. Gradients are gone afterwards, or zero where they
+    are to be kept for a CUDA graph.
     """
     parameters = [p for p in model.parameters() if p.grad is not None]
     norm = full(torch.nn.utils.get_total_norm([p.grad for p in parameters]))
@@ -51,7 +74,7 @@ def update(model: Mamba2LM, optimizer: torch.optim.Optimizer, clip: float) -> fl
         if clip:
             torch.nn.utils.clip_grads_with_norm_(parameters, clip, norm)
         optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    optimizer.zero_grad(set_to_none=not keep_gradients)
     return value if finite else None
 
 
