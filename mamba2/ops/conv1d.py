@@ -31,8 +31,15 @@ import triton
 import triton.language as tl
 
 from mamba2.ops.backend import choose_backend
-from mamba2.ops.conv1d_torch import causal_conv1d_blocked, causal_conv1d_reference, causal_conv1d_step_reference
-from mamba2.ops.gradient import empty_gradients, register_gradient, unwatched
+from mamba2.ops.conv1d_torch import (
+    causal_conv1d_blocked,
+    causal_conv1d_reference,
+    causal_conv1d_step_reference,
+    differentiable,
+    empty_pieces,
+    last_inputs,
+)
+from mamba2.ops.gradient import empty_gradients
 from mamba2.ops.kernel import (
     aligned,
     alignment,
@@ -96,9 +103,9 @@ def causal_conv1d(
         raise ValueError(f"splits must be positive widths that sum to the {d} channels of x, not {pieces}")
     backend = choose_backend(x, tuple(IMPLEMENTATIONS), kernel_fits=width <= MAX_WIDTH)
     implementation = IMPLEMENTATIONS[backend]
-    ys, final_state = implementation(x, weight, bias, seq_idx, initial_state, activation, return_final_state, pieces)
-    y = ys[0] if splits is None else ys
-    return (y, final_state) if return_final_state else y
+    ys = implementation(x, weight, bias, seq_idx, initial_state, activation, pieces)
+    y = ys[0] if splits is None else tuple(ys)
+    return (y, last_inputs(x, width - 1, initial_state, seq_idx)) if return_final_state else y
 
 
 @torch.no_grad()
@@ -273,18 +280,17 @@ def _forward_kernel(
     seq_idx,  # (b, l) or None
     initial,  # (b, K - 1, d) or None
     ys,  # out: of each piece (b, l, width)
-    final,  # out: (b, K - 1, d), contiguous, or None
     seqlen,
     tokens,
     Z,
     ACTIVATION: tl.constexpr,
 ):
-    """Grid (channel tiles * token tiles, b). Writes y for the program's tokens; the last also the final window."""
+    """Grid (channel tiles * token tiles, b). Writes y for the program's tokens."""
     batch = tl.program_id(1).to(tl.int64)
     start = tl.program_id(0) // _tiles(Z.WIDTHS, _count(Z.WIDTHS), Z.C) * tokens
     y, y_stride, columns, mask = _piece(ys, batch, Z)
     here, x_stride, taps, offset = _begin(x, weight, bias, batch, columns, mask, Z)
-    window, age = _load_before(here, x_stride, initial, seq_idx, batch, columns, start, mask, Z)
+    window, _ = _load_before(here, x_stride, initial, seq_idx, batch, columns, start, mask, Z)
     end = tl.minimum(start + tokens, seqlen)
     for first in range(start, end, Z.ROWS):
         rows = _load_rows(here, first, x_stride, end, mask, Z)
@@ -294,7 +300,6 @@ def _forward_kernel(
             token = first + i
             if seq_idx is not None:
                 window = _cleared(window, changes[i], Z.K - 1)
-                age = tl.where(changes[i], 0, age + (token < end).to(tl.int32))
             seen = window
             seen += (rows[i].to(tl.float32),)
             pre = _convolve(seen, taps, offset, Z)
@@ -303,27 +308,10 @@ def _forward_kernel(
             tl.store(y + token.to(tl.int64) * y_stride, pre.to(y.dtype.element_ty), mask=mask & (token < end))
             window = seen[1:]
 
-    if final is not None:
-        d: tl.constexpr = _channels(Z.WIDTHS, _count(Z.WIDTHS))
-        final += batch * ((Z.K - 1) * d) + columns
-        last = mask & (end == seqlen)
-        for i in tl.static_range(Z.K - 1):
-            token = end - (Z.K - 1) + i
-            row = tl.load(here + token.to(tl.int64) * x_stride, mask=last & (token >= 0), other=0.0)
-            if initial is not None:
-                # Row K - 1 + token of the window, where there are fewer tokens than it has rows.
-                pointers = _window(initial, batch, (end + i).to(tl.int64), columns)
-                given = tl.load(pointers, mask=last & (token < 0), other=0.0)
-                row = tl.where(token < 0, given.to(row.dtype), row)
-            if seq_idx is not None:
-                row = tl.where(age >= Z.K - 2 - i, row, 0.0)
-            tl.store(final + i * d, row, mask=last)
-
 
 @triton.jit
 def _backward_kernel(
     dys,  # of each piece (b, l, width)
-    dfinal,  # (b, K - 1, d) or None
     x,  # (b, l, d)
     weight,  # (d, K)
     bias,  # (d) or None
@@ -388,14 +376,6 @@ def _backward_kernel(
 
             finished = token - (K - 1)
             result = shares[0]
-            if dfinal is not None:
-                # Row of the final window that this token is, if `finished` is among its K - 1 tokens.
-                row = finished - (seqlen - (K - 1))
-                among = (row >= 0) & (row < K - 1)
-                if seq_idx is not None:
-                    among = among & (row + age >= K - 2)
-                more = _window(dfinal, batch, row.to(tl.int64), columns)
-                result += tl.load(more, mask=mask & among, other=0.0).to(tl.float32)
             mine = (finished >= start) & (finished < end)
             tl.store(dx + finished.to(tl.int64) * d, result.to(dx.dtype.element_ty), mask=mask & mine)
             if initial is not None:
@@ -418,10 +398,9 @@ def causal_conv1d_triton(
     seq_idx: torch.Tensor | None,  # (b, l)
     initial_state: torch.Tensor | None,  # (b, K - 1, d)
     activation: bool,
-    return_final_state: bool,
     splits: tuple[int, ...],
-) -> tuple[tuple[torch.Tensor, ...], torch.Tensor | None]:
-    """See `causal_conv1d`. Returns the pieces of y and, if asked for, the last K - 1 inputs.
+) -> list[torch.Tensor]:
+    """See `causal_conv1d`. Returns the pieces of y.
 
     Forward one launch, backward two: the gradients, and the sums over programs of those of weight and bias. Pieces of
     the result are tensors of their own and so are their gradients: nothing is joined in between.
@@ -432,8 +411,7 @@ def causal_conv1d_triton(
             f"the Triton backend takes weight of width 1 to {MAX_WIDTH}, not {weight.shape[1]}; "
             "MAMBA2_BACKEND=torch takes any"
         )
-    *ys, final = _forward(x, weight, bias, seq_idx, initial_state, activation, return_final_state, splits)
-    return tuple(ys), final if return_final_state else None
+    return _convolution(x, weight, bias, seq_idx, initial_state, activation, splits)
 
 
 @torch.library.custom_op("mamba2::causal_conv1d_forward", mutates_args=())
@@ -444,41 +422,27 @@ def _forward_op(
     seq_idx: torch.Tensor | None,
     initial: torch.Tensor | None,
     activation: bool,
-    want_final: bool,
     splits: Sequence[int],
 ) -> list[torch.Tensor]:
-    """The pieces of y and the last K - 1 inputs, which are empty where not wanted."""
-    *ys, final = outputs = _forward_outputs(x, weight, want_final, splits)
+    """The pieces of y."""
+    ys = empty_pieces(x, splits)
     grid, tokens, Z, warps = _launch(x, weight, ys, seq_idx, initial, backward=False)
     with torch.cuda.device_of(x):
         _forward_kernel[grid](
             *map(strided, (x, weight, bias, seq_idx, initial)),
             tuple(map(strided, ys)),
-            final if want_final else None,
             x.shape[1],
             tokens,
             Z,
             ACTIVATION=activation,
             num_warps=warps,
         )
-    return outputs
-
-
-@_forward_op.register_fake
-def _(x, weight, bias, seq_idx, initial, activation, want_final, splits):
-    return _forward_outputs(x, weight, want_final, splits)
-
-
-def _forward_outputs(x, weight, want_final, splits):
-    b, l, d = x.shape
-    final = x.new_empty((b, weight.shape[1] - 1, d) if want_final else (0,))
-    return [*(x.new_empty(b, l, width) for width in splits), final]
+    return ys
 
 
 @torch.library.custom_op("mamba2::causal_conv1d_backward", mutates_args=())
 def _backward_op(
     dys: Sequence[torch.Tensor],
-    dfinal: torch.Tensor | None,
     x: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
@@ -495,7 +459,7 @@ def _backward_op(
     with torch.cuda.device_of(x):
         _backward_kernel[grid](
             tuple(map(strided, dys)),
-            *map(strided, (dfinal, x, weight, bias, seq_idx, initial)),
+            *map(strided, (x, weight, bias, seq_idx, initial)),
             dx,
             None if initial is None else dinitial,
             partial,
@@ -509,30 +473,7 @@ def _backward_op(
     return grads
 
 
-@_backward_op.register_fake
-def _(dys, dfinal, x, weight, bias, seq_idx, initial, activation):
-    return empty_gradients(x, weight, bias, initial)
-
-
-def _setup_context(ctx, inputs, output):
-    *tensors, ctx.activation, _want_final, ctx.splits = inputs
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors)
-
-
-def _backward(ctx, *grads):
-    x, weight, bias, seq_idx, initial = ctx.saved_tensors
-    *dys, dfinal = grads
-    if any(dy is None for dy in dys):
-        zero = x.new_zeros(())
-        dys = [zero.expand(*x.shape[:2], width) if dy is None else dy for dy, width in zip(dys, ctx.splits)]
-    dx, dweight, dbias, dinitial = _gradients(dys, dfinal, x, weight, bias, seq_idx, initial, ctx.activation)
-    # seq_idx, the flags and the splits have none.
-    return dx, dweight, None if bias is None else dbias, None, None if initial is None else dinitial, None, None, None
-
-
-_forward = register_gradient(_forward_op, _backward, _setup_context)
-_gradients = unwatched(_backward_op)
+_convolution = differentiable(_forward_op, _backward_op)
 
 
 def _launch(

@@ -8,7 +8,7 @@ where a term between two documents is left out. The first K - 1 tokens, which re
 block of their own; all others read x as it lies.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -24,10 +24,9 @@ def causal_conv1d_reference(
     seq_idx: torch.Tensor | None,  # (b, l)
     initial_state: torch.Tensor | None,  # (b, K - 1, d)
     activation: bool,
-    return_final_state: bool,
     splits: tuple[int, ...],
-) -> tuple[tuple[torch.Tensor, ...], torch.Tensor | None]:
-    """See `mamba2.ops.causal_conv1d`. Returns the pieces of y and, if asked for, the last K - 1 inputs."""
+) -> Sequence[torch.Tensor]:
+    """See `mamba2.ops.causal_conv1d`. Returns the pieces of y."""
     b, l, d = x.shape
     window = weight.shape[1] - 1
     wide = torch.promote_types(x.dtype, torch.float32)
@@ -54,8 +53,7 @@ def causal_conv1d_reference(
     if activation:
         y = F.silu(y)
 
-    ys = y.to(x.dtype).split(splits, dim=-1)
-    return ys, last_inputs(x, window, initial_state, seq_idx) if return_final_state else None
+    return y.to(x.dtype).split(splits, dim=-1)
 
 
 def last_inputs(
@@ -66,14 +64,18 @@ def last_inputs(
 ) -> torch.Tensor:
     """The last inputs of each sequence, (b, window, d), those of documents before the last token's set to zero."""
     b, l, d = x.shape
-    kept = x[:, max(0, l - window) :]
+    kept = x.narrow(1, max(0, l - window), min(l, window))
     if l < window:
-        earlier = x.new_zeros(b, window - l, d) if initial_state is None else initial_state[:, l:].to(x.dtype)
+        earlier = x.new_zeros(b, window, d) if initial_state is None else initial_state.to(x.dtype)
+        earlier = earlier.narrow(1, l, window - l)
         kept = torch.cat([earlier, kept], dim=1)
     if seq_idx is None:
+        return kept.clone()  # not what would keep all of x
+    if window == 0:
         return kept
-    document = F.pad((seq_idx[:, 1:] != seq_idx[:, :-1]).cumsum(dim=1), (window + 1, 0))[:, l:]  # (b, window)
-    return torch.where((document == document[:, -1:])[:, :, None], kept, torch.zeros_like(kept)) if window else kept
+    document = F.pad((seq_idx.diff(dim=1) != 0).cumsum(dim=1), (window + 1, 0)).narrow(1, l, window)  # (b, window)
+    same = document == document.narrow(1, window - 1, 1)
+    return torch.where(same.unsqueeze(-1), kept, torch.zeros_like(kept))
 
 
 def causal_conv1d_step_reference(
@@ -100,15 +102,13 @@ def causal_conv1d_blocked(
     seq_idx: torch.Tensor | None,  # (b, l)
     initial_state: torch.Tensor | None,  # (b, K - 1, d)
     activation: bool,
-    return_final_state: bool,
     splits: tuple[int, ...],
-) -> tuple[tuple[torch.Tensor, ...], torch.Tensor | None]:
-    """See `mamba2.ops.causal_conv1d`. Returns the pieces of y and, if asked for, the last K - 1 inputs."""
+) -> Sequence[torch.Tensor]:
+    """See `mamba2.ops.causal_conv1d`. Returns the pieces of y."""
     if torch.compiler.is_compiling():
         # The compiler fuses the readable form by itself.
-        return causal_conv1d_reference(x, weight, bias, seq_idx, initial_state, activation, return_final_state, splits)
-    ys = _convolution(x, weight, bias, seq_idx, initial_state, activation, splits)
-    return tuple(ys), last_inputs(x, weight.shape[1] - 1, initial_state, seq_idx) if return_final_state else None
+        return causal_conv1d_reference(x, weight, bias, seq_idx, initial_state, activation, splits)
+    return _convolution(x, weight, bias, seq_idx, initial_state, activation, splits)
 
 
 class Taps:
@@ -232,18 +232,13 @@ def conv_op(
     splits: Sequence[int],
 ) -> list[torch.Tensor]:
     """The pieces of y."""
-    ys = [x.new_empty(*x.shape[:2], width) for width in splits]
+    ys = empty_pieces(x, splits)
     for piece, sequence, channels in _pieces(x.shape[0], splits):
         taps = Taps(x, weight, bias, seq_idx, initial, sequence, channels)
         for block in taps.blocks():
             reaches = None if taps.reaches is None else taps.reaches[block]
             _convolve(ys[piece][sequence, block], taps.inputs(block), taps.weight, taps.bias, reaches, activation)
     return ys
-
-
-@conv_op.register_fake
-def _(x, weight, bias, seq_idx, initial, activation, splits):
-    return [x.new_empty(*x.shape[:2], width) for width in splits]
 
 
 @torch.library.custom_op("mamba2::causal_conv1d_blocked_backward", mutates_args=())
@@ -290,25 +285,37 @@ def conv_backward_op(
     return outputs
 
 
-@conv_backward_op.register_fake
-def _(dys, x, weight, bias, seq_idx, initial, activation):
-    return empty_gradients(x, weight, bias, initial)
+def empty_pieces(x: torch.Tensor, splits: Sequence[int]) -> list[torch.Tensor]:
+    return [x.new_empty(*x.shape[:2], width) for width in splits]
 
 
-def _setup_context(ctx, inputs, output):
-    *tensors, ctx.activation, ctx.splits = inputs
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors)
+def differentiable(forward_op: Callable, backward_op: Callable) -> Callable:
+    """A backend's convolution as torch sees it, of the two operations that it is made of."""
+    gradients = unwatched(backward_op)
+
+    @forward_op.register_fake
+    def _(x, weight, bias, seq_idx, initial, activation, splits):
+        return empty_pieces(x, splits)
+
+    @backward_op.register_fake
+    def _(dys, x, weight, bias, seq_idx, initial, activation):
+        return empty_gradients(x, weight, bias, initial)
+
+    def setup_context(ctx, inputs, output):
+        *tensors, ctx.activation, ctx.splits = inputs
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors)
+
+    def backward(ctx, *dys):
+        x, weight, bias, seq_idx, initial = ctx.saved_tensors
+        if any(dy is None for dy in dys):
+            zero = x.new_zeros(())
+            dys = [zero.expand(*x.shape[:2], width) if dy is None else dy for dy, width in zip(dys, ctx.splits)]
+        dx, dweight, dbias, dinitial = gradients(list(dys), x, weight, bias, seq_idx, initial, ctx.activation)
+        # seq_idx, activation and splits have none.
+        return dx, dweight, None if bias is None else dbias, None, None if initial is None else dinitial, None, None
+
+    return register_gradient(forward_op, backward, setup_context)
 
 
-def _backward(ctx, *dys):
-    x, weight, bias, seq_idx, initial = ctx.saved_tensors
-    zero = x.new_zeros(())
-    dys = [zero.expand(*x.shape[:2], width) if dy is None else dy for dy, width in zip(dys, ctx.splits)]
-    dx, dweight, dbias, dinitial = _gradients(dys, x, weight, bias, seq_idx, initial, ctx.activation)
-    # seq_idx, activation and splits have none.
-    return dx, dweight, None if bias is None else dbias, None, None if initial is None else dinitial, None, None
-
-
-_convolution = register_gradient(conv_op, _backward, _setup_context)
-_gradients = unwatched(conv_backward_op)
+_convolution = differentiable(conv_op, conv_backward_op)

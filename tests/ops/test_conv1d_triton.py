@@ -196,8 +196,8 @@ def test_registration():
     tensors = [None if t is None else t.requires_grad_() for t in make_inputs(1, 9, 6, 4).values()]
     x, weight, bias, initial = tensors
     seq_idx = documents(1, 9)
-    checks.check_registration(conv1d._forward_op, x, weight, bias, seq_idx, initial, True, True, (2, 4))
-    checks.check_registration(conv1d._forward_op, x, weight, None, None, None, False, False, (6,))
+    checks.check_registration(conv1d._forward_op, x, weight, bias, seq_idx, initial, True, (2, 4))
+    checks.check_registration(conv1d._forward_op, x, weight, None, None, None, False, (6,))
     x, weight, bias, initial = (tensor.detach() for tensor in tensors)
     dys = [checks.normal(1, 9, width) for width in (2, 4)]
-    checks.check_registration(conv1d._backward_op, dys, None, x, weight, bias, seq_idx, initial, True)
+    checks.check_registration(conv1d._backward_op, dys, x, weight, bias, seq_idx, initial, True)
