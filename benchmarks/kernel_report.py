@@ -129,8 +129,8 @@ def print_traffic(shapes: list[str]) -> None:
     import torch
 
     from benchmarks.interpreter import record, torch_operations, use_exact_bfloat16
+    from benchmarks.pretend import multiprocessors
     from mamba2.ops import ssd
-    from mamba2.ops.ssd import op
     from tests.oracles import mamba_ssm_environment, mamba_ssm_scan
 
     use_exact_bfloat16()
@@ -143,10 +143,7 @@ def print_traffic(shapes: list[str]) -> None:
             for who in ("mamba2", "mamba-ssm"):
                 function = ssd if who == "mamba2" else mamba_ssm_scan(count)
                 arguments = make_arguments(*shape)
-                with (
-                    mamba_ssm_environment(count),
-                    mock.patch.object(op, "multiprocessors", lambda _, c=count: c),
-                ):
+                with mamba_ssm_environment(count), multiprocessors(count):
                     with record() as forward, torch_operations() as forward_torch:
                         y = function(**arguments, chunk_size=256, dt_softplus=True)
                     gradient = torch.ones_like(y)
@@ -206,12 +203,12 @@ def count_launches(shape: tuple[int, int, int, int], form: str, walk: str) -> li
 
     from benchmarks.gpu.right import FORMS as WALKS
     from benchmarks.interpreter import record
+    from benchmarks.pretend import multiprocessors
     from mamba2.ops import ssd
-    from mamba2.ops.ssd import op
 
     l, documents = 512, form == "documents"
     arguments = make_arguments(l, *shape, seq_idx=documents)
-    with mock.patch.object(op, "multiprocessors", lambda _: WALKS[walk]), record() as launches:
+    with multiprocessors(WALKS[walk]), record() as launches:
         y = ssd(**arguments, chunk_size=256, dt_softplus=True, return_final_states=documents)
         torch.autograd.backward(y[0] if documents else y, torch.ones_like(arguments["x"]))
     return [(launch.name, launch.dram / l, launch.flops / l) for launch in launches]
@@ -282,6 +279,7 @@ def print_resources(shapes: list[str]) -> bool:
     from triton.runtime.errors import PTXASError
 
     from benchmarks.compilation import TARGETS, captured, compile_launch, specialize
+    from benchmarks.pretend import multiprocessors
     from mamba2.ops import ssd
     from mamba2.ops.ssd import op
 
@@ -301,10 +299,7 @@ def print_resources(shapes: list[str]) -> bool:
                 torch.autograd.backward(used, [torch.empty_like(t) for t in used])
 
             for target in TARGETS:
-                with (
-                    mock.patch.object(op, "multiprocessors", lambda _, c=count: c),
-                    mock.patch.object(op, "target_of", lambda _, t=target: t),
-                ):
+                with multiprocessors(count), mock.patch.object(op, "target_of", lambda _, t=target: t):
                     launches = captured(step)
                 for kernel, args, kwargs in launches:
                     key = (kernel.fn.__name__, target, str(specialize(kernel, args, kwargs, target)[1:]))

@@ -15,6 +15,14 @@ if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
 
 import torch
 
+# The files that take longest, which several processes begin with, so that they end together.
+LONGEST = ("test_scripts.py", "test_ssd_triton.py", "test_train.py", "test_gpu_benchmark.py", "test_decoding.py")
+
+
+def pytest_collection_modifyitems(items: list) -> None:
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+
+
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
     from benchmarks.interpreter import use_exact_bfloat16

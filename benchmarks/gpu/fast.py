@@ -9,16 +9,15 @@ import importlib.util
 import json
 from collections.abc import Callable
 from pathlib import Path
-from unittest import mock
 
 import torch
 
+from benchmarks import pretend
 from benchmarks.gpu.kernels import ceilings
 from benchmarks.gpu.right import FORMS
 from benchmarks.gpu.worker import Bench, Case
 from benchmarks.kernel_report import floor
 from mamba2.ops import ssd
-from mamba2.ops.ssd import op as ssd_launches
 from tests.oracles import mamba_ssm_environment, mamba_ssm_scan
 
 # b, l, h, p, g, n: the study's model with one and all of its windows, 130m, 2.7b with a long and a very long sequence,
@@ -96,7 +95,7 @@ def ours(bench: Bench, shape: tuple[int, ...], training: bool, form: str, count:
 
     tensors = make_tensors(shape, bench.device, training)
     leaves = [tensor for tensor in tensors.values() if tensor.requires_grad]
-    with mock.patch.object(ssd_launches, "multiprocessors", lambda device: count):
+    with pretend.multiprocessors(count):
         values = measure(bench, shape, function, tensors)
         times = bench.kernel_milliseconds(lambda: torch.autograd.grad(function(tensors).sum(), leaves))
     speed = measured_ceilings(bench)

@@ -16,9 +16,9 @@ import torch
 import triton.language as tl
 from triton.runtime.interpreter import GridExecutor
 
+from benchmarks import pretend
 from benchmarks.interpreter import use_exact_bfloat16
 from mamba2.ops import causal_conv1d, linear_cross_entropy, ssd, ssd_step
-from mamba2.ops.ssd import op as ssd_launches
 from tests.ops import test_conv1d_triton, test_cross_entropy_triton, test_norm_triton, test_ssd_step
 from tests.ops.test_ssd import documents, make_inputs
 
@@ -42,7 +42,7 @@ def ssd_call(
     def op(**tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return ssd(**tensors, chunk_size=64, dt_softplus=True, return_final_states=True, seq_idx=seq_idx)
 
-    with mock.patch.object(ssd_launches, "multiprocessors", lambda device: multiprocessors):
+    with pretend.multiprocessors(multiprocessors):
         differentiate(op, inputs)
 
 

@@ -9,14 +9,13 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from unittest import mock
 
 import pytest
 import torch
 
+from benchmarks import pretend
 from benchmarks.gpu.worker import Bench, Case, Wrong
 from mamba2.ops import linear_cross_entropy, ssd, ssd_step
-from mamba2.ops.ssd import op as ssd_launches
 from tests.ops import kernel_checks as checks
 from tests.ops import test_conv1d_triton as conv
 from tests.ops import test_cross_entropy_triton as loss
@@ -80,7 +79,7 @@ def ssd_op(seq_idx: torch.Tensor | None = None) -> Callable:
 
 def ssd_accuracy(shape: tuple[int, ...], dtype: torch.dtype, count: int, everything: bool) -> dict:
     seq_idx = documents(*shape[:2]).to(checks.DEVICE) if everything else None
-    with mock.patch.object(ssd_launches, "multiprocessors", lambda device: count):
+    with pretend.multiprocessors(count):
         return judged(ssd_op(seq_idx), ssd_tensors(shape, dtype, everything))
 
 

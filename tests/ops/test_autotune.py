@@ -10,7 +10,7 @@ import torch
 from triton.runtime.errors import OutOfResources, PTXASError
 
 from mamba2.ops import autotune
-from mamba2.ops.ssd.op import _Run
+from mamba2.ops.ssd.op import _Plan, _Run, _sizes
 from tests.ops.test_ssd import make_inputs
 
 
@@ -61,7 +61,8 @@ def test_sizes_are_told_apart():
 
     def choose(b: int, l: int) -> None:
         tensors = [t.detach() for t in make_inputs(b, l, 4, 64, 1, 128, torch.bfloat16, ()).values()]
-        _Run([*tensors, None, None, None, None], (True, 0.0, 1.0), [None] * 3).launch("walk", tried.append)
+        plan = _Plan(*_sizes(tensors[0], tensors[3], None))
+        _Run(plan, [*tensors, None, None, None, None], (True, 0.0, 1.0), [None] * 4).launch("states", tried.append)
 
     choose(2, 1000)
     assert len(tried) > 4 and {launch.p_tile for launch in tried} == {16, 64}
