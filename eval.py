@@ -16,7 +16,6 @@ first two of the first data set, split and protocol.
 import argparse
 import hashlib
 import json
-import os
 from pathlib import Path
 
 import torch
@@ -28,12 +27,13 @@ from mamba2.evaluation.corpus import Corpus, load_corpus
 from mamba2.evaluation.diagnostics import batches, diagnose
 from mamba2.evaluation.perplexity import PROTOCOLS, Perplexity, evaluate, exp
 from mamba2.evaluation.recall import recall
-from mamba2.evaluation.report import Evaluated, write_report
-from mamba2.evaluation.runs import check_comparable, read_history
+from mamba2.files import write_text
 from mamba2.generate import generate
 from mamba2.host_memory import keep_freed_memory
-from mamba2.model import Mamba2LM
+from mamba2.model import Mamba2LM, num_parameters
 from mamba2.study import add_study
+from mamba2.study.report import Evaluated, write_report
+from mamba2.study.runs import check_comparable, read_history
 from mamba2.tokenizer import Tokenizer, load_tokenizer
 from mamba2.training import choose_device
 
@@ -121,7 +121,7 @@ def main() -> None:
         if record is None:
             record = measure(path, tokenizer, corpora, tasks, args)
             if file is not None:
-                write_atomically(file, json.dumps({"identity": identity, "record": record}) + "\n")
+                write_text(file, json.dumps({"identity": identity, "record": record}) + "\n")
         records[key] = record
         for result in record["results"]:
             print(f"{path}: {summary_line(result)}", flush=True)
@@ -196,7 +196,7 @@ def measure(
     if args.sample_tokens and tokenizer is not None:
         text = sample(model, tokenizer, args.sample_tokens)
         print(f"--- text of {path}, temperature 0.8\n{text}\n---", flush=True)
-    settings = {"tokenizer": tokenizer and tokenizer.name, "parameters": model.config.num_parameters()}
+    settings = {"tokenizer": tokenizer and tokenizer.name, "parameters": num_parameters(model.config)}
     settings["data"] = [corpus.label for corpus in corpora] + tasks
     record = {"results": results, "recall": recalled, "diagnostics": diagnostics, "settings": settings}
     return json_ready(record)
@@ -305,17 +305,7 @@ def write_json(file: Path, records: dict[Key, dict], paths: dict[Key, Path]) -> 
         entry["model_paths"].append(str(paths[name, seed]))
         kept = [{key: value for key, value in result.items() if key != "per_document"} for result in record["results"]]
         entry["details"].append({"seed": seed, **record, "results": kept})
-    write_atomically(file, json.dumps(content, indent=1) + "\n")
-
-
-def write_atomically(file: Path, text: str) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, file)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_text(file, json.dumps(content, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -18,14 +18,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from mamba2.checkpoint import atomic_folder
 from mamba2.cli import parse_arguments, run
 from mamba2.config import WEIGHT_INITS, Mamba2Config
-from mamba2.evaluation import figures
 from mamba2.evaluation.diagnostics import nominal_half_life, shares_remembering, signals
+from mamba2.files import atomic_folder
 from mamba2.initializers import INITIALIZERS, DtParams, dt_table
-from mamba2.model import Mamba2LM
-from mamba2.study import add_study
+from mamba2.model import Mamba2LM, num_parameters
+from mamba2.study import add_study, figures
 from mamba2.tokenizer import Tokenizer, get_tokenizer, save_tokenizer
 
 PREVIEWED = {
@@ -84,7 +83,7 @@ def main() -> None:
     }
     finished = {key for key, folder in folders.items() if folder.exists()}
 
-    print(f"config       {args.config_path}: {config.num_parameters():,} parameters")
+    print(f"config       {args.config_path}: {num_parameters(config):,} parameters")
     print(f"layers       {config.num_hidden_layers} x {config.num_heads} heads of {config.head_dim}")
     none = "none: no built-in fits this vocabulary; train on input_ids"
     rows = f"rows for {config.vocab_size:,} ids"

@@ -3,7 +3,7 @@
     python train.py                                             the tiny study, into runs/tiny/trained
     python train.py --model-path MODEL --dataset-path DATA --output-dir OUT
     python train.py --model-path models/seed-*-* --output-dir OUT              each into OUT/<name of its folder>
-    python train.py --study configs/study-tiny.toml                            every run of a grid (mamba2/study.py)
+    python train.py --study configs/study-tiny.toml                            every run of a grid (mamba2/study)
 
 Writes {output-dir}/checkpoint-N while training, {output-dir}/metrics.jsonl, and {output-dir}-final at the end. The same
 command again goes on from the last checkpoint, to the bit; a model whose -final folder is there is not trained again.
@@ -28,6 +28,7 @@ from mamba2.initializers import dt_table
 from mamba2.study import add_study
 from mamba2.training import (
     DECAYS,
+    OPTIMIZERS,
     SCHEDULES,
     Counters,
     Job,
@@ -68,6 +69,8 @@ def parse() -> argparse.Namespace:
     add("--warmup-from-zero", action="store_true", help="the first step has rate 0, as in transformers")
     add("--decay-ratio", type=float, default=0.2, help="share of the steps in which wsd decays [0.2]")
     add("--final-rate-ratio", type=float, default=0.0, help="rate at the end, as a share of the peak [0]")
+    what = "muon: for the matrices of mixers, with AdamW for the rest [adamw]"
+    add("--optimizer", choices=OPTIMIZERS, default="adamw", help=what)
     add("--weight-decay", type=float, default=0.01, help="[0.01]")
     add("--decay", choices=DECAYS, default="matrices", help="what weight decay reaches [matrices]")
     add("--betas", type=float, nargs=2, default=[0.9, 0.99], help="of AdamW [0.9 0.99]")
@@ -266,7 +269,7 @@ def loop(
     Every process runs this; rank 0 has `metrics` and `tracker`, and speaks. Returns the signal that stopped it, or 0.
     """
     args, steps, world = job.args, job.steps, job.world
-    progress = Progress(steps, job.config.flops_per_token(), job.peak(), metrics.seconds if metrics else 0.0)
+    progress = Progress(steps, job.flops, job.peak(), metrics.seconds if metrics else 0.0)
 
     def say(text: str) -> None:
         if world.is_main:

@@ -8,7 +8,7 @@ Greedy, one sequence, random ids. A token cannot take less time than reading all
 machines read at one speed now and another a minute later, so the two are timed in turns, a reading and 20 tokens, and
 the best of each is taken. Decoding comes after a prompt, whose time does not count; transformers' (with its cache, the
 default) is the difference between two calls of `generate`. Prefill is the best of three; both keep the state and
-compute the logits of the last token alone. "compiled" rows decode by `mamba2.compiled_decoder`; the time to compile is
+compute the logits of the last token alone. "compiled" rows decode by `mamba2.decoding.compiled`; the time to compile is
 not in the table. Each row runs in a process of its own, whose largest resident memory is shown.
 """
 
@@ -23,12 +23,11 @@ from collections.abc import Callable
 import torch
 
 from benchmarks.train_step import CONFIG, machine
-from mamba2.compiled_decoder import CompiledDecoder
 from mamba2.config import Mamba2Config
-from mamba2.decoder import Decoder
+from mamba2.decoding import CompiledDecoder, PlainDecoder
+from mamba2.decoding.sampling import Sampling
 from mamba2.host_memory import keep_freed_memory
-from mamba2.model import Mamba2LM
-from mamba2.sampling import Sampling
+from mamba2.model import Mamba2LM, num_parameters
 
 RUN = 20  # tokens timed together
 PROMPT = 1024  # tokens of the prefill that is compared
@@ -73,7 +72,7 @@ def measure_ours(dtype: str, position: int, runs: int, compiled: bool) -> dict:
     ids = torch.randint(model.config.vocab_size, (1, position))
     _, state = model.prefill(ids)
     seconds = best(lambda: model.prefill(ids), 3)
-    decoder, drawn = (CompiledDecoder if compiled else Decoder)(model, state), ids[:, -1]
+    decoder, drawn = (CompiledDecoder if compiled else PlainDecoder)(model, state), ids[:, -1]
     greedy = Sampling(temperature=0)
 
     def run() -> None:
@@ -140,7 +139,7 @@ def main() -> None:
         return
 
     config = Mamba2Config.from_json(CONFIG)
-    read = config.num_parameters() - config.vocab_size * config.hidden_size
+    read = num_parameters(config) - config.vocab_size * config.hidden_size
     positions = (64, PROMPT, 4096) if args.quick else (64, PROMPT, 4096, 16384)
     rows = []
     for title, dtype, worker, position, arguments in [

@@ -29,7 +29,7 @@ from torch import nn
 
 from mamba2.config import Mamba2Config
 from mamba2.host_memory import keep_freed_memory
-from mamba2.model import Mamba2LM
+from mamba2.model import Mamba2LM, flops_per_token, num_parameters
 from mamba2.ops.fusion import fuse
 from mamba2.training import autocast, choose_device, make_optimizer
 
@@ -259,11 +259,11 @@ def main() -> None:
         return
 
     config = Mamba2Config.from_json(CONFIG)
-    flops = config.flops_per_token()
+    flops = flops_per_token(config, 1024)
     peaks = in_a_process("peaks")
     print(machine(device))
     print(f"matrix products: {', '.join(f'{name} {peak / 1e9:,.0f} GFLOP/s' for name, peak in peaks.items())}")
-    print(f"model: {config.num_parameters():,} parameters, {flops / 1e6:.0f} MFLOP per token and step\n")
+    print(f"model: {num_parameters(config):,} parameters, {flops / 1e6:.0f} MFLOP per token and step\n")
     seconds = 5.0 if args.quick else 15.0
     names = [name for name in CONTENDERS if not (args.no_compile and CONTENDERS[name].compile)]
     print(f"{'':30}{'batch':>6}{'length':>8}{'tokens/s':>10}{'ratio':>8}{'memory':>10}{'of peak':>9}", flush=True)

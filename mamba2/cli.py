@@ -13,6 +13,8 @@ from typing import Any
 
 import tomli_w
 
+from mamba2.files import write_text
+
 CONFIGS = Path(__file__).parent.parent / "configs"
 SECTIONS = ("init", "train", "eval")
 NO_NAME = f"text in {sys.getfilesystemencoding()}, in which files are named here; PYTHONUTF8=1 makes that UTF-8"
@@ -56,20 +58,30 @@ def _read_preset(name: str, section: str, parser: argparse.ArgumentParser) -> li
     actions = {action.dest: action for action in parser._actions if action.dest not in ("help", "preset")}
     values = tables.get(section, {})
     _refuse_unknown(values, actions, f"{path}, [{section}]: key", parser)
+    return flags(values, switches(parser))
+
+
+def switches(parser: argparse.ArgumentParser) -> set[str]:
+    """The options that take no value."""
+    return {option for action in parser._actions if action.nargs == 0 for option in action.option_strings}
+
+
+def flags(table: dict[str, Any], known: set[str] | None = None) -> list[str]:
+    """A table as command-line arguments: true is --flag, false --no-flag, a list several values.
+
+    `known`: the parser's `switches`, where it is at hand: true and false are for them alone, and a false that the
+    parser cannot be told is what it takes for granted.
+    """
     arguments = []
-    for key, value in values.items():
-        flag = actions[key].option_strings[0]
-        if isinstance(value, bool) and actions[key].nargs == 0:
-            negative = [
-                option for option in actions[key].option_strings if option.startswith("--no-") and option != flag
-            ]
-            arguments += [flag] if value else negative
+    for key, value in table.items():
+        flag = f"--{key.replace('_', '-')}"
+        if isinstance(value, bool) and (known is None or flag in known):
+            flag = flag if value else flag.replace("--", "--no-", 1)
+            arguments += [flag] if known is None or flag in known else []
         elif isinstance(value, list) and len(value) != 1:
             arguments += [flag, *map(str, value)]
-        elif isinstance(value, list):
-            arguments.append(f"{flag}={value[0]}")  # which may begin with a dash
         else:
-            arguments.append(f"{flag}={value}")
+            arguments.append(f"{flag}={value[0] if isinstance(value, list) else value}")  # which may begin with a dash
     return arguments
 
 
@@ -84,12 +96,7 @@ def write_preset(file: Path, section: str, values: dict[str, object], comment: s
     """Write `values` so that `--preset file` gives them again; None, which TOML has not, is left out."""
     text = "".join(f"# {line}\n" for line in comment.splitlines())
     text += "\n" + tomli_w.dumps({section: {key: value for key, value in values.items() if value is not None}})
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, file)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_text(file, text)
 
 
 def json_ready(value: Any) -> Any:

@@ -2,8 +2,8 @@
 
 The file is Hugging Face's: the same keys and, where a key is absent, the same default as `transformers.Mamba2Config`,
 so that a folder written by either opens in the other. Keys that this code does not use stay in `extra` and are written
-back unchanged and in their place. Two keys are our own, and appear in a file only when they say something:
-`weight_init` and `dt_bias_init`.
+back unchanged and in their place. Keys that appear in a file only when they say something: two of our own,
+`weight_init` and `dt_bias_init`; and two are mamba-ssm's, for layers of attention: `attn_layer_idx` and `attn_cfg`.
 """
 
 import dataclasses
@@ -13,6 +13,8 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Self
+
+from mamba2.files import write_text
 
 NO_LIMIT = (0.0, math.inf)
 # The least number that float32 holds with all its digits, and the largest.
@@ -69,6 +71,10 @@ class Mamba2Config:
     # What `initializers.make_dt_bias` recorded (name, parameters, seed, sha256); None: dt_bias has no recorded origin.
     dt_bias_init: dict[str, Any] | None = None
 
+    # Layers whose mixer is attention, and its shape; see AttentionConfig.
+    attn_layer_idx: tuple[int, ...] = ()
+    attn_cfg: dict[str, Any] = field(default_factory=dict)
+
     bos_token_id: int | None = 0
     eos_token_id: int | list[int] | None = 2
     pad_token_id: int | None = 1
@@ -79,6 +85,8 @@ class Mamba2Config:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "time_step_limit", _read_limit(self.time_step_limit))
+        if isinstance(self.attn_layer_idx, list):
+            object.__setattr__(self, "attn_layer_idx", tuple(self.attn_layer_idx))
         self._check()
 
     # ----------------------------------------------------------------------------------------------- derived quantities
@@ -97,30 +105,6 @@ class Mamba2Config:
     def d_in_proj(self) -> int:
         """Rows of in_proj: z, x, B, C, dt."""
         return self.d_inner + self.conv_dim + self.num_heads
-
-    def num_parameters(self) -> int:
-        """Exact number of parameters; tied embeddings count once."""
-        d = self.hidden_size
-        in_proj = (d + self.use_bias) * self.d_in_proj
-        conv = (self.conv_kernel + self.use_conv_bias) * self.conv_dim
-        per_head = 3 * self.num_heads  # dt_bias, A_log, D
-        out_proj = (self.d_inner + self.use_bias) * d
-        layer = d + in_proj + conv + per_head + self.d_inner + out_proj  # d and d_inner: the two norms
-        tables = 1 if self.tie_word_embeddings else 2
-        return self.num_hidden_layers * layer + d + tables * self.vocab_size * d
-
-    def flops_per_token(self) -> int:
-        """Floating-point operations per token of one training step, forward and backward (3 × forward), for MFU.
-
-        Counts the projections, the convolution and the chunked scan (Dao & Gu 2024, section 6: scores and their product
-        with x inside a chunk, building and reading the states), and the logits; recomputation does not count.
-        """
-        d, h, q = self.hidden_size, self.num_heads, self.chunk_size
-        gn = self.n_groups * self.state_size
-        projections = 2 * d * self.d_in_proj + 2 * self.d_inner * d
-        conv = 2 * self.conv_kernel * self.conv_dim
-        scan = q * gn + q * h * self.head_dim + 4 * h * self.head_dim * self.state_size
-        return 3 * (self.num_hidden_layers * (projections + conv + scan) + 2 * d * self.vocab_size)
 
     def with_weight_init(self, name: str) -> Self:
         """This config with the named scheme ("transformers" or "mamba_ssm") and the keys that belong to it."""
@@ -164,6 +148,10 @@ class Mamba2Config:
             del values["weight_init"]
         if self.dt_bias_init is None:
             del values["dt_bias_init"]
+        if self.attn_layer_idx:
+            values["attn_layer_idx"] = list(self.attn_layer_idx)
+        else:
+            del values["attn_layer_idx"], values["attn_cfg"]
         values = {"model_type": self.model_type, **values, **self.extra}
         return {key: values[key] for key in (*self.key_order, *values) if key in values}
 
@@ -192,17 +180,7 @@ class Mamba2Config:
         path = Path(path)
         if path.suffix != ".json":
             path = path / "config.json"
-        text = json.dumps(self.to_dict(), indent=2) + "\n"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            with open(temporary, "w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_text(path, json.dumps(self.to_dict(), indent=2) + "\n")
         return path
 
     # ------------------------------------------------------------------------------------------------------------ rules
@@ -255,9 +233,79 @@ class Mamba2Config:
             raise ValueError(f"weight_init is {self.weight_init!r}, and must be one of {', '.join(WEIGHT_INITS)}")
         if not isinstance(self.dt_bias_init, dict | None):
             raise ValueError(f"dt_bias_init is {self.dt_bias_init!r}, and must be an object or null")
+        layers = self.attn_layer_idx
+        wanted = f"a list of different layers below num_hidden_layers = {self.num_hidden_layers}, not of all"
+        if not isinstance(layers, tuple) or len(layers) >= self.num_hidden_layers or len(set(layers)) < len(layers):
+            raise ValueError(f"attn_layer_idx is {layers!r}, and must be {wanted}")
+        for layer in layers:
+            check_int("a layer in attn_layer_idx", layer, low=0, high=self.num_hidden_layers - 1)
+        if layers:
+            AttentionConfig.of(self)
+        elif self.attn_cfg:
+            raise ValueError(f"attn_cfg is {self.attn_cfg!r}, and attn_layer_idx names no layer that it is for")
         name = "" if self.dt_bias_init is None else self.dt_bias_init.get("name")
         if not isinstance(name, str):
             raise ValueError(f"dt_bias_init.name is {name!r}, and must be the name of an initialisation")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionConfig:
+    """`attn_cfg`: shape and options of the mixers that are attention, under the names of mamba-ssm's `MHA` and with its
+    defaults; what is not implemented has the one value that is."""
+
+    num_heads: int
+    num_heads_kv: int | None = None  # of keys and values, which heads share; None: as many
+    head_dim: int | None = None  # None: hidden_size / num_heads
+    qkv_proj_bias: bool = True
+    out_proj_bias: bool = True
+    d_conv: int = 0  # width of a convolution over q, k and v; 0: none
+    rotary_emb_dim: int = 0  # of head_dim, how many are rotated
+    rotary_emb_base: float = 10000.0
+    softmax_scale: float | None = None  # None: 1 / √head_dim
+    causal: bool = False
+    rotary_emb_interleaved: bool = False
+    mlp_dim: int = 0
+
+    @classmethod
+    def of(cls, config: Mamba2Config) -> Self:
+        """What a config's attn_cfg says. Raises ValueError naming a key, its value and what would be accepted."""
+        values = config.attn_cfg
+        if not isinstance(values, dict) or "num_heads" not in values:
+            raise ValueError(f"attn_cfg is {values!r}, and must be an object with num_heads, for attn_layer_idx")
+        if unknown := sorted(values.keys() - {f.name for f in dataclasses.fields(cls)}):
+            raise ValueError(f"attn_cfg holds keys that are not known: {', '.join(unknown)}")
+        shape = cls(**values)
+        for key, wanted in (("causal", True), ("rotary_emb_interleaved", False), ("mlp_dim", 0)):
+            if getattr(shape, key) != wanted:
+                raise ValueError(f"attn_cfg.{key} is {getattr(shape, key)!r}, and only {wanted!r} is implemented")
+        for key in ("qkv_proj_bias", "out_proj_bias"):
+            if not isinstance(getattr(shape, key), bool):
+                raise ValueError(f"attn_cfg.{key} is {getattr(shape, key)!r}, and must be true or false")
+        check_int("attn_cfg.num_heads", shape.num_heads)
+        if shape.head_dim is None and config.hidden_size % shape.num_heads:
+            raise ValueError(
+                f"attn_cfg.num_heads is {shape.num_heads}, and must divide hidden_size = {config.hidden_size} where "
+                "attn_cfg has no head_dim"
+            )
+        shape = dataclasses.replace(
+            shape,
+            num_heads_kv=shape.num_heads if shape.num_heads_kv is None else shape.num_heads_kv,
+            head_dim=config.hidden_size // shape.num_heads if shape.head_dim is None else shape.head_dim,
+        )
+        check_int("attn_cfg.num_heads_kv", shape.num_heads_kv)
+        check_int("attn_cfg.head_dim", shape.head_dim)
+        check_int("attn_cfg.d_conv", shape.d_conv, low=0, high=8)
+        check_int("attn_cfg.rotary_emb_dim", shape.rotary_emb_dim, low=0, high=shape.head_dim)
+        _check_positive("attn_cfg.rotary_emb_base", shape.rotary_emb_base)
+        if shape.softmax_scale is not None:
+            _check_positive("attn_cfg.softmax_scale", shape.softmax_scale)
+        if shape.num_heads % shape.num_heads_kv:
+            raise ValueError(
+                f"attn_cfg.num_heads_kv is {shape.num_heads_kv}, and must divide num_heads = {shape.num_heads}"
+            )
+        if shape.rotary_emb_dim % 2:
+            raise ValueError(f"attn_cfg.rotary_emb_dim is {shape.rotary_emb_dim}, and must be even")
+        return shape
 
 
 def check_int(key: str, value: Any, low: int = 1, high: int = INT64) -> None:

@@ -9,7 +9,7 @@ from typing import TypeVar
 
 import torch
 
-from mamba2.model import Mamba2LM, MixerState
+from mamba2.model import Mamba2LM
 
 T = TypeVar("T")
 WARM_UPS = 3  # runs before the capture: kernels are compiled, workspaces allocated
@@ -27,37 +27,6 @@ def capture(run: Callable[[], T]) -> tuple[torch.cuda.CUDAGraph, T]:
     with torch.cuda.graph(graph):
         result = run()
     return graph, result
-
-
-class GraphDecoder:
-    """A model on a GPU with the state of b rows, advanced in place; no gradients. Captured at the first step."""
-
-    def __init__(self, model: Mamba2LM, state: list[MixerState]):
-        """Start from `state`, which is copied. The parameters must stay where they are; their values may change."""
-        self.model, self._state = model, [s.rows(slice(None)) for s in state]
-        self._graph = None
-
-    @torch.no_grad()
-    def step(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """Take one token per row, (b,) int64; returns logits (b, v), which the next call overwrites."""
-        with torch.cuda.device(self._state[0].ssm.device):
-            if self._graph is None:
-                self._capture(input_ids)
-            self._ids.copy_(input_ids)
-            self._graph.replay()
-        return self._logits
-
-    def state(self) -> list[MixerState]:
-        """A copy of the state."""
-        return [s.rows(slice(None)) for s in self._state]
-
-    def _capture(self, input_ids: torch.Tensor) -> None:
-        self._ids = input_ids.clone()
-        start = self.state()  # what the warming up must not change
-        self._graph, (self._logits, _) = capture(lambda: self.model.step(self._ids, self._state))
-        for current, before in zip(self._state, start, strict=True):
-            current.conv.copy_(before.conv)
-            current.ssm.copy_(before.ssm)
 
 
 class GraphGradients:

@@ -16,13 +16,10 @@ from pathlib import Path
 import torch
 
 from mamba2.cli import run
-from mamba2.compiled_decoder import CompiledDecoder
-from mamba2.cuda_graph import GraphDecoder
-from mamba2.decoder import Decoder
+from mamba2.decoding import make_decoder
+from mamba2.decoding.sampling import Sampling
 from mamba2.host_memory import keep_freed_memory
-from mamba2.model import Mamba2LM, MixerState
-from mamba2.ops.backend import choose_backend
-from mamba2.sampling import Sampling
+from mamba2.model import Mamba2LM, State
 from mamba2.tokenizer import Tokenizer, get_tokenizer, load_tokenizer
 
 
@@ -44,7 +41,7 @@ class TokenStream:
         sampling: Sampling,
         generator: torch.Generator | None = None,
         lengths: list[int] | None = None,
-        state: list[MixerState] | None = None,
+        state: list[State] | None = None,
         samples: int = 1,
         compiled: bool = False,
     ):
@@ -77,45 +74,9 @@ class TokenStream:
             self.seen.scatter_(1, self.last[:, None], True)
         return self.last
 
-    def state(self) -> list[MixerState]:
+    def state(self) -> list[State]:
         """A copy of the state before `last`."""
         return self._decoder.state()
-
-
-class PlainDecoder:
-    """`Mamba2LM.step` with the state that it advances: any device, any backend."""
-
-    def __init__(self, model: Mamba2LM, state: list[MixerState]):
-        self.model, self._state = model, [s.rows(slice(None)) for s in state]
-
-    def step(self, input_ids: torch.Tensor) -> torch.Tensor:
-        return self.model.step(input_ids, self._state)[0]
-
-    def state(self) -> list[MixerState]:
-        return [s.rows(slice(None)) for s in self._state]
-
-
-def make_decoder(
-    model: Mamba2LM, state: list[MixerState], compiled: bool = False
-) -> Decoder | CompiledDecoder | GraphDecoder | PlainDecoder:
-    """What advances `state` fastest: on a processor prepared buffers, or, if asked for, a compiled step; on a GPU a
-    CUDA graph. MAMBA2_BACKEND=reference asks for the readable form, and so do weights of which each process holds a
-    part: they are gathered when used. Raises ValueError where a compiled step is asked for and cannot serve.
-    """
-    weight = model.lm_head.weight
-    sharded = type(model.backbone.layers[0].norm.weight.data) is not torch.Tensor
-    backend = choose_backend(weight, ("reference", "torch", "triton"))
-    autocast = torch.is_autocast_enabled(weight.device.type)
-    if compiled:
-        if backend != "torch" or weight.is_cuda or sharded or autocast:
-            where = f"{weight.device.type}, backend {backend}{', sharded' * sharded}{', under autocast' * autocast}"
-            raise ValueError(f"compiled decoding is for whole weights on a processor, backend torch; here: {where}")
-        return CompiledDecoder(model, state)
-    if backend == "reference" or sharded or autocast:
-        return PlainDecoder(model, state)
-    if weight.is_cuda:
-        return GraphDecoder(model, state)
-    return Decoder(model, state) if backend == "torch" else PlainDecoder(model, state)
 
 
 @torch.no_grad()
@@ -138,13 +99,13 @@ def generate(
     """Continue each row of `input_ids` (b, l) by `max_new_tokens` ids. Returns (b, l + max_new_tokens) int64.
 
     Arguments:
-        temperature, top_k, top_p, min_p, repetition_penalty, vocab_size: see `mamba2.sampling.Sampling`; temperature 0
-            takes the most likely id.
+        temperature, top_k, top_p, min_p, repetition_penalty, vocab_size: see
+            `mamba2.decoding.sampling.Sampling`; temperature 0 takes the most likely id.
         generator: on the model's device; None draws from torch's global one.
         lengths: tokens of each row that are its prompt, where they differ. The new ids follow the prompt directly, and
             fill the row up to the longest result's length with eos_token_id, or 0.
         eos_token_id: rows that drew it are filled up with it.
-        compiled: on a processor, compile the step first (`mamba2.compiled_decoder`): a quarter of a minute, once.
+        compiled: on a processor, compile the step first (`mamba2.decoding.compiled`): a quarter of a minute, once.
 
     Memory and time per token do not depend on the length. Raises ValueError naming an id outside the vocabulary or an
     option out of range, NoDistribution where the logits after the prompt are not finite.

@@ -1,70 +1,38 @@
-"""Mamba-2 (Dao & Gu 2024, arXiv:2405.21060): mixer, block, language model.
+"""The language model (Dao & Gu 2024, arXiv:2405.21060): blocks around mixers, embeddings, loss.
 
     ids -> embeddings -> L × [ residual += x; x = mixer(norm(residual)) ] -> norm_f -> lm_head
 
 Parameter names and shapes are those of `transformers.Mamba2ForCausalLM`, so checkpoints pass both ways.
-d_inner = h p; b batch, l seqlen, d hidden_size, h nheads, p headdim, g ngroups, n d_state, K conv_kernel, v vocab.
+b batch, l seqlen, d hidden_size, h nheads, v vocab, L layers.
 """
 
 import dataclasses
 import functools
 import itertools
-import math
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import Self
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from mamba2.checkpoint import read_model, write_model
+from mamba2.attention import AttentionMixer, AttentionState
+from mamba2.checkpoint import Shapes, read_model, write_model
 from mamba2.config import Mamba2Config
 from mamba2.host_memory import require_memory
 from mamba2.initializers import DtParams, make_dt_bias, require_normal, seed_stream
-from mamba2.ops import (
-    add_rms_norm,
-    causal_conv1d,
-    causal_conv1d_step,
-    gated_rms_norm,
-    linear_cross_entropy,
-    linear_token_losses,
-    ssd,
-    ssd_step,
-)
+from mamba2.mixer import Mamba2Mixer, MixerState, Parameters, draw_uniform
+from mamba2.ops import add_rms_norm, linear_cross_entropy, linear_token_losses
+
+State = MixerState | AttentionState
 
 
-class MixerState(NamedTuple):
-    """All that one mixer remembers of the tokens so far."""
-
-    conv: torch.Tensor  # (b, K - 1, d_inner + 2 g n), the last inputs of the convolution
-    ssm: torch.Tensor  # (b, h, p, n), float32
-
-    def detach(self) -> Self:
-        """The same values, through which no gradient flows back: truncated back-propagation through time."""
-        return MixerState(self.conv.detach(), self.ssm.detach())
-
-    def rows(self, index: list[int] | slice) -> Self:
-        """A copy of some rows of the batch, in the order of `index`: any row may occur any number of times."""
-        return MixerState(self.conv[index].clone(), self.ssm[index].clone())
-
-
-class Parameters(nn.Module):
-    """A weight, and perhaps a bias, under the names that checkpoints use; the arithmetic is in `mamba2.ops`."""
-
-    def __init__(self, *shape: int, bias: bool = False):
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(shape))
-        self.bias = nn.Parameter(torch.empty(shape[0])) if bias else None
-
-
-class Linear(nn.Linear):
-    """torch's, without its own draw from the global generator: Mamba2LM draws all weights."""
-
-    def reset_parameters(self) -> None:
-        pass
+def build_mixer(config: Mamba2Config, layer: int) -> Mamba2Mixer | AttentionMixer:
+    """The mixer of a layer: attention in those that the config names."""
+    return AttentionMixer(config) if layer in config.attn_layer_idx else Mamba2Mixer(config)
 
 
 # For the backward pass: keeps results of products and, on a processor, of SSD, which is made of products there. SSD's
@@ -111,162 +79,48 @@ def _refuse_second(grad: torch.Tensor) -> None:
         raise ValueError("create_graph=True does not go with keep_products_only; checkpoint_every does")
 
 
-class SplitLinear(Linear):
-    """One weight whose result comes in pieces (..., width), each a product of its own.
-
-    Split after one product, the gradients of the pieces would be joined again before its backward: twice the width of
-    all pieces, read and written for every token.
-    """
-
-    def __init__(self, in_features: int, widths: tuple[int, ...], bias: bool):
-        super().__init__(in_features, sum(widths), bias)
-        self.widths = widths
-
-    def forward(self, u: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        weights = self.weight.split(self.widths)
-        biases = (None,) * len(weights) if self.bias is None else self.bias.split(self.widths)
-        return tuple(F.linear(u, weight, bias) for weight, bias in zip(weights, biases))
-
-
-class Mamba2Mixer(nn.Module):
-    """Projection in, causal convolution, SSD, gated norm, projection out: (b, l, d) -> (b, l, d)."""
-
-    def __init__(self, config: Mamba2Config):
-        super().__init__()
-        self.config = config
-        widths = config.d_inner, config.conv_dim, config.num_heads
-        self.in_proj = SplitLinear(config.hidden_size, widths, bias=config.use_bias)
-        self.conv1d = Parameters(config.conv_dim, 1, config.conv_kernel, bias=config.use_conv_bias)
-        self.dt_bias = nn.Parameter(torch.empty(config.num_heads))
-        self.A_log = nn.Parameter(torch.empty(config.num_heads))
-        self.D = nn.Parameter(torch.empty(config.num_heads))
-        self.norm = Parameters(config.d_inner)
-        self.out_proj = Linear(config.d_inner, config.hidden_size, bias=config.use_bias)
-
-    def forward(
-        self,
-        u: torch.Tensor,
-        seq_idx: torch.Tensor | None = None,
-        state: MixerState | None = None,
-        return_state: bool = True,
-    ) -> tuple[torch.Tensor, MixerState | None]:
-        """Mix u (b, l, d) along the sequence, starting from `state` (zeros if None). Returns (b, l, d), new state."""
-        cfg = self.config
-        z, xBC, dt = self.in_proj(u)  # (b, l, d_inner), (b, l, d_inner + 2 g n), (b, l, h)
-        y, state = self.scan(xBC, dt, seq_idx, state, return_state)
-        # Each group is normalised by itself, in training and evaluation alike.
-        y = gated_rms_norm(y, z, self.norm.weight, cfg.layer_norm_epsilon, ngroups=cfg.n_groups)
-        return self.out_proj(y), state
-
-    def scan(
-        self,
-        xBC: torch.Tensor,  # (b, l, d_inner + 2 g n)
-        dt: torch.Tensor,  # (b, l, h)
-        seq_idx: torch.Tensor | None,
-        state: MixerState | None,
-        return_state: bool,
-    ) -> tuple[torch.Tensor, MixerState | None]:
-        """All that looks along the sequence: convolution and SSD. Returns (b, l, d_inner), new state or None."""
-        cfg = self.config
-        bc = cfg.n_groups * cfg.state_size
-        pieces = causal_conv1d(
-            xBC,
-            self.conv1d.weight.squeeze(1),
-            self.conv1d.bias,
-            seq_idx=seq_idx,
-            initial_state=None if state is None else state.conv,
-            return_final_state=return_state,
-            splits=(cfg.d_inner, bc, bc),
-        )
-        (x, B, C), conv_state = pieces if return_state else (pieces, None)  # (b, l, d_inner), (b, l, g n) twice
-        y = ssd(
-            x.unflatten(-1, (cfg.num_heads, cfg.head_dim)),  # (b, l, h, p)
-            dt,  # (b, l, h)
-            -self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32)).exp(),  # (h,)
-            B.unflatten(-1, (cfg.n_groups, cfg.state_size)),  # (b, l, g, n)
-            C.unflatten(-1, (cfg.n_groups, cfg.state_size)),
-            cfg.chunk_size,
-            D=self.D,
-            dt_bias=self.dt_bias,
-            initial_states=None if state is None else state.ssm,
-            seq_idx=seq_idx,
-            dt_softplus=True,
-            dt_limit=cfg.time_step_limit,
-            return_final_states=return_state,
-        )
-        if not return_state:
-            return y.flatten(-2), None
-        return y[0].flatten(-2), MixerState(conv_state, y[1])
-
-    def step(self, u: torch.Tensor, state: MixerState) -> torch.Tensor:
-        """`forward` for one token: u (b, d) -> (b, d), `state` advanced in place."""
-        cfg = self.config
-        bc = cfg.n_groups * cfg.state_size
-        z, xBC, dt = self.in_proj(u)  # (b, d_inner), (b, d_inner + 2 g n), (b, h)
-        xBC = causal_conv1d_step(state.conv, xBC, self.conv1d.weight.squeeze(1), self.conv1d.bias)
-        x, B, C = xBC.split([cfg.d_inner, bc, bc], dim=-1)
-        y = ssd_step(
-            state.ssm,
-            x.unflatten(-1, (cfg.num_heads, cfg.head_dim)),  # (b, h, p)
-            dt,  # (b, h)
-            -self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32)).exp(),  # (h,)
-            B.unflatten(-1, (cfg.n_groups, cfg.state_size)),  # (b, g, n)
-            C.unflatten(-1, (cfg.n_groups, cfg.state_size)),
-            D=self.D,
-            dt_bias=self.dt_bias,
-            dt_softplus=True,
-            dt_limit=cfg.time_step_limit,
-        )
-        y = gated_rms_norm(y.flatten(-2), z, self.norm.weight, cfg.layer_norm_epsilon, ngroups=cfg.n_groups)
-        return self.out_proj(y)
-
-
 class Mamba2Block(nn.Module):
     """Add the last block's output to the residual stream, normalise, mix. The stream itself is never normalised."""
 
-    def __init__(self, config: Mamba2Config):
+    def __init__(self, config: Mamba2Config, layer: int = 0):
         super().__init__()
         self.eps = config.layer_norm_epsilon
         self.keep_products_only = False
         self.norm = Parameters(config.hidden_size)
-        self.mixer = Mamba2Mixer(config)
+        self.mixer = build_mixer(config, layer)
 
     def forward(
         self,
         x: torch.Tensor,  # (b, l, d) output of the block before
         residual: torch.Tensor | None,  # (b, l, d)
         seq_idx: torch.Tensor | None,
-        state: MixerState | None,
+        state: State | None,
         return_state: bool = True,
-    ) -> tuple[torch.Tensor, torch.Tensor, MixerState | None]:
+    ) -> tuple[torch.Tensor, torch.Tensor, State | None]:
         """Returns (output (b, l, d), residual (b, l, d), state)."""
+        arguments = x, residual, seq_idx, state, return_state
         if self.training and self.keep_products_only:
-            arguments = x, residual, seq_idx, state, return_state
             results = _recompute(self, self._mix, *arguments, context_fn=_keep_products)
             if results[0].requires_grad and not torch.compiler.is_compiling():
                 results[0].register_hook(_refuse_second)
             return results
-        return self._mix(x, residual, seq_idx, state, return_state)
+        return self._mix(*arguments)
 
     def _mix(
         self,
         x: torch.Tensor,
         residual: torch.Tensor | None,
         seq_idx: torch.Tensor | None,
-        state: MixerState | None,
+        state: State | None,
         return_state: bool,
-    ) -> tuple[torch.Tensor, torch.Tensor, MixerState | None]:
-        dtype = _compute_dtype(self.norm.weight)
-        normed, residual = add_rms_norm(x, residual, self.norm.weight, self.eps, dtype)
+    ) -> tuple[torch.Tensor, torch.Tensor, State | None]:
+        normed, residual = add_and_norm(x, residual, self.norm.weight, self.eps)
         x, state = self.mixer(normed, seq_idx, state, return_state)
         return x, residual, state
 
-    def step(
-        self, x: torch.Tensor, residual: torch.Tensor | None, state: MixerState
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def step(self, x: torch.Tensor, residual: torch.Tensor | None, state: State) -> tuple[torch.Tensor, torch.Tensor]:
         """`forward` for one token, x and residual (b, d), `state` advanced in place."""
-        dtype = _compute_dtype(self.norm.weight)
-        normed, residual = add_rms_norm(x, residual, self.norm.weight, self.eps, dtype)
+        normed, residual = add_and_norm(x, residual, self.norm.weight, self.eps)
         return self.mixer.step(normed, state), residual
 
 
@@ -277,7 +131,7 @@ class Mamba2Backbone(nn.Module):
         super().__init__()
         self.config = config
         self.embeddings = Parameters(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Mamba2Block(config) for _ in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(Mamba2Block(config, layer) for layer in range(config.num_hidden_layers))
         self.norm_f = Parameters(config.hidden_size)
         self.checkpoint_every = 0
 
@@ -285,38 +139,32 @@ class Mamba2Backbone(nn.Module):
         self,
         input_ids: torch.Tensor,
         seq_idx: torch.Tensor | None = None,
-        state: list[MixerState] | None = None,
+        state: list[State] | None = None,
         return_state: bool = True,
-    ) -> tuple[torch.Tensor, list[MixerState | None]]:
+    ) -> tuple[torch.Tensor, list[State | None]]:
         """Returns hidden (b, l, d) after the last norm, and the state of each layer after the last token, which costs
         something: without `return_state` it is None."""
-        x = embed(input_ids, self.embeddings.weight)  # (b, l, d)
-        if self.config.residual_in_fp32:
-            x = x.to(torch.promote_types(x.dtype, torch.float32))
-        residual = None
+        x, residual = self._embed(input_ids), None  # (b, l, d)
         new_state = []
         for i, layer in enumerate(self.layers):
-            layer_state = None if state is None else state[i]
+            arguments = x, residual, seq_idx, None if state is None else state[i], return_state
             if self.training and self.checkpoint_every and i % self.checkpoint_every == 0:
-                arguments = x, residual, seq_idx, layer_state, return_state
                 x, residual, layer_state = _recompute(layer, layer, *arguments)
             else:
-                x, residual, layer_state = layer(x, residual, seq_idx, layer_state, return_state)
+                x, residual, layer_state = layer(*arguments)
             new_state.append(layer_state)
-        eps = self.config.layer_norm_epsilon
-        hidden, _ = add_rms_norm(x, residual, self.norm_f.weight, eps, _compute_dtype(self.norm_f.weight))
-        return hidden, new_state
+        return add_and_norm(x, residual, self.norm_f.weight, self.config.layer_norm_epsilon)[0], new_state
 
-    def step(self, input_ids: torch.Tensor, state: list[MixerState]) -> torch.Tensor:
+    def step(self, input_ids: torch.Tensor, state: list[State]) -> torch.Tensor:
         """`forward` for one token per row, (b,): hidden (b, d), `state` advanced in place."""
-        x = embed(input_ids, self.embeddings.weight)  # (b, d)
-        if self.config.residual_in_fp32:
-            x = x.to(torch.promote_types(x.dtype, torch.float32))
-        residual = None
+        x, residual = self._embed(input_ids), None  # (b, d)
         for layer, layer_state in zip(self.layers, state, strict=True):
             x, residual = layer.step(x, residual, layer_state)
-        eps = self.config.layer_norm_epsilon
-        return add_rms_norm(x, residual, self.norm_f.weight, eps, _compute_dtype(self.norm_f.weight))[0]
+        return add_and_norm(x, residual, self.norm_f.weight, self.config.layer_norm_epsilon)[0]
+
+    def _embed(self, input_ids: torch.Tensor) -> torch.Tensor:
+        x = embed(input_ids, self.embeddings.weight)
+        return x.to(torch.promote_types(x.dtype, torch.float32)) if self.config.residual_in_fp32 else x
 
 
 class Mamba2LM(nn.Module):
@@ -348,7 +196,7 @@ class Mamba2LM(nn.Module):
         """
         super().__init__()
         if torch.get_default_device().type == "cpu":
-            require_memory(config.num_parameters(), torch.get_default_dtype().itemsize)
+            require_memory(num_parameters(config), torch.get_default_dtype().itemsize)
         self.config = config
         self.backbone = Mamba2Backbone(config)
         self.lm_head = Parameters(config.vocab_size, config.hidden_size)
@@ -367,9 +215,9 @@ class Mamba2LM(nn.Module):
         input_ids: torch.Tensor,
         targets: torch.Tensor | None = None,
         seq_idx: torch.Tensor | None = None,
-        state: list[MixerState] | None = None,
+        state: list[State] | None = None,
         return_state: bool = False,
-    ) -> torch.Tensor | tuple[torch.Tensor, list[MixerState]]:
+    ) -> torch.Tensor | tuple[torch.Tensor, list[State]]:
         """Logits of the next token, or with `targets` the summed loss.
 
         Arguments:
@@ -379,7 +227,7 @@ class Mamba2LM(nn.Module):
             seq_idx: (b, l) integers; convolution and state restart before each token whose value differs from the
                 last one's. `state` belongs to the document of the first token.
             state: what an earlier call returned, to go on from there; None starts empty.
-            return_state: also return the state after the last token, a list with one MixerState per layer.
+            return_state: also return the state after the last token, a list with what each layer remembers.
 
         Returns logits (b, l, v), or the loss, and the state if asked for.
         """
@@ -396,8 +244,8 @@ class Mamba2LM(nn.Module):
         input_ids: torch.Tensor,
         targets: torch.Tensor,
         seq_idx: torch.Tensor | None = None,
-        state: list[MixerState] | None = None,
-    ) -> tuple[torch.Tensor, list[MixerState]]:
+        state: list[State] | None = None,
+    ) -> tuple[torch.Tensor, list[State]]:
         """Loss of each token, (b, l) float32 in nats, 0 where the target is -100; and the state. No gradient."""
         hidden, new_state = self.backbone(input_ids, seq_idx, state)
         return linear_token_losses(hidden, self.lm_head.weight, targets), new_state
@@ -407,9 +255,9 @@ class Mamba2LM(nn.Module):
         self,
         input_ids: torch.Tensor,
         lengths: list[int] | None = None,
-        state: list[MixerState] | None = None,
+        state: list[State] | None = None,
         segment: int = 4096,
-    ) -> tuple[torch.Tensor, list[MixerState]]:
+    ) -> tuple[torch.Tensor, list[State]]:
         """Read prompts: logits (b, v) of the token after each, and the state after each. No gradient.
 
         Arguments: input_ids (b, l) int64; lengths: tokens of each row that are its prompt, where they differ; what lies
@@ -427,7 +275,7 @@ class Mamba2LM(nn.Module):
             )
         active = list(range(b))  # rows that have not ended
         hidden: list[torch.Tensor] = [None] * b
-        ends: list[list[MixerState]] = [None] * b
+        ends: list[list[State]] = [None] * b
         start = 0
         for end in sorted(set(lengths)):
             for first in range(start, end, segment):
@@ -441,17 +289,20 @@ class Mamba2LM(nn.Module):
             going = [place for place, row in enumerate(active) if lengths[row] > end]
             state = [s.rows(going) for s in state]
             active, start = [active[place] for place in going], end
-        layers = zip(*ends, strict=True)
-        state = [MixerState(*(torch.cat(parts) for parts in zip(*rows, strict=True))) for rows in layers]
+        state = [rows[0].join(rows) for rows in zip(*ends, strict=True)]
         return F.linear(torch.stack(hidden), self.lm_head.weight), state
 
     @torch.no_grad()
-    def step(self, input_ids: torch.Tensor, state: list[MixerState]) -> tuple[torch.Tensor, list[MixerState]]:
+    def step(self, input_ids: torch.Tensor, state: list[State]) -> tuple[torch.Tensor, list[State]]:
         """One token per row, (b,) int64: logits (b, v) of the next, and `state`, which is advanced in place.
 
-        The same on every device, in constant time and memory. `mamba2.decoder` is faster on a processor.
+        The same on every device, in constant time and memory. `mamba2.decoding` has faster ones.
         """
         return F.linear(self.backbone.step(input_ids, state), self.lm_head.weight), state
+
+    def new_state(self, batch: int) -> list[State]:
+        """The state before the first token of `batch` rows: what `step` and `prefill` can start from."""
+        return [layer.mixer.new_state(batch) for layer in self.backbone.layers]
 
     # --------------------------------------------------------------------------------------------------- initialisation
 
@@ -459,35 +310,15 @@ class Mamba2LM(nn.Module):
     def _init_weights(self, seed: int) -> None:
         """Draw everything but dt_bias from the stream (seed, "weights"), by the config's `weight_init`."""
         cfg, generator = self.config, seed_stream(seed, "weights")
-
-        def uniform(tensor: torch.Tensor | None, bound: float) -> None:
-            if tensor is not None:
-                tensor.copy_(torch.empty_like(tensor, device="cpu").uniform_(-bound, bound, generator=generator))
-
         embeddings = self.backbone.embeddings.weight
         normal = torch.empty_like(embeddings, device="cpu").normal_(generator=generator)
         embeddings.copy_(normal * cfg.initializer_range)
         for layer in self.backbone.layers:
-            mixer = layer.mixer
-            for linear in (mixer.in_proj, mixer.out_proj):
-                uniform(linear.weight, 1.0 / math.sqrt(linear.in_features))
-                if linear.bias is not None:
-                    linear.bias.zero_()
-            if cfg.rescale_prenorm_residual:
-                mixer.out_proj.weight.div_(math.sqrt(cfg.num_hidden_layers))
-            uniform(mixer.conv1d.weight, 1.0 / math.sqrt(cfg.conv_kernel))
-            uniform(mixer.conv1d.bias, 1.0 / math.sqrt(cfg.conv_kernel))
-            if cfg.weight_init == "mamba_ssm":
-                A = torch.empty(cfg.num_heads).uniform_(1.0, 16.0, generator=generator)
-            else:
-                A = torch.arange(1.0, cfg.num_heads + 1)
-            mixer.A_log.copy_(A.log())
-            mixer.D.fill_(1.0)
-            mixer.norm.weight.fill_(1.0)
+            layer.mixer.init_parameters(generator)
             layer.norm.weight.fill_(1.0)
         self.backbone.norm_f.weight.fill_(1.0)
         if not cfg.tie_word_embeddings:
-            uniform(self.lm_head.weight, 1.0 / math.sqrt(cfg.hidden_size))
+            draw_uniform(self.lm_head.weight, cfg.hidden_size**-0.5, generator)
 
     @torch.no_grad()
     def init_dt_bias(self, initialization: str, seed: int, parameters: DtParams | None = None) -> None:
@@ -497,8 +328,8 @@ class Mamba2LM(nn.Module):
             parameters = DtParams(cfg.time_step_min, cfg.time_step_max, cfg.time_step_floor)
         A = self.A()
         dt_bias, record = make_dt_bias(initialization, tuple(A.shape), A.cpu(), seed, parameters)
-        for layer, values in zip(self.backbone.layers, dt_bias, strict=True):
-            layer.mixer.dt_bias.copy_(values)
+        for mixer, values in zip(self.mixers(), dt_bias, strict=True):
+            mixer.dt_bias.copy_(values)
         self.config = dataclasses.replace(
             self.config,
             time_step_min=parameters.t_min,
@@ -507,13 +338,17 @@ class Mamba2LM(nn.Module):
             dt_bias_init=record,
         )
 
+    def mixers(self) -> list[Mamba2Mixer]:
+        """The Mamba-2 mixers: of all layers but those of attention."""
+        return [layer.mixer for layer in self.backbone.layers if isinstance(layer.mixer, Mamba2Mixer)]
+
     def dt_bias(self) -> torch.Tensor:
-        """dt_bias of every layer and head, (L, h), detached."""
-        return torch.stack([layer.mixer.dt_bias.detach() for layer in self.backbone.layers])
+        """dt_bias of every Mamba-2 layer and head, (L, h), detached."""
+        return torch.stack([mixer.dt_bias.detach() for mixer in self.mixers()])
 
     def A(self) -> torch.Tensor:
-        """Decay rate |A| of every layer and head, (L, h) float64, detached: a token's decay is exp(-dt |A|)."""
-        return torch.stack([layer.mixer.A_log.detach().double().exp() for layer in self.backbone.layers])
+        """Decay rate |A| of every Mamba-2 layer and head, (L, h) float64, detached: a token's decay is exp(-dt |A|)."""
+        return torch.stack([mixer.A_log.detach().double().exp() for mixer in self.mixers()])
 
     # ---------------------------------------------------------------------------------------------------------- storage
 
@@ -526,7 +361,7 @@ class Mamba2LM(nn.Module):
         finite: bool = False,
     ) -> Self:
         """Load a model folder (see `mamba2.checkpoint.read_model` for layouts, errors, and what `finite` refuses)."""
-        config, tensors = read_model(path, dtype, finite)
+        config, tensors = read_model(path, SHAPES, dtype, finite)
         with torch.device("meta"):
             model = cls(config)
         model.load_state_dict(tensors, strict=True, assign=True)
@@ -537,6 +372,35 @@ class Mamba2LM(nn.Module):
     def save_pretrained(self, path: str | os.PathLike) -> Path:
         """Write model.safetensors (float32) and config.json into the folder `path`; each file appears whole or not."""
         return write_model(path, self.config, self.state_dict())
+
+
+def tensor_shapes(config: Mamba2Config) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor of a model, lm_head included when tied; nothing is allocated."""
+    with torch.device("meta"):
+        return {name: tuple(tensor.shape) for name, tensor in Mamba2LM(config).state_dict().items()}
+
+
+def num_parameters(config: Mamba2Config) -> int:
+    """Exact number of parameters, tied embeddings once; of one layer of each kind, as there may be any number."""
+    attention = config.attn_layer_idx
+    other = next(layer for layer in itertools.count() if layer not in attention)
+    tables = 1 if config.tie_word_embeddings else 2
+    total = (tables * config.vocab_size + 1) * config.hidden_size
+    with torch.device("meta"):
+        for layer, count in ((other, config.num_hidden_layers - len(attention)), *((i, 1) for i in attention)):
+            total += count * sum(p.numel() for p in Mamba2Block(config, layer).parameters())
+    return total
+
+
+SHAPES = Shapes(tensor_shapes, num_parameters)
+
+
+def flops_per_token(config: Mamba2Config, length: int) -> int:
+    """Floating-point operations per token of one training step on windows of `length`, forward and backward
+    (3 × forward), for MFU. Counts the mixers and the logits; recomputation does not count."""
+    with torch.device("meta"):
+        mixers = [layer.mixer for layer in Mamba2Backbone(config).layers]
+    return 3 * (sum(m.flops_per_token(length) for m in mixers) + 2 * config.hidden_size * config.vocab_size)
 
 
 def check_ids(input_ids: torch.Tensor, vocab_size: int) -> None:
@@ -558,7 +422,10 @@ def embed(input_ids: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         raise
 
 
-def _compute_dtype(weight: torch.Tensor) -> torch.dtype:
-    """Dtype that activations are handed on in: autocast's where it is on, else the weights'."""
+def add_and_norm(
+    x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The norm of x + residual in autocast's dtype where that is on, else the weight's; and the sum."""
     device = weight.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+    return add_rms_norm(x, residual, weight, eps, dtype)

@@ -165,6 +165,16 @@ def test_two_processes_train_as_one_and_resume_to_the_bit(study, whole, stopped,
     assert not list(tmp_path.rglob("*.tmp")) and not list(study.glob(".*.tmp"))
 
 
+def test_muon_of_shards_is_muon_of_whole_matrices_and_its_checkpoints_go_on_in_one_process(study, tmp_path):
+    options = ("--optimizer", "muon", "--max-steps", 4)
+    run_train(*arguments(study, tmp_path / "whole", *options))
+    expected = [row["loss"] for row in metrics(tmp_path / "whole", "loss")]
+    run = arguments(study, tmp_path / "run", *options)
+    assert spawn(train, 2, [*run, "--parallel", "fsdp"], study / "cache", 2, 1) == [128 + signal.SIGTERM] * 2
+    run_train(*run)
+    assert [row["loss"] for row in metrics(tmp_path / "run", "loss")] == pytest.approx(expected, rel=1e-4)
+
+
 @pytest.mark.parametrize(
     ("before", "after", "size"),
     [("ddp", None, 1), ("ddp", "ddp", 3), ("ddp", "fsdp", 3), ("fsdp", None, 1), ("fsdp", "fsdp", 3)],

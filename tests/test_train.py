@@ -15,9 +15,9 @@ from torch._inductor import config
 import train
 from mamba2.checkpoint import read_model
 from mamba2.data import Plan, open_source, prepare
-from mamba2.evaluation.runs import read_history
-from mamba2.model import Mamba2LM
+from mamba2.model import SHAPES, Mamba2LM, num_parameters
 from mamba2.ops.fusion import fuse, is_fused
+from mamba2.study.runs import read_history
 from mamba2.tokenizer import get_tokenizer
 from mamba2.training import RunFolder
 from mamba2.training.plot import draw
@@ -52,7 +52,7 @@ def test_the_model_is_looked_at_before_the_first_step_and_after_the_last(whole):
     assert [row["step"] for row in metrics(whole, "sample")] == [0, 4, 8]
     assert [row["step"] for row in metrics(whole, "dt_median")] == [0, 1, 2, 4, 8]
     assert checkpoints(whole) == [0, 2, 4, 6, 8]
-    config, tensors = read_model(whole.with_name("whole-final"))
+    config, tensors = read_model(whole.with_name("whole-final"), SHAPES)
     assert config == Mamba2LM.from_pretrained(whole / "latest").config
     assert torch.equal(tensors["lm_head.weight"], Mamba2LM.from_pretrained(whole / "latest").lm_head.weight)
 
@@ -73,7 +73,7 @@ def test_dt_and_half_life_of_every_layer_are_logged_as_they_move(study, whole):
 def test_the_plan_is_printed_before_the_first_step(study, tmp_path, capsys):
     run_train(*arguments(study, tmp_path / "run"))
     plan = capsys.readouterr().out.split("step 1 of 8")[0]
-    parameters = Mamba2LM.from_pretrained(study / "model").config.num_parameters()
+    parameters = num_parameters(Mamba2LM.from_pretrained(study / "model").config)
     for part in (f"parameters   {parameters:,}", "4 windows of 32 = 128 tokens", "steps        8,", "FLOP", "memory "):
         assert part in plan
     for part in (f"torch {torch.__version__}", "triton", "revision", "half-life, tokens", "peak 0.0005"):
@@ -221,7 +221,7 @@ def test_compiled_training_is_the_same_training(study, whole, tmp_path, what, mo
     assert (model._compiled_call_impl is None) == (what == "blocks")
     assert (model.backbone.layers[0]._compiled_call_impl is None) == (what == "model")
     assert losses(tmp_path / "run") == pytest.approx(losses(whole)[:2], rel=1e-5)
-    assert not any("_orig_mod" in key for key in read_model(tmp_path / "run-final")[1])
+    assert not any("_orig_mod" in key for key in read_model(tmp_path / "run-final", SHAPES)[1])
 
 
 def test_schedules_of_evaluation_samples_dt_and_saves(study, tmp_path):
@@ -312,7 +312,7 @@ def test_steps_without_a_finite_gradient_are_skipped_counted_and_bounded(study, 
     rows = metrics(tmp_path / "run", "loss")
     assert [row["skipped"] for row in rows] == [0, 0, 0, 1, 2, 2, 2, 2]
     assert [row["gradient_norm"] is None for row in rows] == [i in (3, 4) for i in range(8)]
-    weights = [read_model(tmp_path / "run" / f"checkpoint-{i}")[1]["lm_head.weight"] for i in range(9)]
+    weights = [read_model(tmp_path / "run" / f"checkpoint-{i}", SHAPES)[1]["lm_head.weight"] for i in range(9)]
     assert [torch.equal(a, b) for a, b in itertools.pairwise(weights)] == [i in (3, 4) for i in range(8)]
     assert "step 4: no finite gradient" in capsys.readouterr().out
     poisoned.add(5)

@@ -39,6 +39,7 @@ from typing import Any
 import torch
 
 from benchmarks.gpu.worker import SECTIONS
+from mamba2.files import write_text
 from mamba2.training.hardware import versions
 
 LIMITS = {"compile": 80, "kernels": 60, "right": 90, "fast": 110, "model": 110, "tuned": 30}  # seconds; 480 in all
@@ -111,9 +112,7 @@ class Report:
         self.rows.append({"section": section, "case": case, "status": status, "seconds": round(seconds, 2), **values})
         text = ", ".join(f"{key} {_short(value)}" for key, value in values.items())
         self._say(f"| {case} | {status} | {seconds:.1f} | {text.replace('|', '/')} |")
-        temporary = self.file.with_suffix(".tmp")
-        temporary.write_text(json.dumps({**self.about, "rows": self.rows}, indent=1), encoding="utf-8")
-        os.replace(temporary, self.file)
+        write_text(self.file, json.dumps({**self.about, "rows": self.rows}, indent=1))
 
     def close(self) -> None:
         bad = [row for row in self.rows if row["status"] != "ok"]

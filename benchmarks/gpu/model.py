@@ -18,8 +18,9 @@ from torch import nn
 from benchmarks.gpu.worker import Bench, Case, Wrong
 from benchmarks.train_step import CONFIG, build_transformers
 from mamba2.config import Mamba2Config
-from mamba2.cuda_graph import GraphDecoder, GraphGradients
-from mamba2.model import Mamba2LM
+from mamba2.cuda_graph import GraphGradients
+from mamba2.decoding import GraphDecoder
+from mamba2.model import Mamba2LM, flops_per_token
 from mamba2.training import autocast, make_optimizer
 from mamba2.training.hardware import memory_estimate, peak_flops
 from tests.oracles import mamba_ssm_classes
@@ -143,7 +144,7 @@ def training_step(
     peak = peak_flops(torch.device("cuda"), torch.bfloat16)
     values = {"tokens/s": batch * length / best, "ms": 1e3 * best, "waits for the host": max(0.0, 1 - busy / best)}
     if peak is not None:
-        values["MFU"] = batch * length / best * config.flops_per_token() / peak
+        values["MFU"] = batch * length / best * flops_per_token(config, length) / peak
     return {**values, "GB": torch.cuda.max_memory_allocated() / 1e9}
 
 

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import torch
 
-from mamba2.checkpoint.files import atomic_folder
 from mamba2.checkpoint.foreign import read_config, to_mamba_ssm
 from mamba2.checkpoint.model_folder import read_model, write_model
 from mamba2.checkpoint.weights import EMBEDDINGS
+from mamba2.files import atomic_folder
+from mamba2.model import SHAPES
 from mamba2.tokenizer import Tokenizer, find_tokenizer, get_tokenizer, save_tokenizer
 from mamba2.tokenizer_json import write_tokenizer_json
 
@@ -35,13 +36,17 @@ def convert(
         raise ValueError(f"layout {layout!r} is unknown; choose {', '.join(LAYOUTS)}")
     chosen = find_tokenizer(source) if tokenizer is None else get_tokenizer(tokenizer)
     config = read_config(Path(source))
+    if layout == "transformers" and config.attn_layer_idx:
+        raise ValueError(
+            f"attn_layer_idx is {list(config.attn_layer_idx)}, and transformers' Mamba2 has no layers of attention"
+        )
     if chosen is not None and chosen.vocab_size > config.vocab_size:
         raise ValueError(
             f"tokenizer {chosen.name} has {chosen.vocab_size} ids and the model only {config.vocab_size} rows"
         )
     with atomic_folder(target) as folder:
         theirs = to_mamba_ssm(config) if layout == "mamba-ssm" else None
-        config, tensors = read_model(source, dtype)
+        config, tensors = read_model(source, SHAPES, dtype)
         if theirs is None:
             write_model(folder, config, tensors, dtype)
         else:

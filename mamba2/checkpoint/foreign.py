@@ -59,7 +59,7 @@ def read_config(folder: Path) -> Mamba2Config:
 
 
 def from_mamba_ssm(values: dict[str, Any]) -> Mamba2Config:
-    """Our config from the fields of mamba-ssm's `MambaConfig`. Raises ValueError for what is no plain Mamba-2."""
+    """Our config from the fields of mamba-ssm's `MambaConfig`. Raises ValueError for what is not implemented."""
     if unknown := sorted(values.keys() - FIELDS):
         raise ValueError(f"a config of mamba-ssm with keys that are not known: {', '.join(unknown)}")
     ssm = values.get("ssm_cfg") or {}
@@ -67,7 +67,7 @@ def from_mamba_ssm(values: dict[str, Any]) -> Mamba2Config:
         raise ValueError(f"ssm_cfg is {ssm!r}, and must be an object")
     if ssm.get("layer", "Mamba1") != "Mamba2":
         raise ValueError(f"ssm_cfg.layer is {ssm.get('layer', 'Mamba1')!r}, and only 'Mamba2' is implemented")
-    for key, wanted in (("d_intermediate", 0), ("attn_layer_idx", []), ("rms_norm", True)):
+    for key, wanted in (("d_intermediate", 0), ("rms_norm", True)):
         if values.get(key) not in (None, wanted):
             raise ValueError(f"{key} is {values[key]!r}, and only {wanted!r} is implemented")
     for key, wanted in FIXED.items():
@@ -84,6 +84,7 @@ def from_mamba_ssm(values: dict[str, Any]) -> Mamba2Config:
     arithmetic |= {"pad_vocab_size_multiple": multiple, "ssm_cfg.headdim": ours["head_dim"]}
     for key, value in {**arithmetic, "ssm_cfg.expand": ours["expand"]}.items():
         check_int(key, value)
+    attention = values.get("attn_layer_idx") or []
     eot = 0 if ids == GPT_NEOX_IDS else None
     return Mamba2Config(
         vocab_size=-(-ids // multiple) * multiple,
@@ -93,6 +94,8 @@ def from_mamba_ssm(values: dict[str, Any]) -> Mamba2Config:
         residual_in_fp32=values.get("residual_in_fp32", True),
         tie_word_embeddings=values.get("tie_embeddings", True),
         layer_norm_epsilon=NORM_EPSILON,
+        attn_layer_idx=attention,
+        attn_cfg=(values.get("attn_cfg") or {}) if attention else {},
         bos_token_id=eot,
         eos_token_id=eot,
         pad_token_id=eot,
@@ -132,8 +135,8 @@ def to_mamba_ssm(config: Mamba2Config) -> dict[str, Any]:
         "n_layer": config.num_hidden_layers,
         "vocab_size": config.vocab_size,
         "ssm_cfg": {"layer": "Mamba2", **ssm},
-        "attn_layer_idx": [],
-        "attn_cfg": {},
+        "attn_layer_idx": list(config.attn_layer_idx),
+        "attn_cfg": config.attn_cfg,
         "rms_norm": True,
         "residual_in_fp32": config.residual_in_fp32,
         "fused_add_norm": True,

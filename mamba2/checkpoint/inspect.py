@@ -12,6 +12,7 @@ from mamba2.checkpoint.foreign import read_config
 from mamba2.checkpoint.model_folder import check_tensors
 from mamba2.checkpoint.weights import EMBEDDINGS, HEAD, StoredTensor, find_weights, list_tensors, read_tensors
 from mamba2.initializers import dt_table
+from mamba2.model import SHAPES, num_parameters
 
 
 def report(path: str | os.PathLike) -> str:
@@ -21,8 +22,8 @@ def report(path: str | os.PathLike) -> str:
         raise FileNotFoundError(f"no model folder at {folder}")
     config, files = read_config(folder), find_weights(folder)
     stored = list_tensors(files)
-    check_tensors(files, config, stored)
-    layers = range(config.num_hidden_layers)
+    check_tensors(files, config, stored, SHAPES)
+    layers = [i for i in range(config.num_hidden_layers) if i not in config.attn_layer_idx]
     small = {name: s for name, s in stored.items() if name.endswith((".dt_bias", ".A_log"))}
     values = read_tensors(small, torch.float32)
     dt_bias, A_log = (
@@ -31,7 +32,7 @@ def report(path: str | os.PathLike) -> str:
     origin = config.dt_bias_init["name"] if config.dt_bias_init else "not recorded"
     return "\n".join(
         [
-            f"{folder}: {config.num_parameters():,} parameters, {', '.join(file.name for file in files)}",
+            f"{folder}: {num_parameters(config):,} parameters, {', '.join(file.name for file in files)}",
             json.dumps(config.to_dict(), indent=2),
             "",
             parameter_table(stored, config.tie_word_embeddings),

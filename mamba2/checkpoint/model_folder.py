@@ -1,26 +1,18 @@
 """Model folders: `model.safetensors` (float32) beside `config.json`, in the layout of `transformers.Mamba2ForCausalLM`.
 
-    backbone.embeddings.weight                        (v, d)
-    backbone.layers.N.norm.weight                     (d,)
-    backbone.layers.N.mixer.in_proj.weight            (2 d_inner + 2 g n + h, d)     rows: z, x, B, C, dt
-    backbone.layers.N.mixer.conv1d.{weight, bias}     (d_inner + 2 g n, 1, K), (d_inner + 2 g n,)
-    backbone.layers.N.mixer.{dt_bias, A_log, D}       (h,)
-    backbone.layers.N.mixer.norm.weight               (d_inner,)
-    backbone.layers.N.mixer.out_proj.weight           (d, d_inner)
-    backbone.norm_f.weight                            (d,)
-    lm_head.weight                                    (v, d), left out when tied to the embeddings
-
+Names and shapes are the model's own (`mamba2.model.tensor_shapes`); a head that is tied is left out.
 The file appears whole or not at all, and config.json after it.
 """
 
 import dataclasses
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
-from mamba2.checkpoint.files import flush, save_tensors
 from mamba2.checkpoint.foreign import read_config
 from mamba2.checkpoint.weights import (
     EMBEDDINGS,
@@ -33,15 +25,23 @@ from mamba2.checkpoint.weights import (
     read_tensors,
 )
 from mamba2.config import Mamba2Config
+from mamba2.files import atomic_file, save_tensors
 from mamba2.host_memory import require_memory
 
 WEIGHTS = "model.safetensors"
 
 
+class Shapes(NamedTuple):
+    """What a model of a config holds, as the model says: names and shapes, and how many numbers."""
+
+    tensors: Callable[[Mamba2Config], dict[str, tuple[int, ...]]]
+    parameters: Callable[[Mamba2Config], int]
+
+
 def read_model(
-    path: str | os.PathLike, dtype: torch.dtype = torch.float32, finite: bool = False
+    path: str | os.PathLike, shapes: Shapes, dtype: torch.dtype = torch.float32, finite: bool = False
 ) -> tuple[Mamba2Config, dict[str, torch.Tensor]]:
-    """Read a model folder: config, and the tensors in `dtype` under the names above (lm_head also when tied).
+    """Read a model folder: config, and the tensors in `dtype` under their names here (lm_head also when tied).
 
     Accepts this layout, also sharded with an index and also as `pytorch_model.bin`; mamba-ssm's (state-spaces'
     `mamba2-*`: its own config.json) and Codestral Mamba's (`params.json`, `consolidated.safetensors`); the spelling
@@ -56,10 +56,10 @@ def read_model(
     if not path.is_dir():
         raise FileNotFoundError(f"no model folder at {path}")
     config = read_config(path)
-    require_memory(config.num_parameters(), dtype.itemsize)
+    require_memory(shapes.parameters(config), dtype.itemsize)
     files = find_weights(path)
     stored = list_tensors(files)
-    check_tensors(files, config, stored)
+    check_tensors(files, config, stored, shapes)
     tied_head = stored.pop(HEAD, None) if config.tie_word_embeddings else None
     tensors = read_tensors(stored, dtype)
     if broken := [name for name, tensor in tensors.items() if not torch.stack(tensor.aminmax()).isfinite().all()]:
@@ -93,21 +93,17 @@ def write_model(
         for key, tensor in tensors.items()
         if not (config.tie_word_embeddings and key == HEAD)
     }
-    temporary = path / f".{WEIGHTS}.{os.getpid()}.tmp"
     try:
-        save_tensors(temporary, stored, metadata={"format": "pt"})
-        flush(temporary)
-        os.replace(temporary, path / WEIGHTS)
+        with atomic_file(path / WEIGHTS) as temporary:
+            save_tensors(temporary, stored, metadata={"format": "pt"})
     except OSError as error:
         raise OSError(f"cannot write {path / WEIGHTS}: {error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
     # An instruction for new weights, which transformers 5 also carries out on those that it has just loaded.
     dataclasses.replace(config, rescale_prenorm_residual=False).save(path)
     return path
 
 
-def check_tensors(files: list[Path], config: Mamba2Config, stored: dict[str, StoredTensor]) -> None:
+def check_tensors(files: list[Path], config: Mamba2Config, stored: dict[str, StoredTensor], shapes: Shapes) -> None:
     """Raise ValueError listing every tensor that is missing, that is not known, or whose shape or dtype is another."""
     place = files[0] if len(files) == 1 else files[0].parent
     if config.num_hidden_layers > len(stored):  # also where listing what is missing would take forever
@@ -115,7 +111,7 @@ def check_tensors(files: list[Path], config: Mamba2Config, stored: dict[str, Sto
             f"{place} does not fit its config: it holds {len(stored)} tensors, too few for "
             f"num_hidden_layers = {config.num_hidden_layers}"
         )
-    wanted = tensor_shapes(config)
+    wanted = shapes.tensors(config)
     optional = {HEAD} if config.tie_word_embeddings else set()
     problems = [
         f"{word} {', '.join(sorted(keys))}"
@@ -137,24 +133,3 @@ def check_tensors(files: list[Path], config: Mamba2Config, stored: dict[str, Sto
     ]
     if problems:
         raise ValueError(f"{place} does not fit its config: {'; '.join(problems)}")
-
-
-def tensor_shapes(config: Mamba2Config) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor of a model, lm_head included when tied."""
-    d, h, inner = config.hidden_size, config.num_heads, config.d_inner
-    shapes = {EMBEDDINGS: (config.vocab_size, d), "backbone.norm_f.weight": (d,), HEAD: (config.vocab_size, d)}
-    for i in range(config.num_hidden_layers):
-        layer = f"backbone.layers.{i}."
-        shapes[layer + "norm.weight"] = (d,)
-        shapes[layer + "mixer.in_proj.weight"] = (config.d_in_proj, d)
-        shapes[layer + "mixer.conv1d.weight"] = (config.conv_dim, 1, config.conv_kernel)
-        shapes[layer + "mixer.norm.weight"] = (inner,)
-        shapes[layer + "mixer.out_proj.weight"] = (d, inner)
-        for name in ("dt_bias", "A_log", "D"):
-            shapes[layer + "mixer." + name] = (h,)
-        if config.use_conv_bias:
-            shapes[layer + "mixer.conv1d.bias"] = (config.conv_dim,)
-        if config.use_bias:
-            shapes[layer + "mixer.in_proj.bias"] = (config.d_in_proj,)
-            shapes[layer + "mixer.out_proj.bias"] = (d,)
-    return shapes

@@ -1,7 +1,7 @@
 """What a run needs beside the model to go on to the bit, without pickle.
 
 checkpoint-N/   model.safetensors, config.json, the tokenizer      a model folder like any other
-                optimizer/*.safetensors                            exp_avg.NAME, exp_avg_sq.NAME; one file, or shards
+                optimizer/*.safetensors                            exp_avg.NAME, exp_avg_sq.NAME, …; one file, or shards
                 rng.safetensors                                    torch's generators: cpu, cuda
                 trainer_state.json                                 written last: counters, what the run was, and size
                                                                    and sha256 of every other file
@@ -22,12 +22,11 @@ from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor
 
-from mamba2.checkpoint.files import flush, save_tensors
+from mamba2.files import atomic_file, save_tensors
 
 STATE = "trainer_state.json"
 OPTIMIZER = "optimizer"
 RNG = "rng.safetensors"
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class DamagedCheckpoint(ValueError):
@@ -81,19 +80,18 @@ def _sha256(file: Path) -> str:
 # ------------------------------------------------------------------------------------------------ optimizer, generators
 
 
-def optimizer_tensors(model: nn.Module, optimizer: torch.optim.AdamW) -> dict[str, torch.Tensor]:
-    """AdamW's moments under the parameters' names; empty before the first update."""
-    if not optimizer.state:
-        return {}
+def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """What the optimizer holds of each parameter, as KEY.NAME, but for the count of steps, which the run knows."""
     return {
-        f"{moment}.{name}": optimizer.state[parameter][moment]
+        f"{key}.{name}": value
         for name, parameter in model.named_parameters()
-        for moment in MOMENTS
+        for key, value in sorted(optimizer.state.get(parameter, {}).items())
+        if key != "step"
     }
 
 
-def save_optimizer(folder: Path, model: nn.Module, optimizer: torch.optim.AdamW) -> None:
-    """Write AdamW's moments, if it has made an update. Where they are sharded every process must call this."""
+def save_optimizer(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Write the optimizer's moments, if it has made an update. Where they are sharded every process must call this."""
     tensors = optimizer_tensors(model, optimizer)
     if not tensors:
         return
@@ -135,16 +133,30 @@ def sort_headers(folder: Path) -> None:
             opened.write(text.ljust(length))
 
 
-def load_optimizer(folder: Path, model: nn.Module, optimizer: torch.optim.AdamW, updates: int) -> None:
-    """Bring AdamW to where it was after `updates` updates, in whatever shards it was written and is to be now."""
+def load_optimizer(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, updates: int) -> None:
+    """Bring the optimizer to where it was after `updates` updates, in whatever shards it was written and is to be now.
+
+    Raises DamagedCheckpoint naming a parameter of which nothing is stored, or that there is not.
+    """
     if updates == 0:
         return
-    for parameter in model.parameters():
-        zeros = {moment: torch.zeros_like(parameter) for moment in MOMENTS}
-        # Where AdamW itself keeps it when it is fused: on the parameter's device, in float32.
-        step = torch.tensor(float(updates), device=parameter.device)
-        optimizer.state[parameter] = {"step": step, **zeros}
+    parameters, stored = dict(model.named_parameters()), _stored(folder)
+    keys = {name: [key.partition(".")[0] for key in stored if key.partition(".")[2] == name] for name in parameters}
+    unknown = [key for key in stored if key.partition(".")[2] not in parameters]
+    if wrong := [name for name in parameters if not keys[name]] + unknown:
+        raise DamagedCheckpoint(f"{folder / OPTIMIZER} does not fit the model: {wrong[0]}")
+    for name, parameter in parameters.items():
+        state = {key: torch.zeros_like(parameter) for key in keys[name]}
+        if "exp_avg" in state:
+            # Where AdamW itself keeps it when it is fused: on the parameter's device, in float32.
+            state["step"] = torch.tensor(float(updates), device=parameter.device)
+        optimizer.state[parameter] = state
     _read_moments(folder, optimizer_tensors(model, optimizer))
+
+
+def _stored(folder: Path) -> dict[str, Any]:
+    """Size and dtype of every tensor of the optimizer in a checkpoint, by name."""
+    return dcp.HuggingFaceStorageReader(str(folder / OPTIMIZER)).read_metadata().state_dict_metadata
 
 
 def _read_moments(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
@@ -157,7 +169,7 @@ def _read_moments(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
 
 
 def export_optimizer(folder: Path, file: Path) -> int:
-    """Write AdamW's moments of a checkpoint into one safetensors file, in whatever shards they lie there.
+    """Write the optimizer's moments of a checkpoint into one safetensors file, in whatever shards they lie there.
 
     Returns how many tensors those are. Raises FileNotFoundError, FileExistsError, DamagedCheckpoint, ValueError when
     the optimizer had made no update yet.
@@ -167,16 +179,11 @@ def export_optimizer(folder: Path, file: Path) -> int:
     read_state(folder)
     if not (folder / OPTIMIZER).is_dir():
         raise ValueError(f"{folder} holds no moments: the optimizer had made no update")
-    stored = dcp.HuggingFaceStorageReader(str(folder / OPTIMIZER)).read_metadata().state_dict_metadata
-    tensors = {name: torch.empty(tensor.size, dtype=tensor.properties.dtype) for name, tensor in stored.items()}
+    stored = _stored(folder).items()
+    tensors = {name: torch.empty(tensor.size, dtype=tensor.properties.dtype) for name, tensor in stored}
     _read_moments(folder, tensors)
-    temporary = file.with_name(f".{file.name}.tmp")
-    try:
+    with atomic_file(file) as temporary:
         save_tensors(temporary, tensors)
-        flush(temporary)
-        temporary.rename(file)
-    finally:
-        temporary.unlink(missing_ok=True)
     return len(tensors)
 
 

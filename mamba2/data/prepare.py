@@ -27,10 +27,10 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from mamba2.checkpoint import flush
 from mamba2.data.readers import Document, Place
 from mamba2.data.sources import Source
 from mamba2.data.tokens import SIDECAR, edges_sha256, write_sidecar
+from mamba2.files import atomic_file, flush
 from mamba2.tokenizer import Tokenizer
 
 BATCH = 2**20  # characters or ids that a thread encodes at a time
@@ -156,6 +156,8 @@ def working_folder(output: Path, wait: bool) -> Iterator[Path | None]:
                 raise BlockingIOError(f"another process is preparing {output} at this moment") from error
             # while waiting, the folder may have been renamed to `output`, or removed
             if work.exists() and os.path.samestat(os.fstat(descriptor), work.stat()):
+                for leftover in work.glob(".*.tmp"):  # of a call that was killed
+                    leftover.unlink()
                 yield work
                 return
         finally:
@@ -437,12 +439,8 @@ def _commit(work: Path, plan: Plan, state: State, files: dict[str, TokenFile]) -
             os.fsync(opened.fileno())
     state.files = {name: file.counts() for name, file in files.items()}
     content = {"plan": plan.record(), **vars(state)}
-    temporary = work / f"{JOURNAL}.tmp"
-    with open(temporary, "wb", buffering=0) as file:
+    with atomic_file(work / JOURNAL) as temporary, open(temporary, "wb", buffering=0) as file:
         _write(file, (json.dumps(content) + "\n").encode(), work)
-        os.fsync(file.fileno())
-    os.replace(temporary, work / JOURNAL)
-    flush(work)
 
 
 def _read_journal(work: Path, plan: Plan) -> State:

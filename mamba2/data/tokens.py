@@ -17,8 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
-from mamba2.checkpoint import flush
 from mamba2.data.splits import choose_split
+from mamba2.files import write_text
 from mamba2.tokenizer import Tokenizer
 
 SIDECAR = "tokens.json"
@@ -114,10 +114,7 @@ def write_sidecar(
         "splits": splits,
         "plan": plan,
     }
-    temporary = folder / f".{SIDECAR}.tmp"
-    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    flush(temporary)
-    os.replace(temporary, folder / SIDECAR)
+    write_text(folder / SIDECAR, json.dumps(content, indent=2) + "\n")
 
 
 def open_tokens(folder: Path, split: str, tokenizer: Tokenizer | None) -> Tokens:

@@ -3,6 +3,7 @@
 All functions take a model and ids (b, l), compute in float32 without changing the model, and return numpy arrays.
 """
 
+import contextlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,11 +12,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from scipy import stats
+from torch import nn
 
 from mamba2.evaluation.perplexity import token_nats
 from mamba2.initializers import DtParams, dt_bias_sha256, half_life
+from mamba2.mixer import MixerState
 from mamba2.model import Mamba2LM
-from mamba2.ops import add_rms_norm, causal_conv1d, ssd
+from mamba2.ops import ssd
 
 REMEMBERED = (1, 16, 128, 1024)  # tokens
 
@@ -32,24 +35,27 @@ class LayerTrace:
 
 @torch.no_grad()
 def trace(model: Mamba2LM, ids: torch.Tensor) -> list[LayerTrace]:
-    """Every layer on ids (b, l), each sequence from an empty state."""
-    config, traces = model.config, []
-    x, residual = F.embedding(ids, model.backbone.embeddings.weight), None
-    for block in model.backbone.layers:
-        mixer = block.mixer
-        normed, stream = add_rms_norm(x, residual, block.norm.weight, block.eps, x.dtype)
-        _, xBC, dt_raw = mixer.in_proj(normed)
-        bc = config.n_groups * config.state_size
-        weight, bias = mixer.conv1d.weight.squeeze(1), mixer.conv1d.bias
-        u, B, C = causal_conv1d(xBC, weight, bias, splits=(config.d_inner, bc, bc))
-        u = u.unflatten(-1, (config.num_heads, config.head_dim))  # (b, l, h, p)
-        B, C = (v.unflatten(-1, (config.n_groups, config.state_size)) for v in (B, C))
-        dt = F.softplus(dt_raw + mixer.dt_bias).clamp(*config.time_step_limit)
-        from_state = ssd(u, dt, -mixer.A_log.exp(), B, C, config.chunk_size)  # (b, l, h, p), without D x
-        skip = mixer.D[:, None] * u
-        ratio = _rms(from_state, (0, 1, 3)) / _rms(skip, (0, 1, 3)).clamp(min=1e-30)
-        x, residual, _ = block(x, residual, None, None)
-        traces.append(LayerTrace(dt, _rms(x).item(), _rms(stream).item(), ratio.numpy(force=True)))
+    """Every Mamba-2 layer on ids (b, l), each sequence from an empty state: read off a forward pass by hooks."""
+    traces: list[LayerTrace] = []
+
+    def read(block: nn.Module, projected: tuple[torch.Tensor, ...], results: tuple[torch.Tensor, ...]) -> None:
+        mixer, (_, xBC, dt) = block.mixer, projected
+        dt = F.softplus(dt + mixer.dt_bias).clamp(*model.config.time_step_limit)
+        (x, B, C), _ = mixer.convolve(xBC, None, None, return_state=False)
+        from_state = ssd(x, dt, mixer.A(), B, C, model.config.chunk_size)  # (b, l, h, p), without D x
+        ratio = _rms(from_state, (0, 1, 3)) / _rms(mixer.D[:, None] * x, (0, 1, 3)).clamp(min=1e-30)
+        output, stream, _ = results
+        traces.append(LayerTrace(dt, _rms(output).item(), _rms(stream).item(), ratio.numpy(force=True)))
+
+    projections: list[tuple[torch.Tensor, ...]] = []
+    with contextlib.ExitStack() as hooks:
+        for block in model.backbone.layers:
+            if block.mixer in model.mixers():
+                keep = block.mixer.in_proj.register_forward_hook(lambda _, __, pieces: projections.append(pieces))
+                after = block.register_forward_hook(lambda block, _, results: read(block, projections.pop(), results))
+                hooks.callback(keep.remove)
+                hooks.callback(after.remove)
+        model.backbone(ids, return_state=False)
     return traces
 
 
@@ -143,12 +149,12 @@ def gradient_against_distance(model: Mamba2LM, ids: torch.Tensor) -> np.ndarray:
 
 @torch.no_grad()
 def state_rms(model: Mamba2LM, ids: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """Positions 1, 2, 4, … (k,) and the rms of every layer's state after so many tokens (k, L)."""
+    """Positions 1, 2, 4, … (k,) and the rms of every Mamba-2 layer's state after so many tokens (k, L)."""
     positions = [2**k for k in range(int(math.log2(ids.shape[1])) + 1)]
     rows, state, done = [], None, 0
     for position in positions:
         _, state = model.backbone(ids[:, done:position], state=state)
-        rows.append([_rms(layer.ssm).item() for layer in state])
+        rows.append([_rms(layer.ssm).item() for layer in state if isinstance(layer, MixerState)])
         done = position
     return np.array(positions), np.array(rows)
 

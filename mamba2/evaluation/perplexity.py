@@ -26,9 +26,9 @@ import torch
 
 from mamba2.cli import json_ready
 from mamba2.evaluation.corpus import Corpus, detokenize
-from mamba2.evaluation.statistics import Interval, clustered_interval
-from mamba2.model import Mamba2LM, MixerState
+from mamba2.model import Mamba2LM, State
 from mamba2.ops import IGNORE_INDEX
+from mamba2.study.statistics import Interval, clustered_interval
 from mamba2.tokenizer import Tokenizer
 
 # Each protocol, and where the state is emptied.
@@ -278,7 +278,7 @@ def token_nats(
         rows = order[first : first + batch_size]
         lengths = [len(sequences[i]) - 1 for i in rows]  # falling
         nats = [np.empty(length, np.float32) for length in lengths]
-        state: list[MixerState] | None = None
+        state: list[State] | None = None
         for start in range(0, lengths[0], context):
             active = sum(length > start for length in lengths)
             stop = min(start + context, lengths[0])
@@ -288,7 +288,7 @@ def token_nats(
                 part = torch.tensor(sequences[rows[row]][start : stop + 1])
                 ids[row, : len(part) - 1], targets[row, : len(part) - 1] = part[:-1], part[1:]
             if state is not None:
-                state = [MixerState(layer.conv[:active], layer.ssm[:active]) for layer in state]
+                state = [layer.rows(slice(active)) for layer in state]
             losses, state = model.token_losses(ids.to(device), targets.to(device), state=state)
             losses = losses.float().cpu().numpy()
             for row in range(active):

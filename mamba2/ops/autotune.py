@@ -4,7 +4,6 @@ import contextlib
 import fcntl
 import json
 import os
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
@@ -14,6 +13,8 @@ from typing import TypeVar
 import torch
 import triton
 from triton.errors import TritonError
+
+from mamba2.files import write_text
 
 Candidate = TypeVar("Candidate")
 
@@ -85,6 +86,4 @@ def _parse(file: Path, changed: int) -> dict[str, str]:
 
 
 def _write(known: dict[str, str]) -> None:
-    with tempfile.NamedTemporaryFile("w", dir=path().parent, prefix="autotune-", delete=False) as file:
-        json.dump(known, file, indent=1, sort_keys=True)
-    os.replace(file.name, path())
+    write_text(path(), json.dumps(known, indent=1, sort_keys=True))

@@ -13,6 +13,7 @@ import torch
 import triton
 
 from mamba2.config import Mamba2Config
+from mamba2.model import num_parameters
 
 # Dense matrix products, 1e12 FLOP/s by the vendors' data sheets: (float32 without TF32, bfloat16; float16 where the
 # device has no bfloat16), for names that contain the entry as a word; the first that does counts.
@@ -109,7 +110,7 @@ def memory_estimate(
     if e < 4:  # autocast's, of the weights of products
         copies = (again + whole * (not keep_products_only)) * e * d * (config.d_in_proj + inner)
     logits = 8 * config.vocab_size * min(tokens, 1024)
-    return 16 * config.num_parameters() // shards + tokens * kept + copies + logits
+    return 16 * num_parameters(config) // shards + tokens * kept + copies + logits
 
 
 def memory_used(device: torch.device) -> int:

@@ -25,7 +25,7 @@ from mamba2.data.tokens import SIDECAR
 from mamba2.distributed import World, full, parallelize, reshard
 from mamba2.generate import NoDistribution, generate
 from mamba2.initializers import dt_table
-from mamba2.model import Mamba2LM
+from mamba2.model import Mamba2LM, flops_per_token, num_parameters
 from mamba2.ops.fusion import fuse, require_cxx_compiler
 from mamba2.tokenizer import find_tokenizer, save_tokenizer
 from mamba2.training.hardware import (
@@ -46,8 +46,9 @@ from mamba2.training.step import accumulate_gradients, add_gradients, mean_loss,
 # into pieces, and what saves and shows it, may change; the schedule is compared by the rates it has given so far.
 SAME_ON_RESUME = (
     *("learning_rate", "weight_decay", "decay", "betas", "eps", "clip", "max_length", "no_reset", "seed"),
-    "eval_windows",
+    *("eval_windows", "optimizer"),
 )
+BEFORE = {"optimizer": "adamw"}  # in runs that do not say
 
 
 @dataclasses.dataclass
@@ -93,6 +94,7 @@ class Job:
         self.sharded = args.parallel == "fsdp"
         self.model = self._load(model_path)
         self.config = self.model.config
+        self.flops = flops_per_token(self.config, args.max_length)
         self.tokenizer = find_tokenizer(model_path)  # None: a model that is trained on ready ids
 
         self.train_tokens, self.validation_tokens = world.in_turn_on_a_node(
@@ -155,7 +157,13 @@ class Job:
             self.add = GraphGradients(self.model, add)
         self.parallel_model = parallelize(self.model, self.world, args.parallel, self.dtype)
         self.optimizer = make_optimizer(
-            self.model, args.learning_rate, tuple(args.betas), args.weight_decay, args.eps, args.decay
+            self.model,
+            args.learning_rate,
+            tuple(args.betas),
+            args.weight_decay,
+            args.eps,
+            args.decay,
+            args.optimizer,
         )
         if checkpoint is not None:
             load_optimizer(checkpoint, self.model, self.optimizer, updates)
@@ -166,9 +174,9 @@ class Job:
 
     def step(self, step: int) -> dict[str, Any]:
         """Make the update number `step`, counted from 0. Returns loss, rate, gradient norm (None: skipped), tokens."""
-        args, rate = self.args, self.args.learning_rate * self.schedule.factor(step)
+        args, factor = self.args, self.schedule.factor(step)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = group["peak"] * factor
         indices = self.windows.indices(args.seed, step, self.batch)[: self.samples - step * self.batch]
         with explain_out_of_memory(
             args.batch_size, args.max_length, args.gradient_accumulation_steps, args.checkpoint_every
@@ -177,7 +185,7 @@ class Job:
                 self.parallel_model, self.windows, indices, args.batch_size, self.dtype, self.world, self.add
             )
             norm = update(self.model, self.optimizer, args.clip, keep_gradients=self.add is not None)
-        return {"loss": loss, "learning_rate": rate, "gradient_norm": norm, "tokens": tokens}
+        return {"loss": loss, "learning_rate": args.learning_rate * factor, "gradient_norm": norm, "tokens": tokens}
 
     def evaluate(self) -> float:
         args = self.args
@@ -246,7 +254,7 @@ class Job:
 
     def check_same(self, checkpoint: Path, state: dict[str, Any], identity: dict[str, Any]) -> None:
         """Raises ValueError naming what differs from the run that wrote `checkpoint`."""
-        before = state["identity"]
+        before = BEFORE | state["identity"]
         different = [
             f"{name if ' ' in name else '--' + name.replace('_', '-')} was {before.get(name)!r} and is {value!r}"
             for name, value in identity.items()
@@ -273,7 +281,7 @@ class Job:
         args, tokens = self.args, self.steps * self.batch * self.args.max_length
         train, held_out = self.train_tokens, self.validation_tokens
         sources = {"train": train.source, "held out": held_out and held_out.source}
-        flops = tokens * self.config.flops_per_token()
+        flops = tokens * self.flops
         memory = memory_estimate(
             self.config,
             args.batch_size,
@@ -285,7 +293,7 @@ class Job:
         )
         applied = self.config.dt_bias_init
         print(f"\n{self.model_path} -> {output}")
-        print(f"parameters   {self.config.num_parameters():,}")
+        print(f"parameters   {num_parameters(self.config):,}")
         print(f"data         {args.dataset_path}: {_counted(train)}")
         print(f"             {f'{_counted(held_out)} held out' if held_out else 'no validation split'}")
         for line in describe({name: source for name, source in sources.items() if source}):
@@ -308,7 +316,7 @@ class Job:
         """Print the plan, make the first update, write nothing."""
         self.build(None)
         self.describe(output)
-        progress = Progress(1, self.config.flops_per_token(), self.peak(), 0.0)
+        progress = Progress(1, self.flops, self.peak(), 0.0)
         row = self.step(0)
         progress.measure(row["tokens"])
         if self.world.is_main:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from mamba2.checkpoint import flush
+from mamba2.files import write_text
 from mamba2.initializers import half_life
 
 SECONDS_BETWEEN_LINES = 10.0
@@ -28,13 +28,7 @@ class MetricsLog:
         self._path, self.seconds = file, 0.0
         rows = _rows(file, step) if file.exists() else []
         self.seconds = next((row["seconds"] for row in reversed(rows) if "seconds" in row), 0.0)
-        temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-        try:
-            temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-            flush(temporary)
-            os.replace(temporary, file)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_text(file, "".join(json.dumps(row) + "\n" for row in rows))
         self._file = open(file, "a", encoding="utf-8", buffering=1)  # noqa: SIM115 (open for the whole run)
 
     def log(self, row: dict[str, Any]) -> None:

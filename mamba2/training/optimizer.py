@@ -1,15 +1,114 @@
-"""AdamW with its groups, and the learning rate of every step."""
+"""The optimizers by name, which parameters each of their groups holds, and the learning rate of every step."""
 
 import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from fnmatch import fnmatch
+from typing import Any, NamedTuple
 
 import torch
+from torch import nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
+from mamba2.distributed import full
 from mamba2.model import Mamba2LM
 
+
+class Group(NamedTuple):
+    """Parameters that are treated alike: those whose name fits the pattern, and none before it."""
+
+    pattern: str
+    decay: bool  # whether --decay matrices reaches them
+    muon: bool  # whether --optimizer muon makes their updates orthogonal; it leaves the others to AdamW
+
+
+GROUPS = (
+    Group("*_proj.weight", decay=True, muon=True),  # the matrices of mixers
+    Group("*embeddings.weight", decay=True, muon=False),
+    Group("lm_head.weight", decay=True, muon=False),
+    Group("*", decay=False, muon=False),  # dt_bias, A_log, D, norms, biases, convolution
+)
 # Which parameters weight decay reaches. `all_but_biases` is what the replaced trainer did: A_log, D and norms too.
 DECAYS = ("matrices", "all_but_biases")
 SCHEDULES = ("cosine", "linear", "constant", "wsd")
+
+
+def grouped(model: Mamba2LM, learning_rate: float, weight_decay: float, decay: str) -> list[dict[str, Any]]:
+    """The parameters of each of GROUPS, and again apart where weight decay takes some and not others, with the rate
+    that the schedule multiplies (`peak`)."""
+    groups: dict[tuple[Group, bool], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        group = next(group for group in GROUPS if fnmatch(name, group.pattern))
+        decayed = group.decay if decay == "matrices" else "bias" not in name
+        groups.setdefault((group, decayed), []).append(parameter)
+    return [
+        {"params": parameters, "weight_decay": weight_decay * decayed, "peak": learning_rate, "muon": group.muon}
+        for (group, decayed), parameters in groups.items()
+    ]
+
+
+class Muon(torch.optim.Muon):
+    """torch's, with each part of a fused projection a matrix of its own: an update that is orthogonal as a whole would
+    tie the rows of z, x, B, C and dt to each other. Of a sharded matrix every process orthogonalises the whole.
+
+    The rate is AdamW's (`match_rms_adamw`). Reference: Jordan et al. 2024, kellerjordan.github.io/posts/muon.
+    """
+
+    def __init__(self, groups: Iterable[dict[str, Any]], rows: dict[nn.Parameter, tuple[int, ...]], lr: float):
+        """`rows`: of which rows the parts of a parameter are, where it has parts."""
+        super().__init__(groups, lr=lr, adjust_lr_fn="match_rms_adamw")
+        self.rows = rows
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            momentum, lr = group["momentum"], group["lr"]
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                state = self.state[parameter]
+                average = state.setdefault("momentum_buffer", torch.zeros_like(parameter.grad))
+                average.lerp_(parameter.grad, 1 - momentum)
+                update = full(parameter.grad.lerp(average, momentum))  # nesterov
+                parts = update.split(self.rows.get(parameter, (len(update),)))
+                update = torch.cat([0.2 * math.sqrt(max(part.shape)) * self._orthogonal(part, group) for part in parts])
+                if isinstance(parameter, DTensor):
+                    update = distribute_tensor(update, parameter.device_mesh, parameter.placements)
+                parameter.mul_(1 - lr * group["weight_decay"])
+                parameter.add_(update, alpha=-lr)
+
+    @staticmethod
+    def _orthogonal(matrix: torch.Tensor, group: dict[str, Any]) -> torch.Tensor:
+        """Its singular values near 1, in bfloat16, by Newton and Schulz's iteration on the narrow side."""
+        x = matrix.bfloat16()
+        wide = x.shape[0] <= x.shape[1]
+        x = x if wide else x.T
+        x = x / x.norm().clamp(min=group["eps"])
+        a, b, c = group["ns_coefficients"]
+        for _ in range(group["ns_steps"]):
+            gram = x @ x.T
+            x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+        return (x if wide else x.T).to(matrix.dtype)
+
+
+class Both:
+    """Several optimizers, each with parameters of its own, as one."""
+
+    def __init__(self, *optimizers: torch.optim.Optimizer):
+        self.optimizers = optimizers
+        self.param_groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+        self.state = defaultdict(dict)
+        for optimizer in optimizers:
+            optimizer.state = self.state
+
+    def step(self) -> None:
+        for optimizer in self.optimizers:
+            optimizer.step()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none)
 
 
 def make_optimizer(
@@ -19,19 +118,24 @@ def make_optimizer(
     weight_decay: float,
     eps: float = 1e-8,
     decay: str = "matrices",
-) -> torch.optim.AdamW:
-    """AdamW. Decay `matrices`: not on dt_bias, A_log, D, norms, biases, convolution; `all_but_biases`: see DECAYS."""
+    name: str = "adamw",
+) -> torch.optim.Optimizer | Both:
+    """One of OPTIMIZERS. `betas` and `eps` are AdamW's, `decay` is one of DECAYS."""
+    return OPTIMIZERS[name](model, grouped(model, learning_rate, weight_decay, decay), learning_rate, betas, eps)
 
-    def decays(name: str, parameter: torch.Tensor) -> bool:
-        return parameter.dim() == 2 if decay == "matrices" else "bias" not in name
 
-    named = list(model.named_parameters())
-    groups = [
-        {"params": [p for name, p in named if decays(name, p)], "weight_decay": weight_decay},
-        {"params": [p for name, p in named if not decays(name, p)], "weight_decay": 0.0},
-    ]
+def _adamw(model: Mamba2LM, groups: list[dict], lr: float, betas: tuple[float, float], eps: float) -> torch.optim.AdamW:
     # Fused: one pass over weights and moments, where the step is bound by memory.
-    return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, eps=eps, fused=True)
+    return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
+
+
+def _muon(model: Mamba2LM, groups: list[dict], lr: float, betas: tuple[float, float], eps: float) -> Both:
+    mixers = [layer.mixer for layer in model.backbone.layers]
+    muon = Muon([group for group in groups if group["muon"]], {m.in_proj.weight: m.in_proj_rows() for m in mixers}, lr)
+    return Both(muon, _adamw(model, [group for group in groups if not group["muon"]], lr, betas, eps))
+
+
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer | Both]] = {"adamw": _adamw, "muon": _muon}
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from mamba2.checkpoint import atomic_folder
 from mamba2.checkpoint.training_state import DamagedCheckpoint, read_state, write_state
 from mamba2.distributed import ALONE, World
+from mamba2.files import atomic_folder
 
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
@@ -44,7 +44,7 @@ class RunFolder:
     def lock(self) -> int:
         """Make the folder and take it for this process: two runs in one folder would destroy each other's work.
 
-        Removes what killed runs left half written. Returns a descriptor; closing it gives the folder free.
+        Removes what killed runs left half written. Returns a descriptor; closing it unlocks the folder.
         Raises OSError when it cannot be written to, or another run is in it.
         """
         self.path.mkdir(parents=True, exist_ok=True)

@@ -21,10 +21,10 @@ from mamba2.checkpoint.convert import convert
 from mamba2.checkpoint.foreign import from_codestral, from_mamba_ssm
 from mamba2.checkpoint.inspect import report
 from mamba2.config import Mamba2Config
-from mamba2.model import Mamba2LM
+from mamba2.model import SHAPES, Mamba2LM, num_parameters
 from mamba2.tokenizer import get_tokenizer, load_tokenizer, save_tokenizer
+from tests.decoding.test_decoding import make_model, random_ids
 from tests.oracles import mamba_ssm_classes, mamba_ssm_logits
-from tests.test_decoding import make_model, random_ids
 from tests.test_model import relative_error, small_config
 from tests.test_tokenizer import random_texts
 
@@ -109,7 +109,7 @@ def test_the_layout_of_state_spaces_models_pads_the_vocabulary():
     shape = (config.vocab_size, config.num_heads, config.head_dim, config.n_groups, config.state_size)
     assert shape == (50288, 24, 64, 1, 128)
     assert config.tie_word_embeddings and config.eos_token_id == 0
-    assert config.num_parameters() == Mamba2Config.from_json("configs/130m.json").num_parameters()
+    assert num_parameters(config) == num_parameters(Mamba2Config.from_json("configs/130m.json"))
 
 
 def test_codestrals_layout_loads(tmp_path):
@@ -237,7 +237,7 @@ def test_a_pickle_with_code_is_refused_and_not_run(tmp_path, monkeypatch):
         small_config().save(tmp_path)
         write({"x": Code()}, tmp_path / "pytorch_model.bin")
         with pytest.raises(ValueError, match=r"_model.bin (holds more than tensors and is refused|is not a read)"):
-            read_model(tmp_path)
+            read_model(tmp_path, SHAPES)
         assert not (tmp_path / "run").exists()
 
 
@@ -247,20 +247,20 @@ def test_an_index_that_names_a_missing_shard_is_refused(tmp_path):
     index = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(FileNotFoundError, match=r"names the shard model-2\.safetensors, which is not in"):
-        read_model(tmp_path)
+        read_model(tmp_path, SHAPES)
     tensors = load_file(tmp_path / "model-1.safetensors")
     save_file({"lm_head.weight": tensors.pop("lm_head.weight")}, tmp_path / "model-2.safetensors")
     save_file(tensors, tmp_path / "model-1.safetensors")
     places = dict.fromkeys(tensors, "model-1.safetensors") | {"lm_head.weight": "model-2.safetensors"}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
-    read_model(tmp_path)
+    read_model(tmp_path, SHAPES)
     places["lm_head.weight"] = "model-1.safetensors"
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
     with pytest.raises(ValueError, match=r"says that lm_head.weight lies in model-1\.safetensors, which does not hold"):
-        read_model(tmp_path)
+        read_model(tmp_path, SHAPES)
     (tmp_path / "model.safetensors.index.json").write_text("{}")
     with pytest.raises(ValueError, match="is not an index of shards"):
-        read_model(tmp_path)
+        read_model(tmp_path, SHAPES)
 
 
 def test_wrong_keys_and_shapes_in_a_bin_are_listed(tmp_path):
@@ -269,7 +269,7 @@ def test_wrong_keys_and_shapes_in_a_bin_are_listed(tmp_path):
     tensors |= {"backbone.more": torch.zeros(1), "backbone.norm_f.weight": torch.zeros(5)}
     save_bin(tmp_path, tensors)
     with pytest.raises(ValueError) as error:
-        read_model(tmp_path)
+        read_model(tmp_path, SHAPES)
     for part in (
         "missing backbone.layers.0.mixer.D, backbone.layers.2.norm.weight",
         "unexpected backbone.more",
@@ -282,14 +282,14 @@ def test_wrong_keys_and_shapes_in_a_bin_are_listed(tmp_path):
 def test_a_bin_that_is_no_dictionary_of_tensors_is_refused(tmp_path, content):
     save_bin(tmp_path, content)
     with pytest.raises(ValueError, match="holds no dictionary of tensors"):
-        read_model(tmp_path)
+        read_model(tmp_path, SHAPES)
 
 
 def test_one_tensor_under_two_names_is_refused(tmp_path):
     tensors = dict(make_model().state_dict())
     save_bin(tmp_path, {**tensors, "module.lm_head.weight": tensors["lm_head.weight"].clone()})
     with pytest.raises(ValueError, match=r"holds lm_head.weight twice: as lm_head.weight and as module.lm_head.weight"):
-        read_model(tmp_path)
+        read_model(tmp_path, SHAPES)
 
 
 def test_a_tied_head_that_differs_is_refused(tmp_path):
@@ -297,10 +297,10 @@ def test_a_tied_head_that_differs_is_refused(tmp_path):
     folder = model.save_pretrained(tmp_path)
     tensors = load_file(folder / "model.safetensors")
     save_file({**tensors, "lm_head.weight": model.lm_head.weight.detach().clone()}, folder / "model.safetensors")
-    assert torch.equal(read_model(folder)[1]["lm_head.weight"], model.lm_head.weight)
+    assert torch.equal(read_model(folder, SHAPES)[1]["lm_head.weight"], model.lm_head.weight)
     save_file({**tensors, "lm_head.weight": model.lm_head.weight.detach() + 1}, folder / "model.safetensors")
     with pytest.raises(ValueError, match=r"lm_head\.weight differs from the embeddings"):
-        read_model(folder)
+        read_model(folder, SHAPES)
 
 
 MAMBA_SSM = {"d_model": 32, "n_layer": 1, "vocab_size": 61, "ssm_cfg": {"layer": "Mamba2", "headdim": 8}}
@@ -310,7 +310,7 @@ MAMBA_SSM = {"d_model": 32, "n_layer": 1, "vocab_size": 61, "ssm_cfg": {"layer":
     ("changes", "message"),
     [
         ({"ssm_cfg": {}}, "ssm_cfg.layer is 'Mamba1'"),
-        ({"attn_layer_idx": [1]}, r"attn_layer_idx is \[1\]"),
+        ({"attn_layer_idx": [1]}, r"attn_layer_idx is \(1,\), and must be"),
         ({"d_intermediate": 64}, "d_intermediate is 64"),
         ({"rms_norm": False}, "rms_norm is False"),
         ({"ssm_cfg": {"layer": "Mamba2", "D_has_hdim": True}}, "ssm_cfg.D_has_hdim is True"),
@@ -338,7 +338,7 @@ MAMBA_SSM = {"d_model": 32, "n_layer": 1, "vocab_size": 61, "ssm_cfg": {"layer":
 def test_what_of_mamba_ssm_is_not_implemented_is_named(tmp_path, changes, message):
     (tmp_path / "config.json").write_text(json.dumps({**MAMBA_SSM, **changes}))
     with pytest.raises((ValueError, MemoryError), match=message) as error:
-        read_model(tmp_path)
+        read_model(tmp_path, SHAPES)
     assert "config.json" in str(error.value) or error.type is MemoryError
 
 
@@ -370,8 +370,8 @@ def test_inspect_prints_config_parameters_and_time_constants(tmp_path, monkeypat
     monkeypatch.setattr(sys, "argv", ["checkpoint", "inspect", str(tmp_path)])
     main()
     text = capsys.readouterr().out
-    assert f"{model.config.num_parameters():,} parameters" in text
-    assert text.count(f"{model.config.num_parameters():,}\n") == 1  # the sum of the table
+    assert f"{num_parameters(model.config):,} parameters" in text
+    assert text.count(f"{num_parameters(model.config):,}\n") == 1  # the sum of the table
     assert '"state_size": 14' in text and "half-life" in text and "initialised by: halflife" in text
     assert "backbone.layers.*.mixer.in_proj.weight" in text
     convert(tmp_path, tmp_path / "theirs", "mamba-ssm")
@@ -389,7 +389,7 @@ def test_convert_is_a_command(tmp_path, monkeypatch, capsys):
 
 PEAK = """
 import resource, sys, torch
-from mamba2.model import Mamba2LM
+from mamba2.model import Mamba2LM, num_parameters, tensor_shapes
 from mamba2.config import Mamba2Config
 def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 before = peak()

@@ -8,7 +8,8 @@ import torch
 from transformers import get_cosine_schedule_with_warmup
 
 from mamba2.model import Mamba2LM
-from mamba2.training import Schedule, make_optimizer
+from mamba2.training import OPTIMIZERS, Schedule, make_optimizer
+from mamba2.training.optimizer import Muon
 from tests.test_model import small_config
 
 
@@ -39,6 +40,58 @@ def test_the_legacy_decay_spares_biases_only():
 def test_betas_and_eps_reach_adamw():
     group = make_optimizer(Mamba2LM(small_config()), 0.1, (0.7, 0.8), 0.5, eps=1e-3).param_groups[0]
     assert group["betas"] == (0.7, 0.8) and group["eps"] == 1e-3
+
+
+@pytest.mark.parametrize("shape", [(8, 24), (24, 8), (16, 16)])
+def test_muon_is_torchs_where_a_matrix_has_no_parts(shape):
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(shape, generator=generator)
+    ours, theirs = (torch.nn.Parameter(start.clone()) for _ in range(2))
+    groups = [{"params": [ours], "weight_decay": 0.1}]
+    optimizers = Muon(groups, {}, 0.02), torch.optim.Muon([theirs], 0.02, 0.1, adjust_lr_fn="match_rms_adamw")
+    for _ in range(5):
+        ours.grad = theirs.grad = torch.randn(shape, generator=generator)
+        for optimizer in optimizers:
+            optimizer.step()
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)
+
+
+def test_muon_treats_the_parts_of_a_fused_projection_one_by_one_and_leaves_the_rest_to_adamw():
+    """A step moves each part as a step of that part alone would."""
+    config = small_config(attn_layer_idx=[1], attn_cfg={"num_heads": 4, "causal": True})
+    models = [Mamba2LM(config), Mamba2LM(config)]
+    muon, adamw = (
+        make_optimizer(m, 0.02, (0.9, 0.99), 0.1, name=name) for m, name in zip(models, ("muon", "adamw"), strict=True)
+    )
+    generator = torch.Generator().manual_seed(1)
+    before = {name: p.detach().clone() for name, p in models[0].named_parameters()}
+    for parameters in zip(*(m.parameters() for m in models), strict=True):
+        gradient = torch.randn(parameters[0].shape, generator=generator)
+        for parameter in parameters:
+            parameter.grad = gradient.clone()
+    for optimizer in (muon, adamw):
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak"]
+        optimizer.step()
+    rows = {0: (64, 64, 28, 28, 8), 1: (32, 32, 32)}  # z, x, B, C, dt; q, k, v
+    for (name, ours), (_, theirs) in zip(*(m.named_parameters() for m in models), strict=True):
+        if not name.endswith("_proj.weight"):
+            assert torch.equal(ours, theirs), name
+            continue
+        parts = rows[int(name.split(".")[2]) % 2] if "in_proj" in name else (len(ours),)
+        for old, gradient, new in zip(*(t.split(parts) for t in (before[name], ours.grad, ours)), strict=True):
+            alone = torch.nn.Parameter(old.clone())
+            alone.grad = gradient.clone()
+            torch.optim.Muon([alone], 0.02, 0.1, adjust_lr_fn="match_rms_adamw").step()
+            torch.testing.assert_close(new.detach(), alone.detach(), rtol=1e-6, atol=1e-7, msg=name)
+
+
+def test_every_parameter_is_in_one_group_and_a_group_may_have_a_rate_of_its_own():
+    model = Mamba2LM(small_config())
+    for name in OPTIMIZERS:
+        groups = make_optimizer(model, 0.1, (0.9, 0.99), 0.5, name=name).param_groups
+        assert sorted(id(p) for group in groups for p in group["params"]) == sorted(map(id, model.parameters()))
+        assert {group["peak"] for group in groups} == {0.1}
 
 
 def test_cosine_warms_up_then_falls_to_zero():

@@ -169,5 +169,5 @@ def ssd_step_triton(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_limit)
     return _ssd_step_op(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, *map(float, dt_limit))
 
 
-# Token by token the plain form is also the one that runs; `mamba2.decoder` has a faster one for a whole model.
+# Token by token the plain form is also the one that runs; `mamba2.decoding` has faster ones for a model.
 IMPLEMENTATIONS = {"reference": ssd_step_reference, "torch": ssd_step_reference, "triton": ssd_step_triton}

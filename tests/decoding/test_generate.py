@@ -8,13 +8,14 @@ import torch
 from transformers import Mamba2ForCausalLM
 
 import eval as evaluation_script
+from mamba2 import decoding
 from mamba2 import generate as command
-from mamba2.compiled_decoder import CompiledDecoder
+from mamba2.decoding.compiled import CompiledDecoder
+from mamba2.decoding.sampling import Sampling
 from mamba2.generate import TextStream, TokenStream, generate
 from mamba2.model import Mamba2LM
-from mamba2.sampling import Sampling
 from mamba2.tokenizer import get_tokenizer, save_tokenizer
-from tests.test_decoding import make_model, random_ids
+from tests.decoding.test_decoding import make_model, random_ids
 from tests.test_model import small_config
 
 
@@ -229,7 +230,7 @@ def test_the_command_prints_the_prompt_and_its_continuation(folder, monkeypatch,
 
 def test_the_command_compiles_when_told_and_prints_the_same(folder, monkeypatch, capsys):
     made = []
-    monkeypatch.setattr(command, "CompiledDecoder", lambda *args: made.append(CompiledDecoder(*args)) or made[-1])
+    monkeypatch.setattr(decoding, "CompiledDecoder", lambda *args: made.append(CompiledDecoder(*args)) or made[-1])
     plain = (folder, "héllo", "--greedy", "--max-new-tokens", 20)
     expected = call(monkeypatch, capsys, *plain)
     assert not made and call(monkeypatch, capsys, *plain, "--compile") == expected and len(made) == 1

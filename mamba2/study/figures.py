@@ -7,8 +7,8 @@ import io
 
 import numpy as np
 
-from mamba2.evaluation.statistics import EQUIVALENCE, Paired
 from mamba2.initializers import INITIALIZERS
+from mamba2.study.statistics import EQUIVALENCE, Paired
 
 GRID = {"color": "0.9", "linewidth": 0.8}
 

@@ -1,6 +1,6 @@
 """Token after token on a processor, the whole step compiled into one function.
 
-`mamba2.decoder` starts some three hundred operations for a token. Here the step is written as in `mamba2.model`, on the
+`Mamba2LM.step` starts some five hundred operations for a token. Here the step is written as in `mamba2.mixer`, on the
 readable forms of `mamba2.ops`, and torch.compile makes one C++ function of all layers: loop after loop, between which
 threads meet and nothing is dispatched. For the products to be such loops, too, one row is multiplied by sums over the
 rows of a weight; several rows leave the function for a matrix product.
@@ -16,7 +16,8 @@ from typing import NamedTuple, Self
 import torch
 import torch.nn.functional as F
 
-from mamba2.model import Mamba2Block, Mamba2LM, MixerState
+from mamba2.mixer import MixerState
+from mamba2.model import Mamba2Block, Mamba2LM
 from mamba2.ops.fusion import compile_like, require_cxx_compiler
 from mamba2.ops.norm_torch import add_rms_norm_reference, gated_rms_norm_reference
 from mamba2.ops.ssd.reference import ssd_step_reference

@@ -5,8 +5,7 @@ import sys
 
 import pytest
 
-from mamba2 import study
-from mamba2.study import add_study, read_study, study_runs
+from mamba2.study import add_study, grid, read_study, study_runs
 
 TEXT = """
 [study]
@@ -54,10 +53,10 @@ def test_the_state_of_a_run_is_what_is_there(tmp_path, monkeypatch, capsys):
     run.evaluation.write_text("{}")
     assert [*states, run.state] == ["missing", "created", "started", "trained", "evaluated"]
     monkeypatch.setattr(sys, "argv", ["study", str(file)])
-    study.main()
+    grid.main()
     assert capsys.readouterr().out.splitlines()[0].split()[:4] == ["evaluated", "seed", "1", "log_uniform"]
     monkeypatch.setattr(sys, "argv", ["study", str(file), "--commands"])
-    study.main()
+    grid.main()
     commands = capsys.readouterr().out.splitlines()
     assert len(commands) == 3 and all("log_uniform-final" not in line for line in commands)
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from mamba2.evaluation.statistics import (
+from mamba2.study.statistics import (
     EQUIVALENCE,
     answer,
     clustered_interval,

@@ -3,7 +3,7 @@
 import base64
 import html
 
-from mamba2.evaluation import figures
+from mamba2.study import figures
 
 
 class Page:

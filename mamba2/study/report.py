@@ -1,6 +1,6 @@
 """The report of a study: one page of HTML that needs nothing beside it, and the same as Markdown with its figures.
 
-It begins with the answer in words, made from the statistics (`mamba2.evaluation.statistics.answer`).
+It begins with the answer in words, made from the statistics (`mamba2.study.statistics.answer`).
 """
 
 import json
@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 
 from mamba2.cli import json_ready
-from mamba2.evaluation import figures
-from mamba2.evaluation.page import Page
-from mamba2.evaluation.runs import LAST, History, check_comparable
-from mamba2.evaluation.statistics import (
+from mamba2.study import figures
+from mamba2.study.page import Page
+from mamba2.study.runs import LAST, History, check_comparable
+from mamba2.study.statistics import (
     EQUIVALENCE,
     Paired,
     answer,

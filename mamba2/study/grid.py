@@ -74,7 +74,7 @@ class Study:
             for name in self.initializations:
                 label = f"seed-{seed}-{name}"
                 model, output = self.output / "models" / label, self.output / "trained" / label
-                arguments = ["--model-path", str(model), "--output-dir", str(output), *flags(self.tables["train"])]
+                arguments = ["--model-path", str(model), "--output-dir", str(output), *cli.flags(self.tables["train"])]
                 evaluation = self.output / "evaluations" / f"{label}.json"
                 runs.append(StudyRun(seed, name, model, output, evaluation, arguments))
         return runs
@@ -90,20 +90,6 @@ class Study:
         results = str(self.output / "perplexity_results.json")
         trained = str(self.output / "trained")
         return {**grid, "model_base_path": trained, "output_file": results, "baseline": self.baseline}
-
-
-def flags(table: dict[str, Any]) -> list[str]:
-    """A table as command-line arguments: true is --flag, false --no-flag, a list several values."""
-    arguments = []
-    for key, value in table.items():
-        flag = key.replace("_", "-")
-        if isinstance(value, bool):
-            arguments.append(f"--{flag}" if value else f"--no-{flag}")
-        elif isinstance(value, list):
-            arguments += [f"--{flag}", *map(str, value)]
-        else:
-            arguments.append(f"--{flag}={value}")
-    return arguments
 
 
 def read_study(path: str | Path) -> Study:
@@ -151,7 +137,7 @@ def add_study(parser: argparse.ArgumentParser, section: str) -> Study | None:
 
     Call it after all other flags are added and before parsing. Keys and values are checked like flags.
     """
-    parser.add_argument("--study", metavar="FILE", help="run a grid, e.g. configs/study-tiny.toml; see mamba2/study.py")
+    parser.add_argument("--study", metavar="FILE", help="run a grid, e.g. configs/study-tiny.toml; see mamba2/study")
     peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     peek.add_argument("--study")
     path = peek.parse_known_args(sys.argv[1:])[0].study
@@ -161,7 +147,7 @@ def add_study(parser: argparse.ArgumentParser, section: str) -> Study | None:
     table = study.tables[section]
     if unknown := sorted(table.keys() - {action.dest for action in parser._actions}):
         raise ValueError(f"{path}, [{section}]: the key {unknown[0]} is unknown to {section}.py")
-    parsed = vars(parser.parse_args(flags(table)))
+    parsed = vars(parser.parse_args(cli.flags(table, cli.switches(parser))))
     parser.set_defaults(**{key: parsed[key] for key in table}, **study.options(section))
     return study
 
@@ -176,7 +162,3 @@ def main() -> None:
             print(f"{run.state:10} seed {run.seed:4}  {run.initialization:24} {run.final}")
         elif not run.final.exists():
             print("python train.py", *run.arguments)
-
-
-if __name__ == "__main__":
-    cli.run(main)

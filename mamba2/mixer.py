@@ -1,0 +1,230 @@
+"""The Mamba-2 mixer (Dao & Gu 2024, section 7): projection in, causal convolution, SSD, gated norm, projection out.
+
+A mixer is what a block holds, and owns all that depends on its kind: how its parameters are drawn, what it costs, what
+it remembers. Another one is another file with these methods, and a line in `mamba2.model.build_mixer`:
+
+    forward(u, seq_idx, state, return_state) -> (y, state)     u and y (b, l, d); state None: from nothing
+    step(u, state) -> y                                        one token, (b, d); the state is advanced in place
+    new_state(batch) -> state                                  with rows(), detach(), copy_() and join(), as below
+    init_parameters(generator)                                 all but dt_bias
+    in_proj_rows()                                             of the matrices that in_proj.weight is made of
+    flops_per_token(length)                                    of the forward pass
+
+d_inner = h p; b batch, l seqlen, d hidden_size, h nheads, p headdim, g ngroups, n d_state, K conv_kernel.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple, Self
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from mamba2.config import Mamba2Config
+from mamba2.ops import causal_conv1d, causal_conv1d_step, gated_rms_norm, ssd, ssd_step
+
+
+class MixerState(NamedTuple):
+    """All that one mixer remembers of the tokens so far."""
+
+    conv: torch.Tensor  # (b, K - 1, d_inner + 2 g n), the last inputs of the convolution
+    ssm: torch.Tensor  # (b, h, p, n), float32
+
+    def detach(self) -> Self:
+        """The same values, through which no gradient flows back: truncated back-propagation through time."""
+        return MixerState(self.conv.detach(), self.ssm.detach())
+
+    def rows(self, index: list[int] | slice) -> Self:
+        """A copy of some rows of the batch, in the order of `index`: any row may occur any number of times."""
+        return MixerState(self.conv[index].clone(), self.ssm[index].clone())
+
+    def copy_(self, other: Self) -> None:
+        """Take the values of a state of the same size, in place."""
+        self.conv.copy_(other.conv)
+        self.ssm.copy_(other.ssm)
+
+    @staticmethod
+    def join(states: Sequence["MixerState"]) -> "MixerState":
+        """The rows of all, one after the other."""
+        return MixerState(*(torch.cat(parts) for parts in zip(*states, strict=True)))
+
+
+class Parameters(nn.Module):
+    """A weight, and perhaps a bias, under the names that checkpoints use; the arithmetic is in `mamba2.ops`."""
+
+    def __init__(self, *shape: int, bias: bool = False):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(shape))
+        self.bias = nn.Parameter(torch.empty(shape[0])) if bias else None
+
+
+class Linear(nn.Linear):
+    """torch's, without its own draw from the global generator: Mamba2LM draws all weights."""
+
+    def reset_parameters(self) -> None:
+        pass
+
+
+class SplitLinear(Linear):
+    """One weight whose result comes in pieces (..., width), each a product of its own.
+
+    Split after one product, the gradients of the pieces would be joined again before its backward: twice the width of
+    all pieces, read and written for every token.
+    """
+
+    def __init__(self, in_features: int, widths: tuple[int, ...], bias: bool):
+        super().__init__(in_features, sum(widths), bias)
+        self.widths = widths
+
+    def forward(self, u: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        weights = self.weight.split(self.widths)
+        biases = (None,) * len(weights) if self.bias is None else self.bias.split(self.widths)
+        return tuple(F.linear(u, weight, bias) for weight, bias in zip(weights, biases))
+
+
+class Mamba2Mixer(nn.Module):
+    """(b, l, d) -> (b, l, d)."""
+
+    def __init__(self, config: Mamba2Config):
+        super().__init__()
+        self.config = config
+        widths = config.d_inner, config.conv_dim, config.num_heads
+        self.in_proj = SplitLinear(config.hidden_size, widths, bias=config.use_bias)
+        self.conv1d = Parameters(config.conv_dim, 1, config.conv_kernel, bias=config.use_conv_bias)
+        self.dt_bias = nn.Parameter(torch.empty(config.num_heads))
+        self.A_log = nn.Parameter(torch.empty(config.num_heads))
+        self.D = nn.Parameter(torch.empty(config.num_heads))
+        self.norm = Parameters(config.d_inner)
+        self.out_proj = Linear(config.d_inner, config.hidden_size, bias=config.use_bias)
+
+    def forward(
+        self,
+        u: torch.Tensor,
+        seq_idx: torch.Tensor | None = None,
+        state: MixerState | None = None,
+        return_state: bool = True,
+    ) -> tuple[torch.Tensor, MixerState | None]:
+        """Mix u (b, l, d) along the sequence, starting from `state` (zeros if None). Returns (b, l, d), new state."""
+        z, xBC, dt = self.in_proj(u)  # (b, l, d_inner), (b, l, d_inner + 2 g n), (b, l, h)
+        (x, B, C), conv_state = self.convolve(xBC, seq_idx, state, return_state)
+        y = ssd(
+            x,
+            dt,
+            self.A(),
+            B,
+            C,
+            self.config.chunk_size,
+            D=self.D,
+            dt_bias=self.dt_bias,
+            initial_states=None if state is None else state.ssm,
+            seq_idx=seq_idx,
+            dt_softplus=True,
+            dt_limit=self.config.time_step_limit,
+            return_final_states=return_state,
+        )
+        y, ssm_state = y if return_state else (y, None)  # (b, l, h, p), (b, h, p, n)
+        return self._finish(y, z), MixerState(conv_state, ssm_state) if return_state else None
+
+    def step(self, u: torch.Tensor, state: MixerState) -> torch.Tensor:
+        """`forward` for one token: u (b, d) -> (b, d), `state` advanced in place."""
+        z, xBC, dt = self.in_proj(u)  # (b, d_inner), (b, d_inner + 2 g n), (b, h)
+        xBC = causal_conv1d_step(state.conv, xBC, self.conv1d.weight.squeeze(1), self.conv1d.bias)
+        x, B, C = self._by_head(*xBC.split(self._widths(), dim=-1))
+        y = ssd_step(
+            state.ssm,
+            x,
+            dt,
+            self.A(),
+            B,
+            C,
+            D=self.D,
+            dt_bias=self.dt_bias,
+            dt_softplus=True,
+            dt_limit=self.config.time_step_limit,
+        )
+        return self._finish(y, z)
+
+    def convolve(
+        self, xBC: torch.Tensor, seq_idx: torch.Tensor | None, state: MixerState | None, return_state: bool
+    ) -> tuple[tuple[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor | None]:
+        """x (b, l, h, p), B and C (b, l, g, n) of the projection (b, l, d_inner + 2 g n), and the last inputs."""
+        pieces = causal_conv1d(
+            xBC,
+            self.conv1d.weight.squeeze(1),
+            self.conv1d.bias,
+            seq_idx=seq_idx,
+            initial_state=None if state is None else state.conv,
+            return_final_state=return_state,
+            splits=self._widths(),
+        )
+        pieces, conv_state = pieces if return_state else (pieces, None)
+        return self._by_head(*pieces), conv_state
+
+    def A(self) -> torch.Tensor:
+        """The rate of each head (h,), negative, in float32 or wider."""
+        return -self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32)).exp()
+
+    def _widths(self) -> tuple[int, int, int]:
+        bc = self.config.n_groups * self.config.state_size
+        return self.config.d_inner, bc, bc
+
+    def _by_head(self, x: torch.Tensor, B: torch.Tensor, C: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        cfg = self.config
+        groups = cfg.n_groups, cfg.state_size
+        return x.unflatten(-1, (cfg.num_heads, cfg.head_dim)), B.unflatten(-1, groups), C.unflatten(-1, groups)
+
+    def _finish(self, y: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+        # Each group is normalised by itself, in training and evaluation alike.
+        eps, ngroups = self.config.layer_norm_epsilon, self.config.n_groups
+        return self.out_proj(gated_rms_norm(y.flatten(-2), z, self.norm.weight, eps, ngroups=ngroups))
+
+    def new_state(self, batch: int) -> MixerState:
+        cfg, weight = self.config, self.out_proj.weight
+        ssm = torch.promote_types(weight.dtype, torch.float32)
+        return MixerState(
+            weight.new_zeros(batch, cfg.conv_kernel - 1, cfg.conv_dim),
+            weight.new_zeros(batch, cfg.num_heads, cfg.head_dim, cfg.state_size, dtype=ssm),
+        )
+
+    def init_parameters(self, generator: torch.Generator) -> None:
+        """By the config's `weight_init`; dt_bias has a stream of its own."""
+        cfg = self.config
+        for linear in (self.in_proj, self.out_proj):
+            init_linear(linear, generator)
+        if cfg.rescale_prenorm_residual:
+            self.out_proj.weight.div_(math.sqrt(cfg.num_hidden_layers))
+        draw_uniform(self.conv1d.weight, 1.0 / math.sqrt(cfg.conv_kernel), generator)
+        draw_uniform(self.conv1d.bias, 1.0 / math.sqrt(cfg.conv_kernel), generator)
+        if cfg.weight_init == "mamba_ssm":
+            A = torch.empty(cfg.num_heads).uniform_(1.0, 16.0, generator=generator)
+        else:
+            A = torch.arange(1.0, cfg.num_heads + 1)
+        self.A_log.copy_(A.log())
+        self.D.fill_(1.0)
+        self.norm.weight.fill_(1.0)
+
+    def in_proj_rows(self) -> tuple[int, ...]:
+        return self.config.d_inner, *self._widths(), self.config.num_heads
+
+    def flops_per_token(self, length: int) -> int:
+        """Projections, convolution, and the chunked scan (section 6: scores and their product with x inside a chunk,
+        building and reading the states), whatever the length."""
+        cfg = self.config
+        h, q, gn = cfg.num_heads, cfg.chunk_size, cfg.n_groups * cfg.state_size
+        projections = 2 * cfg.hidden_size * (cfg.d_in_proj + cfg.d_inner)
+        scan = q * gn + q * h * cfg.head_dim + 4 * h * cfg.head_dim * cfg.state_size
+        return projections + 2 * cfg.conv_kernel * cfg.conv_dim + scan
+
+
+def draw_uniform(tensor: torch.Tensor | None, bound: float, generator: torch.Generator) -> None:
+    """U(-bound, bound), drawn on a processor wherever the tensor is."""
+    if tensor is not None:
+        tensor.copy_(torch.empty_like(tensor, device="cpu").uniform_(-bound, bound, generator=generator))
+
+
+def init_linear(linear: nn.Linear, generator: torch.Generator) -> None:
+    """PyTorch's default for the weight, U(±1/√fan_in); a bias of zero."""
+    draw_uniform(linear.weight, 1.0 / math.sqrt(linear.in_features), generator)
+    if linear.bias is not None:
+        linear.bias.zero_()
