@@ -46,8 +46,10 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--model-base-path", help="folder that holds the models")
-    add("--seeds", type=int, nargs="+", default=[42])
-    add("--initializations", nargs="+", default=["uniform", "linear_decay", "linear_decay_reverse"], metavar="NAME")
+    add("--seeds", type=int, nargs="+", default=[42], help="of the models to compare [42]")
+    names = ["uniform", "linear_decay", "linear_decay_reverse"]
+    what = f"of the models to compare [{' '.join(names)}]"
+    add("--initializations", nargs="+", default=names, metavar="NAME", help=what)
     add("--checkpoint", type=int, metavar="N", help="evaluate checkpoint-N instead of the final model")
     add("--dataset-name", nargs="+", default=["wikitext"], help="hub names, local folders or files, stdlib [wikitext]")
     add("--dataset-config-name", nargs="+", help="one, or one for each name [of wikitext: wikitext-2-raw-v1]")

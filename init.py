@@ -40,11 +40,14 @@ PREVIEWED = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config-path", default="configs", help="folder with a config.json, or one .json [configs]")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[42])
     parser.add_argument(
-        "--initializations", nargs="+", default=["uniform", "linear_decay", "linear_decay_reverse"], metavar="NAME"
+        "--seeds", type=int, nargs="+", default=[42], help="one model of each initialisation per seed [42]"
     )
-    parser.add_argument("--output-path", default="./mamba2-40m")
+    names = ["uniform", "linear_decay", "linear_decay_reverse"]
+    what = f"of dt_bias, from --list [{' '.join(names)}]"
+    parser.add_argument("--initializations", nargs="+", default=names, metavar="NAME", help=what)
+    what = "folder for the models, seed-SEED-NAME each [./mamba2-40m]"
+    parser.add_argument("--output-path", default="./mamba2-40m", help=what)
     parser.add_argument("--t-max", type=float, default=0.1, help="largest dt [0.1]")
     parser.add_argument("--t-min", type=float, default=0.001, help="smallest dt [0.001]")
     parser.add_argument("--weight-init", choices=list(WEIGHT_INITS), help="all other weights [what the config says]")

@@ -69,7 +69,7 @@ def parse() -> argparse.Namespace:
     add("--warmup-from-zero", action="store_true", help="the first step has rate 0, as in transformers")
     add("--decay-ratio", type=float, default=0.2, help="share of the steps in which wsd decays [0.2]")
     add("--final-rate-ratio", type=float, default=0.0, help="rate at the end, as a share of the peak [0]")
-    what = "muon: for the matrices of mixers, with AdamW for the rest [adamw]"
+    what = "; ".join(f"{name}: {function.__doc__}" for name, function in OPTIMIZERS.items()) + " [adamw]"
     add("--optimizer", choices=OPTIMIZERS, default="adamw", help=what)
     add("--weight-decay", type=float, default=0.01, help="[0.01]")
     add("--decay", choices=DECAYS, default="matrices", help="what weight decay reaches [matrices]")

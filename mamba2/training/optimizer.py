@@ -125,11 +125,13 @@ def make_optimizer(
 
 
 def _adamw(model: Mamba2LM, groups: list[dict], lr: float, betas: tuple[float, float], eps: float) -> torch.optim.AdamW:
+    """for all parameters"""
     # Fused: one pass over weights and moments, where the step is bound by memory.
     return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
 
 
 def _muon(model: Mamba2LM, groups: list[dict], lr: float, betas: tuple[float, float], eps: float) -> Both:
+    """for the matrices of mixers, with AdamW for the rest"""
     mixers = [layer.mixer for layer in model.backbone.layers]
     muon = Muon([group for group in groups if group["muon"]], {m.in_proj.weight: m.in_proj_rows() for m in mixers}, lr)
     return Both(muon, _adamw(model, [group for group in groups if not group["muon"]], lr, betas, eps))

@@ -129,7 +129,7 @@ def _earlier(a, b):
 
 @triton.jit
 def load_decays(decays, batch, head, start, seqlen, Z):
-    """A chunk's cs, source, cs of its last token, first, last, and its last token's place and first.
+    """A chunk's d: 0 cs, 1 source, 2 cs of its last token, 3 first, 4 last, 5 its last token's place and 6 first.
 
     Past the end of the sequence they are as of the last token.
     """
@@ -171,7 +171,7 @@ def between(d, WRITTEN: tl.constexpr, TRANSPOSED: tl.constexpr, DOCUMENTS: tl.co
 
 @triton.jit
 def into(d, DOCUMENTS: tl.constexpr):
-    """(i,)"""
+    """(i,): 0 where a document began between the state before the chunk and token i."""
     factor = tl.exp2(d[0])
     if DOCUMENTS:
         factor = tl.where(d[3] < 0, factor, 0.0)
@@ -180,7 +180,7 @@ def into(d, DOCUMENTS: tl.constexpr):
 
 @triton.jit
 def out_of(d, WRITTEN: tl.constexpr, DOCUMENTS: tl.constexpr):
-    """(j,) WRITTEN: with the step."""
+    """(j,): 0 where the document of token j ends in the chunk. WRITTEN: with the step."""
     EXACT: tl.constexpr = d[0].shape[0] == 16
     factor = tl.exp2(d[2] - (d[1] if WRITTEN and not EXACT else d[0]))
     if WRITTEN and EXACT:
@@ -192,7 +192,7 @@ def out_of(d, WRITTEN: tl.constexpr, DOCUMENTS: tl.constexpr):
 
 @triton.jit
 def through(d, DOCUMENTS: tl.constexpr):
-    """A number."""
+    """A number: 0 where a document begins in the chunk."""
     factor = tl.exp2(d[2])
     if DOCUMENTS:
         factor = tl.where(d[6] < 0, factor, 0.0)
