@@ -5,6 +5,7 @@ A GPU that holds the graph is in `benchmarks.gpu`; nothing here says that a capt
 
 import functools
 
+import pytest
 import torch
 
 from mamba2 import cuda_graph
@@ -12,6 +13,7 @@ from mamba2.cuda_graph import GraphGradients
 from mamba2.model import Mamba2LM
 from mamba2.training import accumulate_gradients, make_optimizer, update
 from mamba2.training.step import add_gradients
+from tests.runs import arguments, make_study, run_train
 from tests.test_model import small_config
 from tests.training.test_training_step import make_windows
 
@@ -48,6 +50,13 @@ def test_steps_equal_those_without_a_graph(monkeypatch):
     assert weights[0][0] == weights[1][0]
     assert all(torch.equal(a, b) for a, b in zip(weights[0][1], weights[1][1], strict=True))
     assert len(captures) >= 2
+
+
+def test_without_a_gpu_it_is_refused_before_anything_is_written(tmp_path):
+    study = make_study(tmp_path)
+    with pytest.raises(ValueError, match="one GPU does in one process, and this runs on cpu"):
+        run_train(*arguments(study, study / "run", "--compile", "graph"))
+    assert not (study / "run").exists()
 
 
 def test_the_device_waits_for_nothing_that_a_graph_holds(monkeypatch):

@@ -91,6 +91,9 @@ class Job:
         torch.manual_seed(args.seed)
         self.device = choose_device(world.local_rank)
         self.dtype = choose_dtype(args.dtype, self.device)
+        if args.compile == "graph" and (self.device.type != "cuda" or world.size > 1):
+            place = f"on {self.device.type}, in {world.size} process{'es' if world.size > 1 else ''}"
+            raise ValueError(f"--compile graph records what one GPU does in one process, and this runs {place}")
         self.sharded = args.parallel == "fsdp"
         self.model = self._load(model_path)
         self.config = self.model.config
@@ -150,9 +153,6 @@ class Job:
                 layer.compile()
         self.add = None
         if args.compile == "graph":
-            if self.device.type != "cuda" or self.world.size > 1:
-                place = f"on {self.device.type}, in {self.world.size} process{'es' if self.world.size > 1 else ''}"
-                raise ValueError(f"--compile graph records what one GPU does in one process, and this runs {place}")
             add = functools.partial(add_gradients, self.model, self.dtype, self.world.size)
             self.add = GraphGradients(self.model, add)
         self.parallel_model = parallelize(self.model, self.world, args.parallel, self.dtype)
