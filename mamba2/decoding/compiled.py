@@ -1,6 +1,6 @@
 """Token after token on a processor, the whole step compiled into one function.
 
-`Mamba2LM.step` starts some five hundred operations for a token. Here the step is written as in `mamba2.mixer`, on the
+`Mamba2LM.step` starts some four hundred operations for a token. Here the step is written as in `mamba2.mixer`, on the
 readable forms of `mamba2.ops`, and torch.compile makes one C++ function of all layers: loop after loop, between which
 threads meet and nothing is dispatched. For the products to be such loops, too, one row is multiplied by sums over the
 rows of a weight; several rows leave the function for a matrix product.
