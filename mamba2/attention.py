@@ -42,10 +42,6 @@ class AttentionState:
         """A copy of some rows of the batch, in the order of `index`."""
         return self._map(lambda tensor: tensor[index].clone())
 
-    def copy_(self, other: Self) -> None:
-        """Take the values of another state."""
-        self.__dict__.update(other.rows(slice(None)).__dict__)
-
     @staticmethod
     def join(states: Sequence["AttentionState"]) -> "AttentionState":
         """The rows of all, one after the other, filled up at the left to the longest."""

@@ -5,7 +5,7 @@ it remembers. Another one is another file with these methods, and a line in `mam
 
     forward(u, seq_idx, state, return_state) -> (y, state)     u and y (b, l, d); state None: from nothing
     step(u, state) -> y                                        one token, (b, d); the state is advanced in place
-    new_state(batch) -> state                                  with rows(), detach(), copy_() and join(), as below
+    new_state(batch) -> state                                  with rows(), detach() and join(), as below
     init_parameters(generator)                                 all but dt_bias
     in_proj_rows()                                             of the matrices that in_proj.weight is made of
     flops_per_token(length)                                    of the forward pass
@@ -40,7 +40,7 @@ class MixerState(NamedTuple):
         return MixerState(self.conv[index].clone(), self.ssm[index].clone())
 
     def copy_(self, other: Self) -> None:
-        """Take the values of a state of the same size, in place."""
+        """Take the values of a state of the same size, in place: for a CUDA graph, which a state that grows has not."""
         self.conv.copy_(other.conv)
         self.ssm.copy_(other.ssm)
 

@@ -141,9 +141,11 @@ def load_optimizer(folder: Path, model: nn.Module, optimizer: torch.optim.Optimi
     if updates == 0:
         return
     parameters, stored = dict(model.named_parameters()), _stored(folder)
-    keys = {name: [key.partition(".")[0] for key in stored if key.partition(".")[2] == name] for name in parameters}
-    unknown = [key for key in stored if key.partition(".")[2] not in parameters]
-    if wrong := [name for name in parameters if not keys[name]] + unknown:
+    keys: dict[str, list[str]] = {}
+    for tensor in stored:
+        key, _, name = tensor.partition(".")
+        keys.setdefault(name, []).append(key)
+    if wrong := sorted(keys.keys() ^ parameters.keys()):
         raise DamagedCheckpoint(f"{folder / OPTIMIZER} does not fit the model: {wrong[0]}")
     for name, parameter in parameters.items():
         state = {key: torch.zeros_like(parameter) for key in keys[name]}

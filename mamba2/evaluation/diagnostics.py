@@ -16,7 +16,7 @@ from torch import nn
 
 from mamba2.evaluation.perplexity import token_nats
 from mamba2.initializers import DtParams, dt_bias_sha256, half_life
-from mamba2.mixer import MixerState
+from mamba2.mixer import Mamba2Mixer, MixerState
 from mamba2.model import Mamba2LM
 from mamba2.ops import ssd
 
@@ -50,7 +50,7 @@ def trace(model: Mamba2LM, ids: torch.Tensor) -> list[LayerTrace]:
     projections: list[tuple[torch.Tensor, ...]] = []
     with contextlib.ExitStack() as hooks:
         for block in model.backbone.layers:
-            if block.mixer in model.mixers():
+            if isinstance(block.mixer, Mamba2Mixer):
                 keep = block.mixer.in_proj.register_forward_hook(lambda _, __, pieces: projections.append(pieces))
                 after = block.register_forward_hook(lambda block, _, results: read(block, projections.pop(), results))
                 hooks.callback(keep.remove)

@@ -68,7 +68,9 @@ class Muon(torch.optim.Muon):
                 if parameter.grad is None:
                     continue
                 state = self.state[parameter]
-                average = state.setdefault("momentum_buffer", torch.zeros_like(parameter.grad))
+                if not state:
+                    state["momentum_buffer"] = torch.zeros_like(parameter.grad)
+                average = state["momentum_buffer"]
                 average.lerp_(parameter.grad, 1 - momentum)
                 update = full(parameter.grad.lerp(average, momentum))  # nesterov
                 parts = update.split(self.rows.get(parameter, (len(update),)))

@@ -4,6 +4,7 @@ Rule for every value and gradient: the error against the float64 recurrence is a
 form (`chunked.py`) in the same dtype (with a floor of a few roundings for quantities that torch gets exactly right).
 """
 
+import contextlib
 import itertools
 import json
 import os
@@ -17,6 +18,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.utils.checkpoint import checkpoint
 
+from benchmarks.pretend import multiprocessors
 from mamba2 import Mamba2Config, Mamba2LM
 from mamba2.ops import autotune, ssd
 from mamba2.ops.ssd import IMPLEMENTATIONS
@@ -87,17 +89,18 @@ def test_values_and_gradients_in_float16(monkeypatch):
     check(monkeypatch, on_device(make_inputs(1, 40, 3, 16, 1, 20, dtype=torch.float16, optional=("D", "dt_bias"))))
 
 
-def pretend(monkeypatch, multiprocessors: int) -> None:
-    """Of a device with so many; with 10 000 every sequence is cut, however short, and every group shared out."""
-    monkeypatch.setattr(ssd_op, "multiprocessors", lambda device: multiprocessors)
-    monkeypatch.setattr(ssd_op, "FEW_CHUNKS", 0)
+@pytest.fixture
+def pretend():
+    """Of a device with so many multiprocessors; with 10 000 every sequence is cut, and every group shared out."""
+    with contextlib.ExitStack() as stack:
+        yield lambda count: stack.enter_context(multiprocessors(count))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("shape", [(2, 200, 2, 16, 1, 16), (1, 220, 4, 16, 1, 16)])
-def test_many_segments(monkeypatch, shape):
+def test_many_segments(monkeypatch, pretend, shape):
     """Few programs: what each segment adds to the state first, then all segments at once, in both directions."""
-    pretend(monkeypatch, 10_000)
+    pretend(10_000)
     inputs = on_device(make_inputs(*shape, dtype=torch.float32))
     check(monkeypatch, inputs, seq_idx=documents(*shape[:2]).to(DEVICE))
 
@@ -144,13 +147,13 @@ def test_one_result_alone_can_carry_the_gradient(monkeypatch, gradient_of):
 
 
 @pytest.mark.slow
-def test_one_segment_and_many_agree(monkeypatch):
+def test_one_segment_and_many_agree(monkeypatch, pretend):
     monkeypatch.setenv("MAMBA2_BACKEND", "triton")
     inputs = make_inputs(1, 300, 2, 16, 1, 16, dtype=torch.float32)
     inputs = on_device(inputs)
     results = []
     for count in (1, 10_000):
-        pretend(monkeypatch, count)
+        pretend(count)
         results.append(run(ssd, inputs, chunk_size=64, seq_idx=documents(1, 300).to(DEVICE)))
     for name, expected in results[0].items():
         torch.testing.assert_close(results[1][name], expected, rtol=2e-4, atol=2e-4, msg=name)
@@ -216,10 +219,10 @@ def values_and_gradients(inputs: dict, options: dict, states: bool) -> dict[str,
 
 @pytest.mark.parametrize("states", [True, False])
 @pytest.mark.parametrize("count", [1, 10_000])
-def test_nothing_unwritten_is_read(monkeypatch, count, states):
+def test_nothing_unwritten_is_read(monkeypatch, pretend, count, states):
     """Outputs and workspaces start as NaN (or as a document that there is not) and end as if they had not."""
     monkeypatch.setenv("MAMBA2_BACKEND", "triton")
-    pretend(monkeypatch, count)
+    pretend(count)
     inputs, options = everything((1, 150, 2, 24, 2, 20))
     expected = values_and_gradients(inputs, options, states)
     plain = torch.Tensor.new_empty
@@ -235,11 +238,11 @@ def test_nothing_unwritten_is_read(monkeypatch, count, states):
 @pytest.mark.skipif(DEVICE == "cuda", reason="addresses are recorded by the interpreter, which a GPU does not use")
 @pytest.mark.parametrize("count", [1, 10_000])
 @pytest.mark.parametrize("states", [True, False])
-def test_no_address_is_written_by_two_programs(monkeypatch, count, states):
+def test_no_address_is_written_by_two_programs(monkeypatch, pretend, count, states):
     from benchmarks.interpreter import record
 
     monkeypatch.setenv("MAMBA2_BACKEND", "triton")
-    pretend(monkeypatch, count)
+    pretend(count)
     inputs, options = everything((1, 150, 2, 24, 1, 20))
     with record(keep_stores=True) as launches:
         values_and_gradients(inputs, options, states)
