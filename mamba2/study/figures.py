@@ -263,6 +263,7 @@ def preview(rows: dict[str, dict[str, np.ndarray]], labels: dict[str, str], pane
         for axis, key in zip(axis_row[2:], panels):
             axis.plot(row[key], "o-", color=color(name), markersize=3)
             _labelled(axis, labels[key], "layer", "")
+            axis.set_xticks(range(0, len(row[key]), 1 + len(row[key]) // 8))
             axis.set_yscale("log")
             axis.set_ylim(limits[key][0] / 1.5, limits[key][1] * 1.5)
     figure.tight_layout()
