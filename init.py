@@ -24,7 +24,7 @@ from mamba2.evaluation.diagnostics import nominal_half_life, shares_remembering,
 from mamba2.files import atomic_folder
 from mamba2.initializers import INITIALIZERS, DtParams, dt_table
 from mamba2.model import Mamba2LM, num_parameters
-from mamba2.study import add_study, figures
+from mamba2.study import Study, add_study, figures
 from mamba2.tokenizer import Tokenizer, get_tokenizer, save_tokenizer
 
 PREVIEWED = {
@@ -50,26 +50,30 @@ def main() -> None:
     parser.add_argument("--output-path", default="./mamba2-40m", help=what)
     parser.add_argument("--t-max", type=float, default=0.1, help="largest dt [0.1]")
     parser.add_argument("--t-min", type=float, default=0.001, help="smallest dt [0.001]")
+    what = "any other parameter that --list names: half_life_max=256, or 0.5L, a share of --length"
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help=what)
+    parser.add_argument("--length", type=int, help="tokens of the windows to train on [a study's max_length]")
     parser.add_argument("--weight-init", choices=list(WEIGHT_INITS), help="all other weights [what the config says]")
     parser.add_argument("--tokenizer", help="bytes, gpt2, gpt-neox-20b, a tokenizer.json [by the vocabulary's size]")
     parser.add_argument("--list", action="store_true", help="list the initialisations and stop")
     parser.add_argument(
         "--preview", action="store_true", help="show memory and signals at the first seed, write no model"
     )
-    add_study(parser, "init")
+    study = add_study(parser, "init")
     args = parse_arguments(parser, "init")
     if args.list:
         for name in INITIALIZERS:
-            print(f"{name:24} {summary(name)}")
+            reads = ", ".join(sorted(INITIALIZERS[name].reads))
+            print(f"{name:24} {summary(name)}{f' Reads {reads}.' if reads else ''}")
         return
 
     # Everything that can be wrong is found before the first folder is made.
     config = Mamba2Config.from_json(args.config_path)
     if args.weight_init:
         config = config.with_weight_init(args.weight_init)
-    parameters = DtParams(t_min=args.t_min, t_max=args.t_max, dt_floor=config.time_step_floor)
     if unknown := [name for name in args.initializations if name not in INITIALIZERS]:
         raise ValueError(f"unknown initialization {unknown[0]!r}: choose from {', '.join(INITIALIZERS)}")
+    parameters = read_parameters(args, study, config)
     tokenizer = choose_tokenizer(args.tokenizer, config.vocab_size)
     if tokenizer is not None:
         pad = config.pad_token_id if config.pad_token_id == tokenizer.eot_id else None
@@ -85,6 +89,8 @@ def main() -> None:
         for name in args.initializations
     }
     finished = {key for key, folder in folders.items() if folder.exists()}
+    for seed, name in finished:
+        require_same(folders[seed, name], INITIALIZERS[name].record(parameters))
 
     print(f"config       {args.config_path}: {num_parameters(config):,} parameters")
     print(f"layers       {config.num_hidden_layers} x {config.num_heads} heads of {config.head_dim}")
@@ -104,6 +110,32 @@ def main() -> None:
             if tokenizer is not None:
                 save_tokenizer(tokenizer, temporary)
         print(f"wrote {folder}")
+
+
+def read_parameters(args: argparse.Namespace, study: Study | None, config: Mamba2Config) -> DtParams:
+    """What the flags say of dt. Raises ValueError where one has no effect on any of the initialisations."""
+    length = args.length or (study and study.tables["train"].get("max_length"))
+    defaults = {"t_min": args.t_min, "t_max": args.t_max, "dt_floor": config.time_step_floor}
+    parameters = DtParams.read(args.set, length, **defaults)
+    read = set().union(*(INITIALIZERS[name].reads for name in args.initializations))
+    for setting in args.set:
+        key = setting.partition("=")[0]
+        if key in ("t_min", "t_max"):
+            raise ValueError(f"--set {setting}: use --{key.replace('_', '-')}")
+        if key not in read:
+            raise ValueError(f"--set {setting}: none of {', '.join(args.initializations)} reads {key}")
+    return parameters
+
+
+def require_same(folder: Path, wanted: dict[str, float]) -> None:
+    """Raise ValueError where a model that is there already was initialised with other parameters."""
+    record = Mamba2Config.from_json(folder).dt_bias_init or {}
+    for key, value in wanted.items():
+        if record.get(key, value) != value:
+            raise ValueError(
+                f"{folder} is there already, with {key} = {record[key]:g}, and not {value:g} as wanted now: choose "
+                "another --output-path"
+            )
 
 
 def preview(config: Mamba2Config, seed: int, names: list[str], parameters: DtParams, output: Path) -> None:

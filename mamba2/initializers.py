@@ -41,6 +41,31 @@ class DtParams:
     half_life_max: float = 1024.0  # ... to the length that the study trains on
     chrono_max: float = 1024.0  # of chrono, in tokens: the longest dependency expected
 
+    @classmethod
+    def read(cls, settings: list[str], length: int | None = None, **defaults: float) -> "DtParams":
+        """From texts such as half_life_max=256, over `defaults`. With `length`, that of the windows trained on, a half
+        life or chrono_max may be a share of it: half_life_max=0.5L. Raises ValueError naming what it cannot read."""
+        values: dict[str, float] = {}
+        for setting in settings:
+            key, _, text = setting.partition("=")
+            if key not in cls.__dataclass_fields__:
+                known = ", ".join(cls.__dataclass_fields__)
+                raise ValueError(f"{setting} sets no parameter of an initialisation: give {known}, as in value=0.01")
+            if key in values:
+                raise ValueError(f"{key} is set twice")
+            unit = 1
+            if text.endswith("L"):
+                if key not in LENGTHS:
+                    raise ValueError(f"{setting}: {key} is no length; a share of L is for {', '.join(LENGTHS)}")
+                if length is None:
+                    raise ValueError(f"{setting}: how long L is, --length says, or max_length in [train] of a study")
+                text, unit = text[:-1], length
+            try:
+                values[key] = float(text) * unit
+            except ValueError:
+                raise ValueError(f"{setting}: {text!r} is no number") from None
+        return cls(**{**defaults, **values})
+
     def __post_init__(self) -> None:
         if not 0 < self.t_min <= self.t_max < math.inf:
             raise ValueError(f"t_min is {self.t_min} and t_max is {self.t_max}, and must satisfy 0 < t_min <= t_max")
@@ -61,6 +86,9 @@ class DtParams:
         return math.sqrt(self.t_min * self.t_max) if self.value is None else self.value
 
 
+LENGTHS = ("half_life_min", "half_life_max", "chrono_max")  # in tokens
+
+
 @dataclass(frozen=True)
 class Initializer:
     """A named function (see the module's docstring), the parameters it reads and the random stream it draws from."""
@@ -71,6 +99,15 @@ class Initializer:
 
     def __call__(self, shape: Shape, A: Tensor, p: DtParams, generator: Generator) -> Tensor:
         return self.function(shape, A, p, generator)
+
+    def record(self, p: DtParams) -> dict[str, float]:
+        """The parameters that it reads, as models record them."""
+        return {key: getattr(p, key) for key in self.parameters}
+
+    @property
+    def reads(self) -> set[str]:
+        """The fields of DtParams that change what it gives."""
+        return {"value", "t_min", "t_max"} if "constant" in self.parameters else set(self.parameters)
 
 
 INITIALIZERS: dict[str, Initializer] = {}
@@ -285,7 +322,7 @@ def make_dt_bias(
         raise ValueError(f"A goes from {A.min():g} to {A.max():g}, and must be positive and finite: pass exp(A_log)")
     params = DtParams() if params is None else params
     initializer = INITIALIZERS[name]
-    parameters = {key: getattr(params, key) for key in initializer.parameters}
+    parameters = initializer.record(params)
     generator = seed_stream(seed, initializer.stream)
     dt = initializer(shape, A.expand(shape), params, generator)  # (n_layers, nheads) float64
     dt_bias = inverse_softplus(dt).float()

@@ -406,3 +406,26 @@ def test_what_float32_does_not_hold_is_refused_or_not_made(name, params):
 def test_a_bad_shape_or_A_is_refused(shape, magnitude, message):
     with pytest.raises(ValueError, match=message):
         make_dt_bias("hgrn", shape, magnitude, seed=0)
+
+
+def test_parameters_are_read_from_texts_and_lengths_as_shares():
+    settings = ["half_life_min=2", "half_life_max=0.5L", "chrono_max=2L", "value=1e-2"]
+    read = DtParams.read(settings, length=256, t_max=0.2)
+    assert read == DtParams(t_max=0.2, half_life_min=2.0, half_life_max=128.0, chrono_max=512.0, value=0.01)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["half_live_max=2"], "half_live_max=2 sets no parameter of an initialisation: give t_min, t_max"),
+        (["value"], "value: '' is no number"),
+        (["value=0.1x"], "value=0.1x: '0.1x' is no number"),
+        (["value=0.1", "value=0.2"], "value is set twice"),
+        (["value=0.1L"], "value is no length; a share of L is for half_life_min, half_life_max, chrono_max"),
+        (["half_life_max=0.5L"], "how long L is, --length says"),
+        (["value=nan"], "value is nan, and must be above 0"),
+    ],
+)
+def test_a_parameter_that_cannot_be_read_is_named(settings, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        DtParams.read(settings)
