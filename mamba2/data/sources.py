@@ -156,6 +156,8 @@ def _table(name: str, asked: str, revision: str, splits: dict, rows: dict[str, i
 
     def items(place: Place) -> Iterator[Item]:
         row = place[1]
+        if row == rows.get(split):
+            return  # `skip` raises IndexError if nothing is left
         for table in splits[split].skip(row).with_format("arrow").iter(ROWS):
             column = find_column(table.column_names, name)
             for cell in cells(table.column(column), column, name, row):

@@ -54,8 +54,8 @@ def splits_said(name: str) -> set[str]:
 
 
 def choose_split(asked: str, names: Iterable[str], where: str | os.PathLike) -> str:
-    """The one of `names` that is the split `asked`: the same name, or another word for it (dev for validation), or a name
-    that contains such a word and no other (train_sft for train).
+    """The one of `names` that is the split `asked`: the same name, else another word for it (dev for validation), else
+    a name that contains such a word and no other (train_sft for train).
 
     Raises NoSplit if there is none, ValueError if there are several.
     """
