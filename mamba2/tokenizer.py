@@ -44,7 +44,7 @@ WHITE = "\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"  # \s 
 STRETCHES = {
     GPT2_SPLIT: rf"[{WHITE}]++",
     SPACES_SPLIT: rf" {{2,MOST}}|(?:(?! )[{WHITE}]| (?! ))++",
-    # here the white space up to the last newline is a piece, so a stretch must not hold a newline
+    # the white space up to the last newline is a piece that tiktoken can match at any length
     QWEN2_SPLIT: rf"(?:(?![\r\n])[{WHITE}])++",
     LLAMA3_SPLIT: rf"(?:(?![\r\n])[{WHITE}])++",
 }
@@ -129,7 +129,7 @@ class Tokenizer:
     def encode_documents(self, texts: list[str]) -> np.ndarray:
         """The ids that `encode` gives, for all `texts` in order, each text followed by `eot_id`: (tokens,) uint32.
 
-        tiktoken encodes all of them in one call, during which other threads can run. Raises ValueError as `encode` does.
+        tiktoken encodes all in one call, during which other threads can run. Raises ValueError as `encode` does.
         """
         joined = "".join(self._normalise(text) + SEPARATOR for text in texts)
         plain = joined.count(SEPARATOR) == len(texts) and not (self._atoms and self._atoms.search(joined))
@@ -159,7 +159,7 @@ class Tokenizer:
         return ids + self._call(self._encoding.encode_ordinary, text[start:])
 
     def _call(self, encode: Callable, text: str, **arguments) -> Any:
-        """Turn the panic of tiktoken, if its regular expression fails, into a ValueError. The panic has no public type."""
+        """tiktoken panics if its regular expression fails; make it a ValueError. The panic has no public type."""
         try:
             return encode(text, **arguments)
         except BaseException as error:

@@ -42,8 +42,8 @@ class Tokens:
 
     @cached_property
     def sha256(self) -> str:
-        """Hash of the bytes of `files` in order, as recorded when they were written or first read; without files, of the
-        bytes of the ids."""
+        """Hash of the bytes of `files` in order, as recorded when they were written or first read; if there are none,
+        of the bytes of the ids."""
         return self.recorded_sha256 or hashlib.sha256(np.ascontiguousarray(self.ids).tobytes()).hexdigest()
 
     def check_vocabulary(self, vocab_size: int) -> None:
