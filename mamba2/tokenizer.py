@@ -149,10 +149,10 @@ class Tokenizer:
         start, ids = 0, []
         for match in self._stretch.finditer(text):
             after = text[match.end() : match.end() + 1]
+            if match.end() - match.start() < BLOCK or after in {"\r", "\n"}:
+                continue
             # the last character belongs to the next piece, unless white space or the end of the text follows
             end = match.end() - bool(re.match(rf"[^{WHITE}]", after))
-            if end - match.start() < BLOCK or after in {"\r", "\n"}:
-                continue
             ids += self._call(self._encoding.encode_ordinary, text[start : match.start()])
             ids += self._encoding._encode_single_piece(text[match.start() : end])
             start = end
