@@ -156,7 +156,10 @@ LFS = b"version https://git-lfs.github.com/spec/v1\n"
         (lambda p: shard(p / "a_train_1.bin", [1, 2], count=3), "its header says 3 tokens: it is cut short"),
         (lambda p: shard(p / "a_train_1.bin", []), "cut short or empty"),
         (lambda p: (raw(p / "train.bin", [1]), shard(p / "x_train.bin", [1])), "begins with nothing"),
-        (lambda p: (raw(p / "train.bin", [1]), raw(p / "train2.bin", [1])), "here it is 2: train.bin, train2.bin"),
+        (
+            lambda p: (raw(p / "train.bin", [1]), raw(p / "train2.bin", [1])),
+            "split of raw ids is one file, and here it is 2: train.bin, tr",
+        ),
         (lambda p: (p / "train.bin").write_bytes(b"abc"), "has 3 bytes: uint16 ids take an even number"),
         (lambda p: (p / "train.bin").write_bytes(b""), "has 0 bytes"),
         (lambda p: (p / "train.bin").write_bytes(LFS), "pointer of Git LFS"),
