@@ -1,5 +1,6 @@
 """Every tokenizer.json gets the ids of the `tokenizers` library, or one sentence on loading."""
 
+import copy
 import json
 import random
 
@@ -47,10 +48,26 @@ def description(trained) -> dict:
     return json.loads(trained)
 
 
+LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+TEXT, BOS = {"Sequence": {"id": "A", "type_id": 0}}, {"SpecialToken": {"id": "<s>", "type_id": 0}}
+TEXT_B = {"Sequence": {"id": "B", "type_id": 0}}
+TEMPLATE = {
+    "type": "TemplateProcessing",
+    "single": [BOS, BOS, TEXT],
+    "pair": [TEXT],
+    "special_tokens": {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}},
+}
+ROBERTA = {"type": "RobertaProcessing", "sep": ["<s>", 1], "cls": ["<s>", 1], "trim_offsets": True}
+NFC, DIGITS = {"type": "NFC"}, {"type": "Digits", "individual_digits": True}
+
+
+def sequence(key: str, *steps: dict) -> dict:
+    return {"type": "Sequence", key: list(steps)}
+
+
 def split(pattern: str, behavior: str = "Isolated", invert: bool = False) -> dict:
-    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
     step = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": behavior, "invert": invert}
-    return {"type": "Sequence", "pretokenizers": [step, level]}
+    return sequence("pretokenizers", step, LEVEL | {"use_regex": False})
 
 
 def added(i: int, content: str, **flags) -> dict:
@@ -115,74 +132,67 @@ def change_vocabulary(generator: random.Random, description: dict) -> None:
         add_words(generator, description["model"])
 
 
-LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-TEXT, BOS = ({"Sequence": {"id": "A", "type_id": 0}}, {"SpecialToken": {"id": "<s>", "type_id": 0}})
-TEXT_B = {"Sequence": {"id": "B", "type_id": 0}}
-TEMPLATE = {
-    "type": "TemplateProcessing",
-    "single": [BOS, BOS, TEXT],
-    "pair": [TEXT],
-    "special_tokens": {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}},
-}
-ROBERTA = {"type": "RobertaProcessing", "sep": ["<s>", 1], "cls": ["<s>", 1], "trim_offsets": True}
-NFC, REPLACE = {"type": "NFC"}, {"type": "Replace", "pattern": {"String": "a"}, "content": "b"}
-DIGITS = {"type": "Digits", "individual_digits": True}
-OUTER = {
-    "normalizer": [
-        *([NFC] * 2),
-        {"type": "Sequence", "normalizers": []},
-        {"type": "Sequence", "normalizers": [NFC]},
-        {"type": "Sequence", "normalizers": [NFC, REPLACE]},
-        REPLACE,
-        {"type": "NFD"},
-        {"type": "Lowercase"},
-        {"type": "Prepend", "prepend": "a"},
-        {"type": "Strip", "strip_left": True, "strip_right": True},
-    ],
-    "pre_tokenizer": [
-        *(split(pattern) for pattern in FAMILIES * 3 + SIMPLE * 2 + FOREIGN),
-        *(split(pattern, "Removed", True) for pattern in SIMPLE),
-        *(split(r"\d", behavior) for behavior in ("Removed", "MergedWithNext", "MergedWithPrevious", "Contiguous")),
-        LEVEL | {"use_regex": False},
-        LEVEL | {"add_prefix_space": True},
-        {"type": "Sequence", "pretokenizers": [DIGITS, LEVEL]},
-        {"type": "Sequence", "pretokenizers": [*split(r"\d")["pretokenizers"][:1], *split("a")["pretokenizers"]]},
-        {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": True},
-        {"type": "Whitespace"},
-        None,
-    ],
-    "post_processor": [
-        LEVEL,
-        TEMPLATE,
-        TEMPLATE | {"single": [TEXT, TEXT]},
-        ROBERTA | {"add_prefix_space": True},
-        {"type": "Sequence", "processors": [LEVEL, TEMPLATE]},
-    ],
-    "decoder": [LEVEL, LEVEL, {"type": "Fuse"}],
-    "truncation": [{"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0}],
-    "padding": [{"strategy": {"Fixed": 9}, "direction": "Right", "pad_id": 0, "pad_type_id": 0, "pad_token": "<s>"}],
-}
-MODEL = {
-    "dropout": [None, 0.0, 0.5],
-    "unk_token": [None, "<s>"],
-    "continuing_subword_prefix": ["", "a"],
-    "end_of_word_suffix": ["", "b"],
-    "fuse_unk": [True],
-    "byte_fallback": [True],
-    "ignore_merges": [True, False],
-    "type": ["BPE", "WordPiece"],
-    "never_heard_of": [1],
-}
+ACCEPTED = [
+    ("", "normalizer", [NFC, sequence("normalizers"), sequence("normalizers", NFC)]),
+    ("", "pre_tokenizer", [split(pattern) for pattern in FAMILIES * 3 + SIMPLE * 2]),
+    ("", "pre_tokenizer", [*(split(pattern, "Removed", True) for pattern in SIMPLE), LEVEL | {"use_regex": False}]),
+    ("", "post_processor", [LEVEL, TEMPLATE, ROBERTA | {"add_prefix_space": True}]),
+    ("", "post_processor", [sequence("processors", LEVEL, TEMPLATE)]),
+    ("", "decoder", [LEVEL]),
+    ("model", "dropout", [None, 0.0]),
+    ("model", "unk_token", [None, "<s>"]),
+    ("model", "continuing_subword_prefix", [""]),
+    ("model", "end_of_word_suffix", [""]),
+    ("model", "fuse_unk", [True]),
+    ("model", "byte_fallback", [True]),
+    ("model", "ignore_merges", [True, False]),
+]
+REFUSED = [
+    ("model", "dropout", 0.1, "the model has dropout 0.1, which is not supported"),
+    ("model", "end_of_word_suffix", "</w>", 'the model has end_of_word_suffix "</w>", which is not supported'),
+    ("model", "continuing_subword_prefix", "##", 'the model has continuing_subword_prefix "##"'),
+    ("model", "cache", 1, "the model has the key 'cache', which is not known"),
+    ("model", "type", "WordPiece", 'the model has type "WordPiece"'),
+    ("model", "vocab", [], "is not a BPE tokenizer.json"),
+    ("model", "merges", [["a", "b", "c"]], 'the merge ["a", "b", "c"] is not of two tokens'),
+    ("model", "merges", [["a", "Ġqqq"]], "is not of two tokens of the vocabulary that make a third"),
+    ("", "filters", [], "it has the key 'filters', which is not known"),
+    ("", "truncation", {"max_length": 8}, "it has truncation {"),
+    ("", "padding", {"length": 8}, "it has padding {"),
+    ("", "version", "2.0", 'it has version "2.0"'),
+    ("", "added_tokens", {}, "added_tokens is {}, not a list"),
+    ("", "added_tokens", [], "no end-of-text token; one of <|endoftext|>"),
+    ("", "added_tokens", [1], "an added token is 1, not an object"),
+    ("", "normalizer", {"type": "NFC", "form": 1}, "the normalizer has the key 'form'"),
+    ("", "normalizer", 5, "normalizer 5 is not supported"),
+    ("", "normalizer", sequence("normalizers", NFC, {"type": "NFKC"}), "normalizer NFKC"),
+    ("", "pre_tokenizer", None, "this pre_tokenizer is not supported: []"),
+    ("", "pre_tokenizer", LEVEL | {"add_prefix_space": True}, "ByteLevel has add_prefix_space true"),
+    ("", "pre_tokenizer", split("a", "MergedWithNext"), 'the Split has behavior "MergedWithNext"'),
+    ("", "pre_tokenizer", split("a", "Removed"), "Removed without invert"),
+    ("", "pre_tokenizer", split(5), "the Split has the pattern 5"),
+    ("", "decoder", {"type": "Fuse"}, 'the decoder has type "Fuse"'),
+    ("", "post_processor", {"type": "BertProcessing"}, 'the post_processor has type "BertProcessing"'),
+    ("", "post_processor", {"type": "TemplateProcessing", "single": [BOS]}, "which is not the text once"),
+    ("", "post_processor", {"type": "TemplateProcessing", "single": [BOS, TEXT_B]}, "which is not the text once"),
+    ("", "pre_tokenizer", split("a{1,99999999999}"), "which cannot be read: the repetition number is too large"),
+    ("", "normalizer", {"type": "Lowercase"}, "normalizer Lowercase is not supported"),
+    ("", "pre_tokenizer", {"type": "Whitespace"}, 'this pre_tokenizer is not supported: ["Whitespace"]'),
+    ("", "pre_tokenizer", sequence("pretokenizers", DIGITS, LEVEL), 'is not supported: ["Digits", "ByteLevel"]'),
+    ("", "pre_tokenizer", sequence("pretokenizers", DIGITS, DIGITS, LEVEL), 'not supported: ["Digits", "Digits", "B'),
+    ("", "post_processor", TEMPLATE | {"single": [TEXT, TEXT]}, "which is not the text once"),
+]
 
 
 def change(generator: random.Random, description: dict) -> None:
     """One random option of the format, set to what a file may hold."""
-    kind = generator.choice([OUTER, OUTER, MODEL, add_token, add_token, change_merges, change_vocabulary])
+    kind = generator.choice([ACCEPTED, ACCEPTED, REFUSED, add_token, add_token, change_merges, change_vocabulary])
     if callable(kind):
         kind(generator, description)
     else:
-        key = generator.choice(["normalizer", "pre_tokenizer", *kind] if kind is OUTER else sorted(kind))
-        (description if kind is OUTER else description["model"])[key] = generator.choice(kind[key])
+        where, key, value, *_ = generator.choice(kind)
+        value = generator.choice(value) if kind is ACCEPTED else value
+        (description[where] if where else description)[key] = copy.deepcopy(value)
 
 
 @pytest.fixture
@@ -240,7 +250,7 @@ def test_the_known_families_are_read(description, load, pattern, words):
     if words:
         add_words(random.Random(1), description["model"])
         every_merge(description)
-        description["post_processor"] = {"type": "Sequence", "processors": [LEVEL, TEMPLATE]}
+        description["post_processor"] = sequence("processors", LEVEL, TEMPLATE)
     else:
         description["normalizer"] = NFC
     description["added_tokens"] += [added(len(description["model"]["vocab"]), "<x>", special=True)]
@@ -328,39 +338,7 @@ def test_of_added_tokens_the_raw_come_first_and_the_longest_counts(description, 
     assert_same_ids(ours, library, ["xabc", "xab", "xa ab", "é! e\u0301!", "ab\u0301", "xaxaab"])
 
 
-@pytest.mark.parametrize(
-    ("where", "key", "value", "sentence"),
-    [
-        ("model", "dropout", 0.1, "the model has dropout 0.1, which is not supported"),
-        ("model", "end_of_word_suffix", "</w>", 'the model has end_of_word_suffix "</w>", which is not supported'),
-        ("model", "continuing_subword_prefix", "##", 'the model has continuing_subword_prefix "##"'),
-        ("model", "cache", 1, "the model has the key 'cache', which is not known"),
-        ("model", "type", "WordPiece", 'the model has type "WordPiece"'),
-        ("model", "vocab", [], "is not a BPE tokenizer.json"),
-        ("model", "merges", [["a", "b", "c"]], 'the merge ["a", "b", "c"] is not of two tokens'),
-        ("model", "merges", [["a", "Ġqqq"]], "is not of two tokens of the vocabulary that make a third"),
-        ("", "filters", [], "it has the key 'filters', which is not known"),
-        ("", "truncation", {"max_length": 8}, "it has truncation {"),
-        ("", "padding", {"length": 8}, "it has padding {"),
-        ("", "version", "2.0", 'it has version "2.0"'),
-        ("", "added_tokens", {}, "added_tokens is {}, not a list"),
-        ("", "added_tokens", [], "no end-of-text token; one of <|endoftext|>"),
-        ("", "added_tokens", [1], "an added token is 1, not an object"),
-        ("", "normalizer", {"type": "NFC", "form": 1}, "the normalizer has the key 'form'"),
-        ("", "normalizer", 5, "normalizer 5 is not supported"),
-        ("", "normalizer", {"type": "Sequence", "normalizers": [NFC, {"type": "NFKC"}]}, "normalizer NFKC"),
-        ("", "pre_tokenizer", None, "this pre_tokenizer is not supported: []"),
-        ("", "pre_tokenizer", LEVEL | {"add_prefix_space": True}, "ByteLevel has add_prefix_space true"),
-        ("", "pre_tokenizer", split("a", "MergedWithNext"), 'the Split has behavior "MergedWithNext"'),
-        ("", "pre_tokenizer", split("a", "Removed"), "Removed without invert"),
-        ("", "pre_tokenizer", split(5), "the Split has the pattern 5"),
-        ("", "decoder", {"type": "Fuse"}, 'the decoder has type "Fuse"'),
-        ("", "post_processor", {"type": "BertProcessing"}, 'the post_processor has type "BertProcessing"'),
-        ("", "post_processor", {"type": "TemplateProcessing", "single": [BOS]}, "which is not the text once"),
-        ("", "post_processor", {"type": "TemplateProcessing", "single": [BOS, TEXT_B]}, "which is not the text once"),
-        ("", "pre_tokenizer", split("a{1,99999999999}"), "which cannot be read: the repetition number is too large"),
-    ],
-)
+@pytest.mark.parametrize(("where", "key", "value", "sentence"), REFUSED)
 def test_what_is_not_known_is_refused_by_name(description, load, where, key, value, sentence):
     (description[where] if where else description)[key] = value
     assert sentence in load(description)[0]
