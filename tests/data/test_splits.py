@@ -95,22 +95,24 @@ def test_files_go_where_their_names_say(tmp_path, splits, others):
 
 
 SEVERAL = ["train_test.txt", "train/val/a.txt", "test.train/b.txt", "eval_of_training.txt", HUB.format("train-dev")]
+NONE = "has no split 'train'; it has"
 
 
-@pytest.mark.parametrize("name", SEVERAL)
-def test_a_name_that_says_several_splits_is_refused(tmp_path, name):
-    folder = fill(tmp_path / "source", ["train/a.txt", name])
-    with pytest.raises(ValueError, match=rf"{Path(name).name} says several splits, \w+ and \w+; rename it"):
-        open_source(folder, "train")
-
-
-def test_files_without_a_name_beside_held_out_ones_are_not_taken_for_training(tmp_path):
-    for names, counted in (["a.txt"], "1 file"), (["a.txt", "b.txt"], "2 files"):
-        folder = fill(tmp_path / "source", [*names, "valid.txt"])
-        message = rf"has no split 'train'; it has validation; .* move {counted} without .* \({', '.join(names)}\) into"
-        with pytest.raises(ValueError, match=message):
-            load_tokens(folder, "train", BYTES)
-        assert list(read_documents(folder, "dev")) == ["valid.txt"]
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        *((["train/a.txt", x], rf"{Path(x).name} says several splits, \w+ and \w+; rename it") for x in SEVERAL),
+        (["a.txt", "valid.txt"], rf"{NONE} validation; .* move 1 file without .* \(a.txt\) into"),
+        (["a.txt", "b.txt", "dev.txt"], rf"{NONE} validation; .* move 2 files without .* \(a.txt, b.txt\) into"),
+        (["A.TXT", "b.csv"], rf"{NONE} no .txt, .* .parquet file, but 2 files with other endings \(A.TXT, b.csv\)$"),
+        (["a.bin"], r"but 1 file with other endings \(a.bin\); a .bin file is read by its own path, or where its name"),
+        (["test.txt"], f"{NONE} test; choose by name what to encode"),
+        ([".x"], f"{NONE} no .txt, .jsonl, .json, .parquet file$"),
+    ],
+)
+def test_files_that_cannot_be_trained_on_are_told_by_name(tmp_path, names, message):
+    with pytest.raises(ValueError, match=message):
+        load_tokens(fill(tmp_path / "source", names), "train", BYTES)
 
 
 @pytest.mark.parametrize("name", ["testset.txt", "TestData.txt", "tests/a.txt", "validationset/a.txt", "devs.txt"])
@@ -133,35 +135,19 @@ def test_in_the_layout_of_the_hub_any_name_is_a_split(tmp_path, names):
 
 
 def test_a_copy_of_a_file_held_out_is_left_out_of_training(tmp_path):
-    folder = fill(tmp_path / "source", ["train/a.txt", "train/copy.txt", "train/same size.txt", "valid/b.txt"])
-    long = "x" * 5000
-    for name, text in (("train/copy", long + "1"), ("valid/b", long + "1"), ("train/same size", long + "2")):
-        (folder / f"{name}.txt").write_text(text)
-    for name in ("train/empty.txt", "valid/empty.txt"):
-        (folder / name).touch()
+    folder, long = fill(tmp_path / "source", ["train/a.txt", "valid/a.txt"]), "x" * 5000
+    for name, text in (("copy", long + "1"), ("same size", long + "2"), ("empty", "")):
+        (folder / "train" / f"{name}.txt").write_text(text)
+        (folder / "valid" / f"{name}.txt").write_text(text.replace("2", "3"))
     source = open_source(folder, "train")
     assert list(source.documents()) == ["train/a.txt", "", long + "2"]
     line = "left out     the same bytes as a file held out: 1 file (train/copy.txt)"
     assert line in describe({"train": {"split": "train", **source.told}})
-    for name in ("train/a.txt", "train/same size.txt", "train/empty.txt"):
-        (folder / name).unlink()
+    for name in ("a.txt", "same size.txt", "empty.txt"):
+        (folder / "train" / name).unlink()
     message = r"has no split 'train'; it has validation; .* 1 file with the same bytes as a file held out \(train/copy"
     with pytest.raises(ValueError, match=message):
         open_source(folder, "train")
-
-
-@pytest.mark.parametrize(
-    ("names", "message"),
-    [
-        (["A.TXT", "b.csv"], r"no .txt, .* .parquet file, but 2 files with other endings \(A.TXT, b.csv\)$"),
-        (["a.bin"], r"but 1 file with other endings \(a.bin\); a .bin file is read by its own path, or where its name"),
-        (["test.txt"], "has no split 'train'; it has test; choose by name what to encode"),
-        ([".x"], "has no split 'train'; it has no .txt, .jsonl, .json, .parquet file$"),
-    ],
-)
-def test_a_folder_without_files_to_train_on_is_told_what_it_has(tmp_path, names, message):
-    with pytest.raises(ValueError, match=message):
-        load_tokens(fill(tmp_path / "source", names), "train", BYTES)
 
 
 def test_a_split_is_found_by_another_word_and_not_guessed_among_several():
@@ -201,9 +187,8 @@ def test_the_plan_names_what_goes_where_and_what_is_left_out(tmp_path, capsys, m
 
 
 def test_splits_of_saved_data_sets_are_found_by_what_their_names_say(tmp_path):
-    rows = datasets.Dataset.from_dict({"text": ["one"]})
-    named = {"train": rows, "valid": datasets.Dataset.from_dict({"text": ["held out"]}), "extra": rows}
-    datasets.DatasetDict(named).save_to_disk(tmp_path / "saved")
+    rows, held_out = (datasets.Dataset.from_dict({"text": [text]}) for text in ("one", "held out"))
+    datasets.DatasetDict({"train": rows, "valid": held_out, "extra": rows}).save_to_disk(tmp_path / "saved")
     assert len(load_validation(tmp_path / "saved", BYTES).ids) == 9
     train = load_tokens(tmp_path / "saved", "train", BYTES)
     assert describe({"train": train.source})[-1] == "left out     split extra: 1 row"
@@ -242,6 +227,9 @@ def test_links_are_followed_and_loops_end(tmp_path):
     assert open_source(folder, "train").revision != before
     told = open_source(folder, "train").told["left_out"]
     assert told["folders that are not entered"]["names"] == "train/linked/deep/up, train/loop"
+    (folder / "b.txt").symlink_to("gone")
+    with pytest.raises(FileNotFoundError, match=r"b\.txt is a link to gone, which is not there"):
+        open_source(folder, "train")
 
 
 def test_one_file_is_not_in_two_splits_and_not_twice_in_one(tmp_path):
@@ -250,13 +238,6 @@ def test_one_file_is_not_in_two_splits_and_not_twice_in_one(tmp_path):
     assert ours(folder)["train"] == ["train/a.txt"]
     os.link(folder / "valid" / "b.txt", folder / "train" / "b.txt")
     with pytest.raises(ValueError, match=r"train/b.txt and .*valid/b.txt are the same file, once in train and once in"):
-        open_source(folder, "train")
-
-
-def test_a_link_to_nothing_is_named(tmp_path):
-    folder = fill(tmp_path / "source", ["a.txt"])
-    (folder / "b.txt").symlink_to("gone")
-    with pytest.raises(FileNotFoundError, match=r"b\.txt is a link to gone, which is not there"):
         open_source(folder, "train")
 
 
@@ -291,7 +272,7 @@ def test_random_trees_never_train_on_what_datasets_holds_out(tmp_path):
     generator = random.Random(0)
     words = [*itertools.chain(*SPLIT_KEYWORDS.values()), "wiki", "a", "books", "latest", "data", "part"]
     compared = refused = 0
-    for number in range(60):
+    for number in range(40):
         names = set()
         for _ in range(generator.randint(1, 6)):
             depth = generator.choice([1, 1, 2, 3])
@@ -312,4 +293,4 @@ def test_random_trees_never_train_on_what_datasets_holds_out(tmp_path):
         if expected.keys() <= KEYWORDS.keys():
             assert all(set(files) <= set(found.get(split, [])) for split, files in expected.items()), (found, expected)
             compared += 1
-    assert compared > 20 and refused > 5, (compared, refused)
+    assert compared > 12 and refused > 3, (compared, refused)
