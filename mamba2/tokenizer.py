@@ -185,32 +185,6 @@ class Tokenizer:
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
 
-class ByteTokenizer(Tokenizer):
-    """The 256 bytes of UTF-8, and 256 for end of text."""
-
-    def __init__(self):
-        self.name = self.identity = "bytes"
-        self.eot_id, self.vocab_size, self.file = 256, 257, None
-        self.extra, self.nfc, self.tokens = {}, False, {i: bytes([i]) for i in range(256)}
-
-    def encode(self, text: str) -> list[int]:
-        """The bytes of `text`; a lone surrogate counts as U+FFFD, as in the other tokenizers."""
-        return list(self._utf8(text))
-
-    @staticmethod
-    def _utf8(text: str) -> bytes:
-        try:
-            return text.encode()
-        except UnicodeEncodeError:
-            return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode()
-
-    def encode_documents(self, texts: list[str]) -> np.ndarray:
-        """Ids of `texts` in order, each text followed by 256: (tokens,) uint32."""
-        joined = b"".join(self._utf8(text) + b"\xff" for text in texts)  # UTF-8 never contains the byte 255
-        ids = np.frombuffer(joined, dtype=np.uint8).astype(np.uint32)
-        return np.where(ids == 0xFF, np.uint32(self.eot_id), ids)
-
-
 @lru_cache
 def get_tokenizer(name_or_path: str | os.PathLike) -> Tokenizer:
     """A built-in tokenizer by name, or one from a `tokenizer.json` (the file, or the folder that holds it).
@@ -218,7 +192,9 @@ def get_tokenizer(name_or_path: str | os.PathLike) -> Tokenizer:
     Raises ValueError listing the names if it is neither, or saying what in the file is not supported.
     """
     if name_or_path == "bytes":
-        return ByteTokenizer()
+        # nothing merges, so the ids do not depend on where the pieces end
+        ranks = {bytes([byte]): byte for byte in range(256)}
+        return Tokenizer("bytes", "bytes", ranks, eot_id=256, pattern=r"[\s\S]{1,99}")
     if name_or_path == "gpt2":
         ranks = {token: i for i, token in enumerate(_shipped("gpt2"))}
         return Tokenizer("gpt2", "gpt2", ranks, eot_id=50256)

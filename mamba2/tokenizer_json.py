@@ -4,7 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
-from mamba2.tokenizer import ByteTokenizer, Tokenizer
+from mamba2.tokenizer import Tokenizer
 from mamba2.tokenizer_reader import byte_characters, merge_bytes
 
 END_OF_TEXT = "<|endoftext|>"
@@ -42,7 +42,6 @@ def describe(tokenizer: Tokenizer) -> dict:
 
     extra, not_merged = tokenizer.extra, set(tokenizer.extra.values())
     ranks = {token: i for i, token in tokenizer.tokens.items() if i not in not_merged}
-    merges = [] if isinstance(tokenizer, ByteTokenizer) else find_merges(ranks)
     vocabulary = {visible(token): i for token, i in ranks.items()} | {t.decode(): i for t, i in extra.items()}
     vocabulary[END_OF_TEXT] = tokenizer.eot_id
     added = [_added(tokenizer.eot_id, END_OF_TEXT, special=True)]
@@ -56,7 +55,7 @@ def describe(tokenizer: Tokenizer) -> dict:
         "padding": None,
         "added_tokens": sorted(added, key=lambda token: token["id"]),
         "normalizer": {"type": "NFC"} if tokenizer.nfc else None,
-        "pre_tokenizer": {**level, "use_regex": not isinstance(tokenizer, ByteTokenizer)},
+        "pre_tokenizer": {**level, "use_regex": tokenizer.name != "bytes"},
         "post_processor": None,
         "decoder": {**level, "use_regex": True},
         "model": {
@@ -68,7 +67,7 @@ def describe(tokenizer: Tokenizer) -> dict:
             "fuse_unk": False,
             "byte_fallback": False,
             "vocab": dict(sorted(vocabulary.items(), key=lambda item: item[1])),
-            "merges": [[visible(a), visible(b)] for a, b in merges],
+            "merges": [[visible(a), visible(b)] for a, b in find_merges(ranks)],
         },
     }
 

@@ -19,8 +19,7 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
-COLUMNS = ("input_ids", "text")
-WANTED = {"input_ids": "a list of integers", "text": "text"}
+COLUMNS = {"input_ids": "a list of integers", "text": "text"}  # that hold documents, the first one counts
 
 TEXT_PIECE = 2**22  # bytes of a text file that are read at a time
 LAST_CUT = re.compile(rb"(?:.*[0-9A-Za-z](?=\n))?", re.DOTALL)
@@ -156,7 +155,7 @@ def _cell(row, column: str | None, where: str) -> tuple[str, Document]:
             return column, np.array(value, dtype=np.int64)
         except OverflowError as error:
             raise ValueError(f"{where}: the column input_ids holds an id that takes more than 64 bits") from error
-    raise ValueError(f"{where}: the column {column} holds {_found(value)} instead of {WANTED[column]}")
+    raise ValueError(f"{where}: the column {column} holds {_found(value)} instead of {COLUMNS[column]}")
 
 
 def _found(value) -> str:
@@ -262,7 +261,7 @@ def cells(column, name: str, where: str | os.PathLike, row: int) -> list[Documen
         and (pa.types.is_integer(kind.value_type) or pa.types.is_null(kind.value_type))
     ):
         return [_ids(cell.values, where, number) for number, cell in enumerate(column, row)]
-    raise ValueError(f"{where}: the column {name} holds {kind} instead of {WANTED[name]}")
+    raise ValueError(f"{where}: the column {name} holds {kind} instead of {COLUMNS[name]}")
 
 
 def _ids(values, where: str | os.PathLike, row: int) -> np.ndarray:
