@@ -35,12 +35,7 @@ from mamba2.tokenizer import Tokenizer
 BATCH = 2**20  # characters or ids that a thread encodes at a time
 COMMIT_SECONDS = 10.0  # at least, between two records in the journal
 JOURNAL = "journal.json"
-COUNTS = (
-    "tokens",
-    "documents",
-    "empty",
-    "largest",
-)  # of a file of tokens: `empty` documents are left out, `largest` id
+COUNTS = ("tokens", "documents", "empty", "largest")  # of a file of tokens; `empty` documents are left out
 
 
 @dataclass(frozen=True)
@@ -65,9 +60,9 @@ class Plan:
             raise ValueError(f"the documents held out must be 0 or more, not {self.validation_documents}")
         if self.holds_out and "val" in self.sources:
             raise ValueError("validation comes either from a split of the source or from what is held out, not both")
-        splits = {name: source.split for name, source in self.sources.items()}
-        if "val" in splits and splits["val"] == splits.get("train"):
-            raise ValueError(f"train and val would both be the split {splits['val']} of {self.sources['val'].name}")
+        train, val = self.sources.get("train"), self.sources.get("val")
+        if train and val and train.split == val.split:
+            raise ValueError(f"train and val would both be the split {val.split} of {val.name}")
 
     @property
     def holds_out(self) -> bool:
@@ -82,19 +77,19 @@ class Plan:
         return 0 if self.tokenizer is None else self.tokenizer.eot_id
 
     @property
+    def vocab_size(self) -> int:
+        return 2**32 if self.tokenizer is None else self.tokenizer.vocab_size
+
+    @property
     def dtype(self) -> str:
-        # without a tokenizer the largest id is not known in advance
-        wide = self.tokenizer is None or self.tokenizer.vocab_size > 2**16
-        return "<u4" if wide else "<u2"
+        return "<u4" if self.vocab_size > 2**16 else "<u2"
 
     def record(self) -> dict:
         """All that the bytes depend on. It is written to the sidecar, and a restart compares it."""
+        sources = self.sources.items()
         return {
             "tokenizer": None if self.tokenizer is None else self.tokenizer.identity,
-            "sources": {
-                name: {"name": source.name, "split": source.split, "revision": source.revision}
-                for name, source in self.sources.items()
-            },
+            "sources": {name: {key: getattr(s, key) for key in ("name", "split", "revision")} for name, s in sources},
             "validation_share": self.validation_share,
             "validation_documents": self.validation_documents,
         }
@@ -350,8 +345,7 @@ def _encode_text(run: Run, plan: Plan, source: Source) -> tuple[np.ndarray, np.n
 
 def _check_ids(run: Run, plan: Plan, source: Source) -> tuple[np.ndarray, np.ndarray]:
     """Ids that need no encoding, with end-of-text after each document, and the lengths of the documents."""
-    size = 2**32 if plan.tokenizer is None else plan.tokenizer.vocab_size
-    arrays = []
+    size, arrays = plan.vocab_size, []
     for ids, place in run:
         if ids.min() < 0 or ids.max() >= size:
             of = f"the vocabulary of {size}" if plan.tokenizer is None else f"the {size} ids of {plan.tokenizer.name}"

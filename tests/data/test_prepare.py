@@ -529,7 +529,7 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
 
 
 def test_memory_does_not_grow_with_the_source(tmp_path, monkeypatch):
-    """The most memory in use, with 2 and with 8 MB of generated text that is nowhere held."""
+    """The most memory in use, with 2 and with 8 MB of text that is generated piece by piece."""
     monkeypatch.setattr(module, "BATCH", 2**15)
     peaks = []
     for count in (500, 2000):
