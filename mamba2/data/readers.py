@@ -19,9 +19,10 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
-COLUMNS = {"input_ids": "a list of integers", "text": "text"}  # that hold documents, the first one counts
+COLUMNS = {"input_ids": "a list of integers", "text": "text"}  # the columns of documents, and what a cell holds
 
 TEXT_PIECE = 2**22  # bytes of a text file that are read at a time
+# Matches up to the last line break that follows a letter or digit, or nothing if there is none.
 LAST_CUT = re.compile(rb"(?:.*[0-9A-Za-z](?=\n))?", re.DOTALL)
 ROWS = 128  # rows of a table that are read at a time
 
