@@ -10,9 +10,9 @@ from mamba2.ops import IGNORE_INDEX
 class Windows:
     """Windows of T + 1 tokens, one every T tokens. The last window is padded, and the padding does not count.
 
-    A step takes the samples number step · batch + k, for k below batch, of one permutation of the windows per epoch.
-    A permutation takes 4 bytes per window: 37 MB for 9.4 billion tokens at T = 1024, 400 MB and some seconds for 100
-    million windows.
+    Each epoch is a permutation of the windows, drawn from the seed and the number of the epoch. Step s takes the samples
+    s · batch to (s + 1) · batch - 1 of these epochs in order. A permutation takes 4 bytes per window: 37 MB for 9.4
+    billion tokens at T = 1024, 400 MB and some seconds for 100 million windows.
     """
 
     def __init__(self, tokens: Tokens, length: int, reset: bool = True):
