@@ -10,7 +10,7 @@ from mamba2.ops import IGNORE_INDEX
 class Windows:
     """Windows of T + 1 tokens, one every T tokens. The last window is padded, and the padding does not count.
 
-    Each epoch is a permutation of the windows, drawn from the seed and the number of the epoch. Step s takes the samples
+    Each epoch is a permutation of the windows, drawn from the seed and the epoch. Step s takes the samples
     s · batch to (s + 1) · batch - 1 of these epochs in order. A permutation takes 4 bytes per window: 37 MB for 9.4
     billion tokens at T = 1024, 400 MB and some seconds for 100 million windows.
     """
