@@ -1,4 +1,4 @@
-"""Freed memory stays with the process: a second step does not have its pages mapped anew."""
+"""Freed memory stays with the process, and a model that does not fit is refused before memory is allocated."""
 
 import platform
 import re

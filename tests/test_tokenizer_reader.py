@@ -76,7 +76,7 @@ def added(i: int, content: str, **flags) -> dict:
 
 
 def every_merge(description: dict) -> None:
-    """As files are written from tiktoken's: each pair of tokens that makes a token is a merge."""
+    """Make each pair of tokens that makes a token a merge, as in files that are converted from tiktoken's."""
     model = description["model"]
     ids = {token: i for token, i in model["vocab"].items() if token not in ("<|endoftext|>", "<s>")}
     splits = [(token[:k], token[k:]) for token in ids for k in range(1, len(token))]
@@ -86,7 +86,7 @@ def every_merge(description: dict) -> None:
 
 
 def add_words(generator: random.Random, model: dict) -> None:
-    """Tokens at the end of the vocabulary that are of whatever characters, without a merge."""
+    """Add tokens of random characters, without a merge, at the end of the vocabulary."""
     some = sorted(model["vocab"].keys() - {"<|endoftext|>", "<s>"})
     for _ in range(generator.randint(1, 5)):
         word = "".join(generator.choices(some, k=generator.randint(2, 3)))
@@ -185,7 +185,7 @@ REFUSED = [
 
 
 def change(generator: random.Random, description: dict) -> None:
-    """One random option of the format, set to what a file may hold."""
+    """Set one random option of the format, or change the tokens or merges at random."""
     kind = generator.choice([ACCEPTED, ACCEPTED, REFUSED, add_token, add_token, change_merges, change_vocabulary])
     if callable(kind):
         kind(generator, description)
@@ -245,7 +245,7 @@ def test_random_files_get_the_ids_of_the_library_or_a_sentence(trained, load):
 @pytest.mark.parametrize("words", [False, True])
 @pytest.mark.parametrize("pattern", FAMILIES)
 def test_the_known_families_are_read(description, load, pattern, words):
-    """Qwen 2 has NFC and its merges once; Llama 3 all merges, ignore_merges, and tokens that merges come to late."""
+    """Qwen 2 has NFC and one merge for each token; Llama 3 has all possible merges, ignore_merges and longer tokens."""
     description |= {"pre_tokenizer": split(pattern), "decoder": LEVEL}
     if words:
         add_words(random.Random(1), description["model"])
@@ -346,7 +346,7 @@ def test_what_is_not_known_is_refused_by_name(description, load, where, key, val
 
 @pytest.mark.parametrize("content", ["<|end", "text", ">>", "<s>!", "x<s>", "|>x", "<"])
 def test_an_added_token_is_not_found_inside_a_special_one(description, load, content):
-    """Which is passed over as a whole there; the sentence is said only of what could begin inside it."""
+    """The library skips a special token as a whole, so a token that could match from inside it is refused."""
     vocabulary = description["model"]["vocab"]
     description["added_tokens"].append(added(vocabulary.setdefault(content, len(vocabulary)), content))
     ours, library = load(description)

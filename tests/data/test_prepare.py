@@ -1,4 +1,5 @@
-"""Preparation: the same bytes however it runs, is stopped or is spread, and nothing half made under the final name."""
+"""Preparation gives the same bytes with any number of threads and after any interruption, in a folder that is complete
+once it has its final name."""
 
 import errno
 import gzip
@@ -329,7 +330,7 @@ def stop(*_):
 @pytest.mark.parametrize("kind", ["jsonl", "txt"])
 @pytest.mark.parametrize("choice", [{}, {"validation_share": 0.3}, {"validation_documents": 20}])
 def test_stopped_at_any_write_it_goes_on_to_the_same_bytes(tmp_path, monkeypatch, kind, choice):
-    """Every write in turn is the last one, and reaches the disk in part."""
+    """Each call stops in the middle of its eighth write."""
     if kind == "jsonl":
         source = write_jsonl(tmp_path / "a.jsonl", texts_of(60))
     else:
@@ -362,7 +363,7 @@ def prepare_slowly(output: Path, plan: Plan) -> None:
     encode = module._encode
     module._encode = lambda *arguments: (time.sleep(0.004), encode(*arguments))[1]
     module.COMMIT_SECONDS, module.BATCH = 0.0, 2000
-    module.tqdm.set_lock(threading.RLock())  # the other one is shared with the parent, and must not die locked
+    module.tqdm.set_lock(threading.RLock())  # the default lock is shared with the parent process
     prepare(output, plan, 2)
 
 
@@ -408,7 +409,7 @@ def test_a_full_disk_keeps_what_is_done_and_a_later_call_goes_on(tmp_path, monke
     real, budget, write = os.write, 20_000, module._write
 
     class Full:
-        """A file on a disk that takes `budget` bytes, and then a part of a write and no more."""
+        """A file on a disk that is full after `budget` bytes, in the middle of a write."""
 
         def __init__(self, file):
             self.file = file

@@ -1,4 +1,4 @@
-"""What names say: the splits that `datasets` sees in them, and never a held-out file among those trained on."""
+"""File names give the splits that `datasets` sees in them, and a held-out file is never used for training."""
 
 import argparse
 import contextlib
@@ -268,7 +268,7 @@ def test_eval_says_which_split_it_takes_where_there_is_one(tmp_path, capsys):
 
 
 def test_random_trees_never_train_on_what_datasets_holds_out(tmp_path):
-    """Every file is where `datasets` has it, or left out, or the folder is refused; ours may know more of them."""
+    """Every file is where `datasets` has it, or left out, or the folder is refused; ours may find more files."""
     generator = random.Random(0)
     words = [*itertools.chain(*SPLIT_KEYWORDS.values()), "wiki", "a", "books", "latest", "data", "part"]
     compared = refused = 0
