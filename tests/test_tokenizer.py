@@ -86,7 +86,7 @@ def test_a_million_newlines_get_the_ids_of_the_library(pair):
 @pytest.mark.slow
 @pytest.mark.parametrize("run", [" ", "\t \n", " \n \n", "  \n", "\u2003\x0b", "\x1c", *"a1!é中", "ab1 "])
 def test_other_long_runs_get_the_ids_of_the_library(pair, run):
-    """For other characters than white space tiktoken has no limit, and a quarter of the length is enough."""
+    """The built-in patterns have no limit for other characters, so a quarter of the length is enough."""
     times = LONG[pair[0].name] // len(run)
     if run.isspace():
         assert_long(pair, "x" + run * times + "y  z")
