@@ -545,6 +545,7 @@ def command(tmp_path, monkeypatch):
     def run(source, folder, *options) -> dict:
         arguments = [source, "--output", tmp_path / folder, *options]
         monkeypatch.setattr(sys, "argv", ["mamba2.data", *map(str, arguments)])
+        monkeypatch.delitem(sys.modules, "mamba2.data.__main__", raising=False)  # another test imports it
         runpy.run_module("mamba2.data", run_name="__main__")
         return described(tmp_path / folder)
 
