@@ -111,10 +111,10 @@ def prepare(output: Path, plan: Plan, workers: int | None = None, wait: bool = F
         if work is None:
             return
         try:
-            if not (work / SIDECAR).exists():
+            if (work / SIDECAR).exists():
+                _check_plan(json.loads((work / SIDECAR).read_text(encoding="utf-8"))["plan"], plan, work)
+            else:
                 _make(work, plan, workers or os.cpu_count() or 1)
-            elif json.loads((work / SIDECAR).read_text(encoding="utf-8"))["plan"] != plan.record():
-                raise _of_another_plan(work)
         except Refused:
             raise
         except ValueError:
@@ -128,11 +128,12 @@ class Refused(ValueError):
     """An error after which the unfinished work is kept, because a later call can use it."""
 
 
-def _of_another_plan(work: Path) -> Refused:
-    return Refused(
-        f"{work} holds the unfinished preparation of another source, tokenizer or choice of validation; "
-        "remove it to start anew, or choose another output"
-    )
+def _check_plan(recorded: dict, plan: Plan, work: Path) -> None:
+    if recorded != plan.record():
+        raise Refused(
+            f"{work} holds the unfinished preparation of another source, tokenizer or choice of validation; "
+            "remove it to start anew, or choose another output"
+        )
 
 
 @contextmanager
@@ -410,7 +411,6 @@ def _read_journal(work: Path, plan: Plan) -> tuple[State, dict[str, dict[str, in
             file.unlink()
         return State(), {name: dict.fromkeys(COUNTS, 0) for name in plan.files}
     content = json.loads((work / JOURNAL).read_text(encoding="utf-8"))
-    if content.pop("plan") != plan.record():
-        raise _of_another_plan(work)
+    _check_plan(content.pop("plan"), plan, work)
     counts = content.pop("files")
     return State(**content), counts
