@@ -1,4 +1,4 @@
-"""Memory of the machine: how much there is, and what the C library does with what a step gives back."""
+"""Memory of the machine: how much there is, and whether the C library keeps what a step frees."""
 
 import ctypes
 import os
@@ -12,11 +12,11 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 
 
 def keep_freed_memory() -> bool:
-    """Let glibc keep freed memory for the next allocation. Returns False where the C library is another one.
+    """Let glibc keep freed memory for the next allocation. Returns False if the C library is not glibc.
 
-    By default it hands large blocks back to the system, and each step then has every page of every activation cleared
-    and mapped anew: a twentieth of a float32 training step on a processor, a quarter of a fused bf16 one. For the whole
-    process, so it is for a script to ask for.
+    By default glibc returns large blocks to the system, which then clears and maps every page of every activation again
+    in each step. On a CPU this takes a twentieth of a float32 training step and a quarter of a fused bf16 one. The
+    setting holds for the whole process, so scripts call this, not library code.
     """
     if platform.libc_ver()[0] != "glibc":
         return False
@@ -25,14 +25,14 @@ def keep_freed_memory() -> bool:
 
 
 def machine_memory() -> int:
-    """Bytes of memory that this process can have at all: the machine's, or what its container is limited to."""
+    """Bytes of memory that this process can have: the machine's, or the limit of its container if that is lower."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     limit = CGROUP_LIMIT.read_text(encoding="ascii").strip() if CGROUP_LIMIT.is_file() else "max"
     return total if limit == "max" else min(total, int(limit))
 
 
 def require_memory(parameters: int, itemsize: int) -> None:
-    """Raise MemoryError where so many parameters cannot be held: before anything is allocated for them."""
+    """Raise MemoryError if so many parameters of `itemsize` bytes do not fit, before anything is allocated for them."""
     needed, there = parameters * itemsize, machine_memory()
     if needed > there:
         raise MemoryError(

@@ -2,11 +2,11 @@
 
 tiktoken does the merging; the ids are those of the `tokenizers` library for the same vocabulary. GPT-NeoX needs three
 things beyond its ranks: NFC normalisation, runs of 2 to 24 spaces that are tokens of their own and are taken out before
-the merging, longest first, and `<|endoftext|>` = 0. The runs are taken out by the rule that splits the text
-(`SPACES_SPLIT`), at tiktoken's speed. NFC is that of Python's Unicode, and the library's is older: where text has
-several combining marks on one letter, out of order and one of them younger than 2017, the ids may not be the same.
+the merging, longest first, and `<|endoftext|>` = 0. The regular expression that splits the text takes out the runs
+(`SPACES_SPLIT`), which is fast. NFC follows Python's version of Unicode, which is newer than the library's. The ids can
+differ where a letter has several combining marks in the wrong order, one of which was added to Unicode after 2017.
 
-Text is text: `encode` never yields the end-of-text id, whatever a document says; append `eot_id` yourself.
+`encode` never yields the end-of-text id, even if a document contains the name of that token. Append `eot_id` yourself.
 """
 
 import json
@@ -29,26 +29,27 @@ BUILTIN = ("bytes", "gpt2", "gpt-neox-20b")
 RECORD = "mamba2_tokenizer.json"
 VOCABULARIES = Path(__file__).parent / "vocab"
 
-# GPT-2's rule after runs of 2 to MOST spaces are taken out: a run is tried first wherever one begins, and white space
-# stops where a run begins. No other alternative can enter a run, for it holds one space at most, in front.
+# GPT-2's pattern, with runs of 2 to MOST spaces taken out first: a run matches before anything else, and other white
+# space ends where a run begins. No other alternative reaches into a run, because it has at most one space, in front.
 BLANK = r"(?:[^\S ]| (?! ))+"
 SPACES_SPLIT = (
     rf" {{2,MOST}}|'(?:[sdmt]|ll|ve|re)| ?\p{{L}}++| ?\p{{N}}++| ?[^\s\p{{L}}\p{{N}}]++|{BLANK}(?!\S)|{BLANK}"
 )
 
-# tiktoken's engine for regular expressions stops at 500 000 to 1 000 000 signs of white space in one piece. Text that
-# is white from one multiple of BLOCK to the next is searched for STRETCHES, each one piece, save perhaps its last sign.
+# tiktoken's regular expressions fail on a piece of 500 000 to 1 000 000 characters of white space. If all characters
+# from one multiple of BLOCK to the next are white space, the text is searched for STRETCHES. Each of these patterns
+# matches one piece of the split, perhaps without its last character.
 BLOCK = 100_000
-WHITE = "\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"  # \s for tiktoken; Python's holds four more
+WHITE = "\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"  # \s in tiktoken; Python's has four more
 STRETCHES = {
     GPT2_SPLIT: rf"[{WHITE}]++",
     SPACES_SPLIT: rf" {{2,MOST}}|(?:(?! )[{WHITE}]| (?! ))++",
-    # up to the last newline it is another piece, which is no trouble
+    # the white space up to the last newline is a piece that tiktoken can match at any length
     QWEN2_SPLIT: rf"(?:(?![\r\n])[{WHITE}])++",
     LLAMA3_SPLIT: rf"(?:(?![\r\n])[{WHITE}])++",
 }
 
-# Stands between documents that are encoded together; tiktoken gives it the id of end of text.
+# Follows each document when several are encoded in one call; tiktoken gives it the end-of-text id.
 SEPARATOR = "<|end of document|>"
 
 
@@ -57,10 +58,11 @@ class Tokenizer:
 
     Attributes:
         name: of the built-in, or the path that it was read from.
-        identity: equal for tokenizers that give equal ids: the built-in's name, or the file's sha256.
-        vocab_size: one more than the largest id. A model may have more rows (GPT-NeoX: 50 277 ids, 50 280 rows).
+        identity: equal only for tokenizers that give equal ids: the built-in's name, or the file's sha256.
+        vocab_size: the largest id plus one. A model may have more rows (GPT-NeoX: 50 277 ids, 50 280 rows).
         eot_id: the id that ends a document.
-        tokens: the bytes of each id; extra: the id of each token that is taken out of text before the merging.
+        tokens: the bytes of each id.
+        extra: the id of each token that is taken out of the text before the merging.
         nfc: whether text is normalised to NFC first.
     """
 
@@ -78,26 +80,26 @@ class Tokenizer:
         file: Path | None = None,
     ):
         """`ranks`: id of each token that merging can yield, in the order of merging. `extra`: id of each token that is
-        taken out of the text before; those in `raw` before it is normalised. `unused`: id of each token that no text
-        comes to, such as the special ones."""
+        taken out of the text before the merging; those in `raw` are taken out before it is normalised. `unused`: id of
+        each token that `encode` never yields, such as the special ones. `pattern`: the regular expression whose matches
+        are the pieces in which merging happens. `file`: the tokenizer.json that all this was read from."""
         extra = extra or {}
         self.name, self.identity, self.eot_id, self.file = name, identity, eot_id, file
-        self.nfc = nfc
-        # Some bytes have two ids: a run of spaces can be merged, which no text comes to, but a model may draw it.
-        self.extra = extra
+        self.nfc, self.extra = nfc, extra
+        # `encode` yields one id for the same bytes, but a run of spaces has a second id, which a model can sample.
         self.tokens = {i: token for some in (unused or {}, ranks, extra) for token, i in some.items()}
         self.vocab_size = max(*self.tokens, eot_id) + 1
         raw_ids = {token.decode(): i for token, i in extra.items() if token in raw}
-        # of two tokens that are the same when normalised the first counts
+        # if two tokens are equal after normalisation, the first one counts
         atom_ids = {self._normalise(token.decode()): extra[token] for token in reversed(extra) if token not in raw}
         runs = {" " * n: extra[b" " * n] for n in range(2, len(extra) + 2) if b" " * n in extra}
-        rule = pattern
-        in_a_row = runs and len(max(runs)) == len(runs) + 1
-        if in_a_row and pattern == GPT2_SPLIT and not any(" " in atom for atom in (raw_ids | atom_ids).keys() - runs):
+        most, rule = str(len(runs) + 1), pattern
+        without_gap = runs and len(max(runs)) == len(runs) + 1  # runs of 2, 3, ..., MOST spaces
+        others = (raw_ids | atom_ids).keys() - runs
+        if without_gap and pattern == GPT2_SPLIT and not any(" " in atom for atom in others):
             ranks = ranks | {run.encode(): i for run, i in runs.items()}
             rule = SPACES_SPLIT
             raw_ids, atom_ids = ({a: i for a, i in ids.items() if a not in runs} for ids in (raw_ids, atom_ids))
-        most = str(len(runs) + 1)
         try:
             self._encoding = tiktoken.Encoding(
                 name, pat_str=rule.replace("MOST", most), mergeable_ranks=ranks, special_tokens={SEPARATOR: eot_id}
@@ -109,12 +111,12 @@ class Tokenizer:
         self._atom_ids, self._atoms = atom_ids, _any_of(atom_ids)
 
     def encode(self, text: str) -> list[int]:
-        """Ids of `text`, nothing added. A lone surrogate, which UTF-8 cannot hold, counts as U+FFFD.
+        """Ids of `text`, without end-of-text. A lone surrogate, which UTF-8 cannot hold, counts as U+FFFD.
 
-        Raises ValueError where tiktoken cannot split the text, which only the pattern of a file can come to.
+        Raises ValueError if tiktoken cannot split the text; this can happen only with the pattern of a file.
         """
         ids: list[int] = []
-        # re.split gives the text between two tokens at even places, and a token at odd ones
+        # re.split returns tokens at odd places, and the text between them at even places
         for k, part in enumerate(self._raw.split(text) if self._raw else [text]):
             if k % 2:
                 ids.append(self._raw_ids[part])
@@ -125,9 +127,9 @@ class Tokenizer:
         return ids
 
     def encode_documents(self, texts: list[str]) -> np.ndarray:
-        """Ids of `texts` one after the other, each followed by `eot_id`: (tokens,) uint32, the ids of `encode`.
+        """The ids that `encode` gives, for all `texts` in order, each text followed by `eot_id`: (tokens,) uint32.
 
-        One call into tiktoken for all of them, in which other threads can run. Raises ValueError as `encode` does.
+        tiktoken encodes all in one call, during which other threads can run. Raises ValueError as `encode` does.
         """
         joined = "".join(self._normalise(text) + SEPARATOR for text in texts)
         plain = joined.count(SEPARATOR) == len(texts) and not (self._atoms and self._atoms.search(joined))
@@ -137,27 +139,27 @@ class Tokenizer:
                     self._encoding.encode_to_numpy, joined, allowed_special={SEPARATOR}, disallowed_special=()
                 )
             except ValueError:
-                pass  # a lone surrogate, which `encode` replaces, or a text that it refuses by name
+                pass  # `encode` replaces a lone surrogate, and names a text that cannot be split
         return np.array([i for text in texts for i in (*self.encode(text), self.eot_id)], dtype=np.uint32)
 
     def _merge(self, text: str) -> list[int]:
-        """Ids of text that holds no token of `extra`, a long stretch of white space on its own."""
+        """Ids of a text without tokens of `extra`. A long stretch of white space is encoded on its own."""
         if self._stretch is None or not _holds_white_block(text):
             return self._call(self._encoding.encode_ordinary, text)
         start, ids = 0, []
         for match in self._stretch.finditer(text):
             after = text[match.end() : match.end() + 1]
-            # the last sign goes with what follows, unless that is white space or nothing
-            end = match.end() - bool(re.match(rf"[^{WHITE}]", after))
-            if end - match.start() < BLOCK or after in {"\r", "\n"}:
+            if match.end() - match.start() < BLOCK or after in {"\r", "\n"}:
                 continue
+            # the last character belongs to the next piece, unless white space or the end of the text follows
+            end = match.end() - bool(re.match(rf"[^{WHITE}]", after))
             ids += self._call(self._encoding.encode_ordinary, text[start : match.start()])
             ids += self._encoding._encode_single_piece(text[match.start() : end])
             start = end
         return ids + self._call(self._encoding.encode_ordinary, text[start:])
 
     def _call(self, encode: Callable, text: str, **arguments) -> Any:
-        """tiktoken panics where its engine for regular expressions gives up; the exception has no public name."""
+        """tiktoken panics if its regular expression fails; make it a ValueError. The panic has no public type."""
         try:
             return encode(text, **arguments)
         except BaseException as error:
@@ -172,52 +174,27 @@ class Tokenizer:
         return unicodedata.normalize("NFC", text) if self.nfc and not text.isascii() else text
 
     def decode_bytes(self, ids: list[int]) -> bytes:
-        """The bytes behind `ids`; end of text is the empty string. Raises ValueError naming an id that is unknown."""
+        """The bytes of `ids`; those of end-of-text are empty. Raises ValueError naming an id that is unknown."""
         try:
             return b"".join(b"" if i == self.eot_id else self.tokens[i] for i in map(int, ids))
         except KeyError as error:
             raise ValueError(f"id {error.args[0]} is not in the vocabulary of {self.name}") from None
 
     def decode(self, ids: list[int]) -> str:
-        """The text behind `ids`; bytes that are no UTF-8 become U+FFFD."""
+        """The text of `ids`; bytes that are not UTF-8 become U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
-
-
-class ByteTokenizer(Tokenizer):
-    """The 256 bytes of UTF-8, and 256 for end of text."""
-
-    def __init__(self):
-        self.name = self.identity = "bytes"
-        self.eot_id, self.vocab_size, self.file = 256, 257, None
-        self.extra, self.nfc, self.tokens = {}, False, {i: bytes([i]) for i in range(256)}
-
-    def encode(self, text: str) -> list[int]:
-        """The bytes of `text`; a lone surrogate counts as U+FFFD, as in the other tokenizers."""
-        return list(self._utf8(text))
-
-    @staticmethod
-    def _utf8(text: str) -> bytes:
-        try:
-            return text.encode()
-        except UnicodeEncodeError:
-            return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode()
-
-    def encode_documents(self, texts: list[str]) -> np.ndarray:
-        """Ids of `texts` one after the other, each followed by 256: (tokens,) uint32."""
-        joined = b"".join(self._utf8(text) + b"\xff" for text in texts)  # no UTF-8 holds the byte 255
-        ids = np.frombuffer(joined, dtype=np.uint8).astype(np.uint32)
-        ids[ids == 0xFF] = self.eot_id
-        return ids
 
 
 @lru_cache
 def get_tokenizer(name_or_path: str | os.PathLike) -> Tokenizer:
     """A built-in tokenizer by name, or one from a `tokenizer.json` (the file, or the folder that holds it).
 
-    Raises ValueError listing the names when it is neither, or saying what in the file is not supported.
+    Raises ValueError listing the names if it is neither, or saying what in the file is not supported.
     """
     if name_or_path == "bytes":
-        return ByteTokenizer()
+        # nothing merges, so the ids do not depend on where the pieces end
+        ranks = {bytes([byte]): byte for byte in range(256)}
+        return Tokenizer("bytes", "bytes", ranks, eot_id=256, pattern=r"[\s\S]{1,99}")
     if name_or_path == "gpt2":
         ranks = {token: i for i, token in enumerate(_shipped("gpt2"))}
         return Tokenizer("gpt2", "gpt2", ranks, eot_id=50256)
@@ -234,18 +211,18 @@ def get_tokenizer(name_or_path: str | os.PathLike) -> Tokenizer:
 
 
 def _any_of(atoms: Iterable[str]) -> re.Pattern | None:
-    """A rule that finds the longest of `atoms`, None when there are none."""
+    """A pattern that finds the longest of `atoms`, None if there are none."""
     found = sorted(atoms, key=len, reverse=True)
     return re.compile(f"({'|'.join(map(re.escape, found))})") if found else None
 
 
 def _holds_white_block(text: str) -> bool:
-    """Whether text is white space from one multiple of BLOCK to the next; a look at the first sign tells most often."""
+    """Whether all characters from one multiple of BLOCK to the next are white space; most often the first is not."""
     return any(text[i].isspace() and text[i : i + BLOCK].isspace() for i in range(0, len(text) - BLOCK + 1, BLOCK))
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: str | os.PathLike) -> None:
-    """Leave in a model's folder all that `load_tokenizer` needs: the name of a built-in, or the file itself."""
+    """Write to a model's folder what `load_tokenizer` needs: the name of a built-in, or the file itself."""
     folder = Path(folder)
     if tokenizer.file is not None:
         shutil.copyfile(tokenizer.file, folder / "tokenizer.json")
@@ -254,9 +231,9 @@ def save_tokenizer(tokenizer: Tokenizer, folder: str | os.PathLike) -> None:
 
 
 def find_tokenizer(folder: str | os.PathLike) -> Tokenizer | None:
-    """The tokenizer that a model's folder carries, None when it carries none.
+    """The tokenizer in a model's folder, None if there is none.
 
-    Raises FileNotFoundError when there is no such folder, ValueError when what it carries cannot be read.
+    Raises FileNotFoundError if there is no such folder, ValueError if the tokenizer cannot be read.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -273,7 +250,7 @@ def find_tokenizer(folder: str | os.PathLike) -> Tokenizer | None:
 
 
 def load_tokenizer(folder: str | os.PathLike) -> Tokenizer:
-    """The tokenizer that a model's folder carries. Raises ValueError when it carries none; see `find_tokenizer`."""
+    """The tokenizer in a model's folder. Raises ValueError if there is none, and what `find_tokenizer` raises."""
     tokenizer = find_tokenizer(folder)
     if tokenizer is None:
         raise ValueError(f"{folder} carries no tokenizer: neither {RECORD} nor tokenizer.json lies there")
@@ -281,11 +258,9 @@ def load_tokenizer(folder: str | os.PathLike) -> Tokenizer:
 
 
 def _shipped(name: str) -> list[bytes]:
-    """Tokens in order of rank from vocab/NAME.xz: each two bytes of length, low first, then its bytes."""
-    data = lzma.decompress((VOCABULARIES / f"{name}.xz").read_bytes())
-    tokens, at = [], 0
-    while at < len(data):
-        length = int.from_bytes(data[at : at + 2], "little")
-        tokens.append(data[at + 2 : at + 2 + length])
-        at += 2 + length
+    """Tokens in order of rank from vocab/NAME.xz: for each its length as little-endian uint16, then its bytes."""
+    tokens = []
+    with lzma.open(VOCABULARIES / f"{name}.xz") as file:
+        while length := file.read(2):
+            tokens.append(file.read(int.from_bytes(length, "little")))
     return tokens

@@ -1,9 +1,9 @@
-"""What a `tokenizer.json` says, in tiktoken's terms: what tiktoken can do exactly is taken, all else refused by name.
+"""Read a `tokenizer.json` for tiktoken. What tiktoken cannot do in exactly the same way is refused by name.
 
-tiktoken cuts text into the matches of a regular expression, takes a piece whole that is a token, and in any other
-merges whichever two neighbours make the token of the smallest id. The `tokenizers` library has a list of merges in an
-order of its own, and a chain of steps before it. Where both come to the same ids for every text, and how that is known,
-stands at the functions below.
+tiktoken splits text into the matches of a regular expression. A piece that is a token becomes that token; in any other
+piece, the two neighbours that together are the token of the smallest id are merged, again and again. The `tokenizers`
+library instead has an ordered list of merges, and several steps before them. The functions below check that both give
+the same ids for every text, and their docstrings say why the checks suffice.
 """
 
 import hashlib
@@ -15,18 +15,18 @@ from typing import Any
 
 END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
 
-# GPT-2's rule for what may merge: contractions, words, numbers, other signs, white space (Radford et al. 2019).
+# GPT-2's pieces: contractions, words, numbers, other characters, white space (Radford et al. 2019).
 GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
-# Llama 3's, and GPT-4's; Qwen 2 takes digits one by one.
+# The pieces of Llama 3 and GPT-4. Qwen 2 splits numbers into single digits.
 LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 QWEN2_SPLIT = LLAMA3_SPLIT.replace("{1,3}", "")
 
-# The regular expressions that Oniguruma, which the library uses, and fancy-regex, which tiktoken uses, read alike. Not
-# among them are `^ $ . \w \b`, a sign after `{m,n}`, set operations, and most of `(?i:`: for Oniguruma ß is ss.
+# The regular expressions that mean the same in Oniguruma (the library's engine) and in fancy-regex (tiktoken's).
+# Excluded are `^ $ . \w \b`, `+` or `?` after `{m,n}`, set operations, and most of `(?i:`: in Oniguruma ß matches ss.
 ESCAPE = r"\\(?:[rntsSdD]|[pP]\{(?:L[ultmo]?|M[nce]?|N[dlo]?|P[cdseifo]?|S[mcko]?|Z[slp]?)\}|[!-&(-/:;=?@\[-_{-~])"
 SIGN = r"[^\\\[\]&~^-]"
 CLASS = rf"\[\^?(?:{ESCAPE}|{SIGN}(?:-{SIGN})?)+\]"
@@ -43,7 +43,7 @@ UTF8_BYTES = [*range(0xC0), *range(0xC2, 0xF5)]  # GPT-NeoX's vocabulary has no 
 
 
 def byte_characters() -> dict[str, int]:
-    """GPT-2's way to write a byte as one visible character: the byte behind each character."""
+    """GPT-2 writes each byte as one visible character: the byte of each such character."""
     visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     hidden = [byte for byte in range(256) if byte not in visible]
     return {chr(byte): byte for byte in visible} | {chr(0x100 + i): byte for i, byte in enumerate(hidden)}
@@ -52,7 +52,7 @@ def byte_characters() -> dict[str, int]:
 def read_tokenizer_json(file: Path) -> dict[str, Any]:
     """The arguments of `Tokenizer` for a byte-level BPE in the format of the `tokenizers` library.
 
-    Raises ValueError saying in one sentence what in the file is not supported, is not known, or contradicts itself.
+    Raises ValueError saying in one sentence what in the file is unsupported, unknown or contradictory.
     """
     content = file.read_bytes()
     try:
@@ -75,7 +75,7 @@ def read_tokenizer_json(file: Path) -> dict[str, Any]:
             raise ValueError(f"no end-of-text token; one of {', '.join(END_OF_TEXT)} must be an added token")
         if not added[eot].get("special"):
             raise ValueError(f"the end-of-text token {eot!r} is not special, so that text could hold it")
-        # Special tokens never come out of text; the others are matched in it before the merging.
+        # Text never yields special tokens; the other added tokens are matched in the text before the merging.
         special = {name.encode(): token["id"] for name, token in added.items() if token.get("special")}
         for name, other in itertools.product(added, added):
             if name.encode() in special and other.encode() not in special and _begins_inside(other, name):
@@ -102,7 +102,7 @@ def read_tokenizer_json(file: Path) -> dict[str, Any]:
 
 
 def _check(name: str, given: Any, **known: Any) -> None:
-    """Refuse what is no object, a key that is not `known`, and a value that is not in the list of its key."""
+    """Raise ValueError unless `given` is an object with only `known` keys, and each value is in the list of its key."""
     if not isinstance(given, dict):
         raise ValueError(f"{name} is {_show(given)}, not an object")
     for key, value in given.items():
@@ -119,7 +119,7 @@ def _show(value: Any) -> str:
 
 
 def _check_model(model: dict) -> None:
-    """Unknown tokens cannot occur where all 256 bytes are tokens, so what is said of them is of no effect."""
+    """Settings for unknown tokens are ignored: no text has any, because every byte of UTF-8 is a token."""
     _check(
         "the model",
         model,
@@ -133,7 +133,7 @@ def _check_model(model: dict) -> None:
 
 
 def _check_outer_steps(processor: Any, decoder: Any) -> None:
-    """What adds special tokens around a text is known and left out: `encode` adds nothing."""
+    """Check the steps after the merging. Those that add special tokens around a text are ignored, as `encode` does."""
     level = {"add_prefix_space": ANY, "trim_offsets": ANY, "use_regex": ANY}
     if decoder is not None:
         _check("the decoder", decoder, type=["ByteLevel"], **level)
@@ -153,7 +153,7 @@ def _check_outer_steps(processor: Any, decoder: Any) -> None:
 
 
 def _steps(rule: Any, key: str) -> list:
-    """A step alone, none, or those of a Sequence."""
+    """The steps of `rule`, which is null, one step, or a Sequence that lists them at `key`."""
     if isinstance(rule, dict) and rule.get("type") == "Sequence" and isinstance(rule.get(key), list):
         _check("the Sequence", rule, type=ANY, **{key: ANY})
         return rule[key]
@@ -171,9 +171,10 @@ def _is_nfc(normalizer: Any) -> bool:
 
 
 def _split_pattern(rule: Any) -> str:
-    """The regular expression whose matches are the pieces: of ByteLevel alone, or of one Split and then ByteLevel.
+    """The regular expression whose matches are the pieces, for ByteLevel alone, or one Split and then ByteLevel.
 
-    Isolated keeps what the Split does not match as pieces; Removed with `invert` drops it, as tiktoken does.
+    With the behavior Isolated, text between two matches is a piece, too. With Removed and `invert` it is dropped, as in
+    tiktoken.
     """
     steps = _steps(rule, "pretokenizers")
     kinds = [step.get("type") if isinstance(step, dict) else step for step in steps]
@@ -190,15 +191,15 @@ def _split_pattern(rule: Any) -> str:
         raise ValueError("the Split has behavior Removed without invert, which drops what it matches")
     _check("the pattern of the Split", split.get("pattern"), Regex=ANY)
     pattern = split["pattern"].get("Regex")
+    why = None
     if not isinstance(pattern, str) or not COMMON.fullmatch(pattern):
-        raise ValueError(
-            f"the Split has the pattern {_show(pattern)}, which holds what tiktoken's regular expressions may read "
-            "otherwise"
-        )
-    if _matches_nothing(pattern):
-        raise ValueError(f"the Split has the pattern {_show(pattern)}, which can match the empty string")
-    if _may_take_forever(pattern):
-        raise ValueError(f"the Split has the pattern {_show(pattern)}, which repeats what can match in several ways")
+        why = "holds what tiktoken's regular expressions may read otherwise"
+    elif _matches_nothing(pattern):
+        why = "can match the empty string"
+    elif _may_take_forever(pattern):
+        why = "repeats what can match in several ways"
+    if why:
+        raise ValueError(f"the Split has the pattern {_show(pattern)}, which {why}")
     if split.get("behavior") == "Removed" or pattern in (GPT2_SPLIT, LLAMA3_SPLIT, QWEN2_SPLIT):
         return pattern
     one_class = re.fullmatch(rf"({ESCAPE})(?:\+|\{{1,\d+\}})?", pattern)
@@ -206,7 +207,7 @@ def _split_pattern(rule: Any) -> str:
 
 
 def _matches_nothing(pattern: str) -> bool:
-    """Whether a match may be empty: each sign as x, a look ahead as what may be empty, and Python's `re` to decide."""
+    """Whether a match may be empty. Python's `re` decides, with x for an atom and an optional group for a lookahead."""
     signs = PARTS.sub(lambda m: "x" if m["atom"] else "(?:|" if m["look"] else m[0], pattern)
     try:
         return re.fullmatch(signs, "") is not None
@@ -215,7 +216,7 @@ def _matches_nothing(pattern: str) -> bool:
 
 
 def _may_take_forever(pattern: str) -> bool:
-    """Whether a repeated group holds a repetition or a choice: where a text has many matches the library gives up."""
+    """Whether a repeated group contains a repetition or a choice. The library gives up if these match in many ways."""
     signs = PARTS.sub(lambda m: "x" if m["atom"] else m[0], pattern)
     while group := GROUP.search(signs):  # from the inside out
         if group[2] and re.search(r"[*+|]|,\}", group[1]):
@@ -225,8 +226,8 @@ def _may_take_forever(pattern: str) -> bool:
 
 
 def _added_tokens(tokens: Any, vocabulary: dict[str, int]) -> dict[str, dict]:
-    """The added tokens by content, with the ids that the library gives them, whatever the file says: that of the
-    vocabulary, else the next."""
+    """The added tokens by content. The library gives them their id in the vocabulary, else the next free one, whatever
+    the file says. Raises ValueError if the file says another id."""
     if not isinstance(tokens, list):
         raise ValueError(f"added_tokens is {_show(tokens)}, not a list")
     added: dict[str, dict] = {}
@@ -248,14 +249,14 @@ def _added_tokens(tokens: Any, vocabulary: dict[str, int]) -> dict[str, dict]:
 
 
 def _begins_inside(token: str, special: str) -> bool:
-    """Whether `token` could be found in text that begins in `special`, which the library passes over as a whole."""
+    """Whether `token` could match from a character inside `special` on. The library skips special tokens as a whole."""
     return any(special[i:].startswith(token) or (i and token.startswith(special[i:])) for i in range(len(special)))
 
 
 def _in_bytes(
     vocabulary: dict[str, int], merges: list, added: dict[str, dict]
 ) -> tuple[dict[bytes, int], dict[tuple[bytes, bytes], int]]:
-    """The vocabulary and the place of each pair in the merges, written in bytes."""
+    """The vocabulary, and the position of each pair in the merges, with bytes instead of visible characters."""
     characters = byte_characters()
     written: dict[str, bytes] = {}
     owners: dict[int, str] = {}
@@ -291,12 +292,13 @@ def _in_bytes(
 
 
 def _ranks(tokens: dict[bytes, int], pairs: dict[tuple[bytes, bytes], int], whole: bool) -> dict[bytes, int]:
-    """The ids that tiktoken needs: of what merging makes, and with `whole` (ignore_merges) of what a piece may equal.
+    """The ids that tiktoken needs: of the tokens that merging makes, and with `whole` (ignore_merges) of all others,
+    because a piece may equal one.
 
-    tiktoken makes a token of any two neighbours, the library of those in its list. But between the ends of a token its
-    bytes merge in one way, whatever stands around them, so that it is made of one pair alone, if of any. With that pair
-    in the list for each token, and these pairs in the list in the order of the ids, each merge of the one is the next
-    merge of the other. So it is in files that were trained, and in those written from tiktoken's own (Llama 3).
+    tiktoken merges any two neighbours that make a token, the library only the pairs in its list. But the bytes of a
+    token merge in one order, whatever text is around them, so its last merge is always of the same pair. If the list
+    has this pair for each token, and has these pairs in the order of the tokens' ids, both make the same merges in the
+    same order. This holds for files that were trained, and for those written from tiktoken's (Llama 3).
     """
     known = tokens if whole else {token: tokens[token] for token in {a + b for a, b in pairs} | BYTES & tokens.keys()}
     ranks: dict[bytes, int] = {}
@@ -315,7 +317,7 @@ def _ranks(tokens: dict[bytes, int], pairs: dict[tuple[bytes, bytes], int], whol
 
 
 def merge_bytes(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
-    """The parts that bytes come to, smallest rank first, when two are left or no neighbours make a token of `ranks`."""
+    """Merge bytes, smallest rank first, until two parts are left or no two neighbours make a token of `ranks`."""
     parts = [token[i : i + 1] for i in range(len(token))]
     while len(parts) > 2:
         rank, at = min((ranks.get(a + b, 2**32), i) for i, (a, b) in enumerate(itertools.pairwise(parts)))

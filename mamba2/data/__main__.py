@@ -5,8 +5,8 @@
     python -m mamba2.data allenai/c4:en --tokenizer gpt-neox-20b --output c4 --revision COMMIT
 
 Writes FOLDER/train.bin, val.bin (uint16, or uint32 where the tokenizer has more than 65 536 ids), *.starts (where the
-documents start) and tokens.json (tokenizer, counts, hashes, source). FOLDER appears when all is done. A command that
-was stopped, by whatever, goes on where it was when it is given again, and ends with the same bytes.
+documents start) and tokens.json (tokenizer, counts, hashes, source). FOLDER appears when all is done. If the command is
+stopped or killed, the same command given again continues the work and ends with the same bytes.
 """
 
 import argparse

@@ -1,22 +1,22 @@
-"""Token files that others wrote, read where they lie: nanoGPT's, and llm.c's and modded-nanogpt's shards.
+"""Token files of other projects, read without a copy: nanoGPT's, and the shards of llm.c and modded-nanogpt.
 
-nanoGPT: `train.bin` and `val.bin`, or any one file, of uint16 and nothing else. End of text is the model's tokenizer's.
-llm.c: 256 int32 (magic 20240520, version 1, number of tokens), then uint16 of gpt2, whose end of text is 50256. Files
-whose names say the same split, as in `fineweb_train_000001.bin`, are one sequence in the order of their names.
+nanoGPT: `train.bin` and `val.bin`, or any one file, of uint16 ids without a header. The model's tokenizer says which id
+ends a document.
+llm.c: a header of 256 int32 (magic 20240520, version 1, number of tokens), then uint16 ids of gpt2 (end of text 50256).
+Files whose names say the same split, as in `fineweb_train_000001.bin`, are one sequence in the order of their names.
 
-A document starts after each end of text. Where that is, and the hash of the content, are found in one pass of bounded
-memory and kept in the cache.
+A document starts after each end of text. One pass over the ids finds these places and the hash of the content, with
+little memory; the result is kept in the cache.
 """
 
-import hashlib
 from pathlib import Path
 
 import numpy as np
 
 from mamba2.data.prepare import publish, working_folder
 from mamba2.data.readers import refuse_pointer
-from mamba2.data.splits import WORDS, Listing, list_files, splits_said
-from mamba2.data.tokens import Tokens, edges_sha256, files_sha256, open_tokens, write_sidecar
+from mamba2.data.splits import WORDS, Listing, list_files, splits_said, stats_hash
+from mamba2.data.tokens import Shards, Tokens, edges_sha256, files_sha256, open_tokens, write_sidecar
 from mamba2.tokenizer import Tokenizer
 
 MAGIC, VERSION, HEADER = 20240520, 1, 1024  # HEADER in bytes
@@ -25,9 +25,9 @@ PIECE = 2**23  # ids scanned at a time
 
 
 def find_files(path: Path, split: str) -> tuple[list[Path], dict] | None:
-    """The .bin files of a split, and what the plan says of all files; None if `path` is not such data.
+    """The .bin files of a split, and the `told` of all files for `describe`; None if `path` is not such data.
 
-    Raises ValueError when it has no such split, or a name is ambiguous.
+    Raises ValueError if there is no such split, or a name is ambiguous.
     """
     if path.is_file() and path.suffix == ".bin":
         listing = Listing(path.parent, {"train": [path]}, {})
@@ -42,7 +42,7 @@ def find_files(path: Path, split: str) -> tuple[list[Path], dict] | None:
 def open_foreign(files: list[Path], cache: Path, tokenizer: Tokenizer | None) -> Tokens:
     """The ids of `files` as one sequence.
 
-    Raises ValueError naming the file when it is cut short, has an unknown header, or does not fit the tokenizer.
+    Raises ValueError naming the file if it is cut short, has an unknown header, or does not fit the tokenizer.
     """
     headers = [_has_header(file, files) for file in files]
     if any(headers) != all(headers):
@@ -55,26 +55,26 @@ def open_foreign(files: list[Path], cache: Path, tokenizer: Tokenizer | None) ->
         raise ValueError(f"{files[0]} does not say which id ends a document, and the model carries no tokenizer")
     else:
         header, eot_id = 0, tokenizer.eot_id
-    stats = [f"{file.resolve()} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files]
-    key = hashlib.sha256("\n".join(["index 1", str(eot_id), *stats]).encode()).hexdigest()[:24]
-    if not (cache / key).exists():
-        _index(cache / key, files, header, eot_id, tokenizer)
-    return open_tokens(cache / key, "train", tokenizer)
+    folder = cache / stats_hash(files, "index 2", str(eot_id))[:24]
+    if not folder.exists():
+        _index(folder, files, header, eot_id, tokenizer)
+    return open_tokens(folder, "train", tokenizer)
 
 
 def _has_header(file: Path, files: list[Path]) -> bool:
-    """Whether it is a shard of llm.c. Raises ValueError if it should be and is not, or has not the size it says."""
+    """Whether `file` is a shard of llm.c. Raises ValueError if its name or the number of files says so and its header
+    does not, or if its size is not what the header says."""
     refuse_pointer(file)
     size = file.stat().st_size
     start = np.fromfile(file, dtype="<i4", count=3)
     if len(start) < 3 or start[0] != MAGIC:
         if len(files) > 1 or (splits_said(file.stem) and file.stem not in WORDS):
             magic = start[0] if len(start) else "nothing"
-            names = ", ".join(other.name for other in files[:3])
-            several = (
-                f"; a split of raw ids is one file, and here it is {len(files)}: {names}" if len(files) > 1 else ""
+            several = f"; a split of raw ids is one file, and here it is {len(files)}: " if len(files) > 1 else ""
+            names = ", ".join(other.name for other in files[:3]) if several else ""
+            raise ValueError(
+                f"{file} begins with {magic} and not with {MAGIC}, as a shard of llm.c does{several}{names}"
             )
-            raise ValueError(f"{file} begins with {magic} and not with {MAGIC}, as a shard of llm.c does{several}")
         if size == 0 or size % 2:
             raise ValueError(f"{file} has {size} bytes: uint16 ids take an even number above 0; is it cut short?")
         return False
@@ -86,28 +86,24 @@ def _has_header(file: Path, files: list[Path]) -> bool:
 
 
 def _index(folder: Path, files: list[Path], header: int, eot_id: int, tokenizer: Tokenizer | None) -> None:
-    """Find the documents: one pass over the ids."""
+    """Find where documents start, in one pass over the ids."""
     with working_folder(folder, wait=True) as work:
         if work is None:
             return
-        position, largest, documents = 0, 0, 1
+        ids, largest = Shards([np.memmap(file, "<u2", mode="r", offset=header) for file in files]), 0
         with open(work / "train.starts", "wb") as starts:
-            starts.write(np.zeros(1, dtype="<i8").tobytes())
-            total = sum((file.stat().st_size - header) // 2 for file in files)
-            for file in files:
-                with open(file, "rb") as opened:
-                    opened.seek(header)
-                    while len(ids := np.frombuffer(opened.read(2 * PIECE), dtype="<u2")):
-                        found = np.flatnonzero(ids == eot_id).astype("<i8") + position + 1
-                        found = found[found < total]  # after the last one nothing starts
-                        starts.write(found.tobytes())
-                        position, largest = position + len(ids), max(largest, int(ids.max()))
-                        documents += len(found)
+            np.zeros(1, dtype="<i8").tofile(starts)
+            for at in range(0, len(ids), PIECE):
+                piece = ids[at : at + PIECE]
+                found = np.flatnonzero(piece == eot_id).astype("<i8") + at + 1
+                found[found < len(ids)].tofile(starts)  # no document starts after the last id
+                largest = max(largest, int(piece.max()))
+            documents = starts.tell() // 8
         entry = {
             "files": [{"path": str(f.resolve()), "bytes": f.stat().st_size, "edges": edges_sha256(f)} for f in files],
             "header": header,
             "starts": "train.starts",
-            "tokens": position,
+            "tokens": len(ids),
             "documents": documents,
             "largest": largest,
             "sha256": files_sha256(files),

@@ -1,4 +1,4 @@
-"""From what --dataset-path names to tokens: as they are, or prepared once into the cache."""
+"""The tokens of what --dataset-path names: read as they are, or prepared once into the cache."""
 
 import hashlib
 import os
@@ -15,11 +15,11 @@ from mamba2.tokenizer import Tokenizer
 
 
 def load_tokens(source: str | os.PathLike, split: str, tokenizer: Tokenizer | None) -> Tokens:
-    """Tokens of a split: of a prepared folder or others' token files by memory map; else from the cache if the source
-    has not changed, else encoded now.
+    """Tokens of a split. Token files, ours or of other projects, are read by memory map. Any other source is encoded
+    into the cache, unless it is there from an earlier call and the source has not changed.
 
-    The cache is $MAMBA2_CACHE, by default ~/.cache/mamba2. Encoding streams: memory does not grow with the source.
-    Raises ValueError when the split is empty, was made with another tokenizer, or holds text and `tokenizer` is None.
+    The cache is $MAMBA2_CACHE, by default ~/.cache/mamba2. Encoding takes the same memory for a source of any size.
+    Raises ValueError if the split is empty, was made with another tokenizer, or holds text and `tokenizer` is None.
     """
     if is_synthetic(source):
         return synthetic_tokens(str(source), split)

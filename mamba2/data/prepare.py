@@ -1,13 +1,12 @@
-"""Documents to a folder of tokens: threads encode, one writer keeps the order, and a kill costs some seconds of work.
+"""Documents to a folder of tokens: threads encode, one writer keeps the order, and a kill loses some seconds of work.
 
-Threads and not processes, because tiktoken encodes a batch of documents in one call in which the others run. All that
-is made lies in `.NAME.preparing` beside the folder NAME that is to be. There the files of tokens grow, and
-`journal.json` says now and then, after an fsync, how long they are and where the source goes on. A restart cuts the
-files to that length and goes on from there, so it ends with the same bytes. When everything is there and flushed, the
-folder is renamed.
+Threads are enough, because tiktoken releases Python's lock while it encodes a batch of documents. All is written to
+`.NAME.preparing`, beside the final folder NAME. The files of tokens grow there, and every few seconds, after an fsync,
+`journal.json` records their lengths and the place in the source. A restart cuts the files to these lengths and reads on
+from that place, so it ends with the same bytes. When all is written and flushed, the folder is renamed.
 
-Memory: the documents of some batches per thread, whatever the size of the source. A document of text or ids is held
-whole, but for a text file, which comes in pieces.
+Memory: some batches of documents per thread, whatever the size of the source. A document is held as a whole, except for
+a text file, which comes in pieces.
 """
 
 import fcntl
@@ -19,7 +18,7 @@ import shutil
 import time
 from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,22 +28,22 @@ from tqdm import tqdm
 
 from mamba2.data.readers import Document, Place
 from mamba2.data.sources import Source
-from mamba2.data.tokens import SIDECAR, edges_sha256, write_sidecar
+from mamba2.data.tokens import SIDECAR, edges_sha256, files_sha256, write_sidecar
 from mamba2.files import atomic_file, flush
 from mamba2.tokenizer import Tokenizer
 
 BATCH = 2**20  # characters or ids that a thread encodes at a time
-COMMIT_SECONDS = 10.0
+COMMIT_SECONDS = 10.0  # at least, between two records in the journal
 JOURNAL = "journal.json"
-COUNTS = ("tokens", "documents", "empty", "largest")  # of a file of tokens; `empty`: documents that are left out
+COUNTS = ("tokens", "documents", "empty", "largest")  # of a file of tokens; `empty` documents are left out
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is to be made: for each file of tokens its source, and what is held out of "train" for "val".
+    """What to make: for each file of tokens its source, and what is held out of "train" for "val".
 
-    `validation_share`: a document is held out if the hash of its text says so: copies fall on the same side.
-    `validation_documents`: the first so many are held out.
+    `validation_share`: about this share of the documents is held out, chosen by the hash of their content, so that
+    copies stay together. `validation_documents`: so many documents at the beginning are held out.
     """
 
     sources: dict[str, Source]
@@ -61,9 +60,9 @@ class Plan:
             raise ValueError(f"the documents held out must be 0 or more, not {self.validation_documents}")
         if self.holds_out and "val" in self.sources:
             raise ValueError("validation comes either from a split of the source or from what is held out, not both")
-        splits = {name: source.split for name, source in self.sources.items()}
-        if "val" in splits and splits["val"] == splits.get("train"):
-            raise ValueError(f"train and val would both be the split {splits['val']} of {self.sources['val'].name}")
+        train, val = self.sources.get("train"), self.sources.get("val")
+        if train and val and train.split == val.split:
+            raise ValueError(f"train and val would both be the split {val.split} of {val.name}")
 
     @property
     def holds_out(self) -> bool:
@@ -78,33 +77,33 @@ class Plan:
         return 0 if self.tokenizer is None else self.tokenizer.eot_id
 
     @property
+    def vocab_size(self) -> int:
+        return 2**32 if self.tokenizer is None else self.tokenizer.vocab_size
+
+    @property
     def dtype(self) -> str:
-        # what ready ids without a tokenizer need is not known
-        wide = self.tokenizer is None or self.tokenizer.vocab_size > 2**16
-        return "<u4" if wide else "<u2"
+        return "<u4" if self.vocab_size > 2**16 else "<u2"
 
     def record(self) -> dict:
-        """All that the bytes depend on, for the sidecar, and for a restart to compare."""
+        """All that the bytes depend on. It is written to the sidecar, and a restart compares it."""
+        sources = self.sources.items()
         return {
             "tokenizer": None if self.tokenizer is None else self.tokenizer.identity,
-            "sources": {
-                name: {"name": source.name, "split": source.split, "revision": source.revision}
-                for name, source in self.sources.items()
-            },
+            "sources": {name: {key: getattr(s, key) for key in ("name", "split", "revision")} for name, s in sources},
             "validation_share": self.validation_share,
             "validation_documents": self.validation_documents,
         }
 
 
 def prepare(output: Path, plan: Plan, workers: int | None = None, wait: bool = False) -> None:
-    """Make the folder `output` from `plan`, or go on where an earlier call was stopped.
+    """Make the folder `output` from `plan`, or continue where an earlier call was stopped.
 
-    `workers`: threads that encode, by default one per core; the bytes do not depend on it. `wait`: when another process
-    is making the same folder, wait until it is there instead of refusing.
+    `workers`: threads that encode, by default one per core; the bytes do not depend on it. `wait`: if another process
+    is making the same folder, wait for it instead of raising an error.
 
-    Raises FileExistsError if `output` is there; BlockingIOError if another process makes it; ValueError if what is left
-    of an earlier call is of another source or tokenizer, if the source is empty or holds ids outside the vocabulary, or
-    if the tokenizer fails on a document; OSError if the disk does not take it. After the last two a later call goes on.
+    Raises FileExistsError if `output` exists; BlockingIOError if another process is making it; ValueError if an earlier
+    call left unfinished work for another plan, if the source is empty or holds ids outside the vocabulary, or if the
+    tokenizer fails on a document; OSError if the disk is full. After the last two a later call continues.
     """
     if output.exists() and not wait:
         raise FileExistsError(f"{output} exists already and is not overwritten; remove it, or choose another place")
@@ -112,35 +111,36 @@ def prepare(output: Path, plan: Plan, workers: int | None = None, wait: bool = F
         if work is None:
             return
         try:
-            if not (work / SIDECAR).exists():
+            if (work / SIDECAR).exists():
+                _check_plan(json.loads((work / SIDECAR).read_text(encoding="utf-8"))["plan"], plan, work)
+            else:
                 _make(work, plan, workers or os.cpu_count() or 1)
-            elif json.loads((work / SIDECAR).read_text(encoding="utf-8"))["plan"] != plan.record():
-                raise _of_another_plan(work)
         except Refused:
             raise
         except ValueError:
-            shutil.rmtree(work)  # the source is at fault, and will not do better the next time
+            shutil.rmtree(work)  # the error is in the source: another call would fail in the same way
             raise
         (work / JOURNAL).unlink(missing_ok=True)
         publish(work, output)
 
 
 class Refused(ValueError):
-    """What is not the source's fault: the work of an earlier call, or of this one so far, is not thrown away."""
+    """An error after which the unfinished work is kept, because a later call can use it."""
 
 
-def _of_another_plan(work: Path) -> Refused:
-    return Refused(
-        f"{work} holds the unfinished preparation of another source, tokenizer or choice of validation; "
-        "remove it to start anew, or choose another output"
-    )
+def _check_plan(recorded: dict, plan: Plan, work: Path) -> None:
+    if recorded != plan.record():
+        raise Refused(
+            f"{work} holds the unfinished preparation of another source, tokenizer or choice of validation; "
+            "remove it to start anew, or choose another output"
+        )
 
 
 @contextmanager
 def working_folder(output: Path, wait: bool) -> Iterator[Path | None]:
-    """The folder in which `output` is made, locked against other processes; None if one has just made it.
+    """The folder in which `output` is made, locked against other processes; None if `output` exists by then.
 
-    The lock goes with the process, however that ends.
+    The lock ends with the process, even if it is killed.
     """
     work = output.with_name(f".{output.name}.preparing")
     while True:
@@ -156,7 +156,7 @@ def working_folder(output: Path, wait: bool) -> Iterator[Path | None]:
                 raise BlockingIOError(f"another process is preparing {output} at this moment") from error
             # while waiting, the folder may have been renamed to `output`, or removed
             if work.exists() and os.path.samestat(os.fstat(descriptor), work.stat()):
-                for leftover in work.glob(".*.tmp"):  # of a call that was killed
+                for leftover in work.glob(".*.tmp"):  # temporary files of a call that was killed
                     leftover.unlink()
                 yield work
                 return
@@ -174,56 +174,63 @@ def publish(work: Path, output: Path) -> None:
 # --------------------------------------------------------------------------------------------------------- the pipeline
 
 
-@dataclass
-class Batch:
-    """Documents for one thread, by the file of tokens that they go to, and the place after each of them."""
-
-    documents: dict[str, list[Document]] = field(default_factory=dict)
-    places: dict[str, list[Place]] = field(default_factory=dict)
-    begins: bool = True  # False: a piece of a document whose beginning was in an earlier batch
-    ends: bool = True  # False: a piece of a document that goes on
-    after: Place = (0, 0)
-    read: int = 0
-    seen: int = 0  # documents of the source so far
-
-
-@dataclass
+@dataclass(frozen=True)
 class State:
-    """What the journal holds: the source that is being read, where it goes on, and the files' contents so far."""
+    """How far the work is: the source that is being read, the place to read on from, and the document begun there."""
 
     stage: int = 0
     place: Place = (0, 0)
-    seen: int = 0
+    seen: int = 0  # documents of the source so far
     read: int = 0
-    unfinished: str | None = None  # file whose last document goes on
-    files: dict[str, dict[str, int]] = field(default_factory=dict)
+    unfinished: str | None = None  # the file of tokens whose last document continues
+
+
+@dataclass
+class Batch:
+    """Documents for one thread, each with the place after it, by the file of tokens that they go to."""
+
+    documents: dict[str, list[tuple[Document, Place]]] = field(default_factory=dict)
+    begins: bool = True  # False: a piece of a document that began in an earlier batch
+    after: State = State()
+
+    @property
+    def ends(self) -> bool:  # False: a piece of a document that continues
+        return self.after.unfinished is None
 
 
 def _make(work: Path, plan: Plan, workers: int) -> None:
-    state = _read_journal(work, plan)
+    state, counts = _read_journal(work, plan)
     with ExitStack() as stack:
-        files = {name: stack.enter_context(TokenFile(work, name, state.files[name], plan.dtype)) for name in plan.files}
-        _commit(work, plan, state, files)  # from here on the folder says whose it is
-        for stage, source in list(enumerate(plan.sources.values()))[state.stage :]:
-            if stage > state.stage:
-                state.stage, state.place, state.seen, state.read = stage, (0, 0), 0, 0
-            _run_stage(work, plan, state, source, list(plan.sources)[stage], files, workers)
+        files = {name: TokenFile(work, name, counts[name], plan.dtype, stack) for name in plan.files}
+        _commit(work, plan, state, files)  # from now on the folder tells which plan it belongs to
+        for stage in range(state.stage, len(plan.sources)):
+            state = _run_stage(work, plan, state if stage == state.stage else State(stage), files, workers)
         _commit(work, plan, state, files)
-        for name, file in files.items():
-            if file.tokens == 0:
-                source = plan.sources.get(name) or plan.sources["train"]
-                if plan.holds_out and any(other.tokens for other in files.values()):
-                    raise ValueError(f"{source.name}: not one of its {state.seen} documents falls to {name}")
-                raise ValueError(
-                    f"{source.name} ({source.split}) is empty: not one document with text or ids; of a table with both "
-                    "columns, text and input_ids, only input_ids is read"
-                )
-        entries = {name: file.entry(plan) for name, file in files.items()}
+    entries = {}
+    for name, file in files.items():
+        source = plan.sources.get(name) or plan.sources["train"]
+        if file.counts["tokens"] == 0:
+            if plan.holds_out and any(other.counts["tokens"] for other in files.values()):
+                raise ValueError(f"{source.name}: not one of its {state.seen} documents falls to {name}")
+            raise ValueError(
+                f"{source.name} ({source.split}) is empty: not one document with text or ids; of a table with both "
+                "columns, text and input_ids, only input_ids is read"
+            )
+        ids, starts = file.paths
+        entries[name] = {
+            "files": [{"path": ids.name, "bytes": ids.stat().st_size, "edges": edges_sha256(ids)}],
+            "starts": starts.name,
+            **file.counts,
+            "source": {"split": source.split, **source.told},
+            "sha256": files_sha256([ids]),
+            "starts_sha256": files_sha256([starts]),
+        }
     write_sidecar(work, entries, plan.tokenizer, plan.eot_id, plan.dtype, plan.record())
 
 
-def _run_stage(work: Path, plan: Plan, state: State, source: Source, name: str, files: dict, workers: int) -> None:
-    """Read one source to its end, `workers` batches at a time and as many waiting."""
+def _run_stage(work: Path, plan: Plan, state: State, files: dict[str, "TokenFile"], workers: int) -> State:
+    """Read one source to its end. `workers` batches are encoded at a time, and as many wait to be."""
+    name, source = list(plan.sources.items())[state.stage]
     committed = time.monotonic()
     bar = tqdm(
         total=source.total,
@@ -234,16 +241,15 @@ def _run_stage(work: Path, plan: Plan, state: State, source: Source, name: str, 
         disable=None,
     )
     pool = ThreadPoolExecutor(workers)
-    waiting: deque = deque()
+    waiting: deque[tuple[Batch, Future]] = deque()
 
     def write_next() -> None:
-        nonlocal committed
+        nonlocal committed, state
         batch, result = waiting.popleft()
-        for target, (ids, starts, empty) in result.result().items():
-            files[target].append(ids, starts, empty)
-        state.place, state.seen, state.read = batch.after, batch.seen, batch.read
-        state.unfinished = None if batch.ends else next(iter(batch.documents))
-        bar.update(batch.read - bar.n)
+        for target, encoded in result.result().items():
+            files[target].append(*encoded)
+        state = batch.after
+        bar.update(state.read - bar.n)
         if time.monotonic() - committed >= COMMIT_SECONDS:
             _commit(work, plan, state, files)
             committed = time.monotonic()
@@ -261,11 +267,12 @@ def _run_stage(work: Path, plan: Plan, state: State, source: Source, name: str, 
     finally:
         pool.shutdown(cancel_futures=True)
         bar.close()
+    return state
 
 
 def _batches(source: Source, name: str, plan: Plan, state: State) -> Iterator[Batch]:
-    """The rest of a source in batches of about BATCH. A piece of a document is a batch of its own."""
-    seen, target = state.seen, state.unfinished
+    """The rest of a source in batches of about BATCH characters or ids. A piece of a document is its own batch."""
+    stage, seen, target = state.stage, state.seen, state.unfinished
     batch, size = Batch(), 0
     for item in source.items(tuple(state.place)):
         begins = target is None
@@ -276,13 +283,10 @@ def _batches(source: Source, name: str, plan: Plan, state: State) -> Iterator[Ba
         if (piece or size + len(item.document) > BATCH) and batch.documents:
             yield batch
             batch, size = Batch(), 0
-        batch.documents.setdefault(target, []).append(item.document)
-        batch.places.setdefault(target, []).append(item.after)
-        batch.begins, batch.ends = begins, item.ends
-        batch.after, batch.read, batch.seen = item.after, item.read, seen
+        batch.documents.setdefault(target, []).append((item.document, item.after))
         size += len(item.document)
-        if item.ends:
-            target = None
+        target = None if item.ends else target
+        batch.begins, batch.after = begins, State(stage, item.after, seen, item.read, target)
         if piece:
             yield batch
             batch, size = Batch(), 0
@@ -295,37 +299,34 @@ def _target(document: Document, number: int, name: str, plan: Plan) -> str:
         return name
     if plan.validation_documents:
         return "val" if number < plan.validation_documents else "train"
-    if isinstance(document, str):
-        content = document.encode("utf-8", "surrogatepass")
-    else:
-        content = document.astype(np.int64).tobytes()
+    content = document.encode("utf-8", "surrogatepass") if isinstance(document, str) else document.tobytes()
     fraction = int.from_bytes(hashlib.sha256(content).digest()[:8], "little") / 2**64
     return "val" if fraction < plan.validation_share else "train"
 
 
 def _encode(batch: Batch, plan: Plan, source: Source) -> dict[str, tuple[np.ndarray, np.ndarray, int]]:
-    """For each file: ids (tokens,) of its type, starts (documents,) int64 counted from the first of them, and how many
-    documents were empty and are left out."""
+    """For each file of tokens: ids (tokens,) of the plan's dtype, starts (documents,) int64 relative to the first id,
+    and the number of empty documents, which are left out."""
     results = {}
     for target, documents in batch.documents.items():
-        some = [pair for pair in zip(documents, batch.places[target]) if len(pair[0]) > 0]
+        some = [pair for pair in documents if len(pair[0])]
         empty = len(documents) - len(some) if batch.begins and batch.ends else 0
-        runs = [(np.empty(0, plan.dtype), np.empty(0, np.int64))]
-        # one run, but where files of text and files of ids meet
+        parts = [(np.empty(0, plan.dtype), np.empty(0, np.int64))]
+        # one run of documents, unless files of text and files of ids lie in one folder
         for is_text, run in itertools.groupby(some, key=lambda pair: isinstance(pair[0], str)):
-            ids, ends = (_encoded if is_text else _ready)(list(run), plan, source)
-            runs.append((ids.astype(plan.dtype), np.diff(ends, prepend=0)))
-        ids, lengths = map(np.concatenate, zip(*runs))
+            parts.append((_encode_text if is_text else _check_ids)(list(run), plan, source))
+        ids, lengths = map(np.concatenate, zip(*parts))
+        ids = ids.astype(plan.dtype)
         starts = np.cumsum(lengths) - lengths if batch.begins else np.empty(0, np.int64)
         results[target] = ids if batch.ends else ids[:-1], starts, empty
     return results
 
 
-Run = list[tuple[Document, Place]]  # documents, and the place after each
+Run = list[tuple[Document, Place]]  # documents, each with the place after it
 
 
-def _encoded(run: Run, plan: Plan, source: Source) -> tuple[np.ndarray, np.ndarray]:
-    """Ids of text, each document ended once, and where each ends."""
+def _encode_text(run: Run, plan: Plan, source: Source) -> tuple[np.ndarray, np.ndarray]:
+    """Ids of text, with end-of-text after each document, and the lengths of the documents in ids."""
     if plan.tokenizer is None:
         raise ValueError(
             f"{source.name} is text, and the model carries no tokenizer to encode it with "
@@ -333,27 +334,20 @@ def _encoded(run: Run, plan: Plan, source: Source) -> tuple[np.ndarray, np.ndarr
         )
     try:
         ids = plan.tokenizer.encode_documents([document for document, _ in run])
-    except ValueError:  # of one of them
-        ids = np.concatenate([_encoded_alone(*pair, plan.tokenizer, source) for pair in run])
-    return ids, np.flatnonzero(ids == plan.eot_id) + 1  # text never yields that id
-
-
-def _encoded_alone(document: str, place: Place, tokenizer: Tokenizer, source: Source) -> np.ndarray:
-    try:
-        return tokenizer.encode_documents([document])
     except ValueError as error:
+        if len(run) > 1:  # find the document
+            return tuple(map(np.concatenate, zip(*(_encode_text([pair], plan, source) for pair in run))))
         raise Refused(
-            f"cannot encode a document of {source.name} ({source.before(place)}): {error}; what is done is kept, and "
-            "the same command goes on"
+            f"cannot encode a document of {source.name} ({source.before(run[0][1])}): {error}; what is done is kept, "
+            "and the same command goes on"
         ) from error
+    return ids, np.diff(np.flatnonzero(ids == plan.eot_id), prepend=-1)  # text never yields eot_id
 
 
-def _ready(run: Run, plan: Plan, source: Source) -> tuple[np.ndarray, np.ndarray]:
-    """Ids that need no encoding, each document ended once, and where each ends."""
-    size = 2**32 if plan.tokenizer is None else plan.tokenizer.vocab_size
-    arrays = []
-    for document, place in run:
-        ids = document.astype(np.int64)
+def _check_ids(run: Run, plan: Plan, source: Source) -> tuple[np.ndarray, np.ndarray]:
+    """Ids that need no encoding, with end-of-text after each document, and the lengths of the documents."""
+    size, arrays = plan.vocab_size, []
+    for ids, place in run:
         if ids.min() < 0 or ids.max() >= size:
             of = f"the vocabulary of {size}" if plan.tokenizer is None else f"the {size} ids of {plan.tokenizer.name}"
             raise ValueError(
@@ -361,66 +355,34 @@ def _ready(run: Run, plan: Plan, source: Source) -> tuple[np.ndarray, np.ndarray
                 f"({source.before(place)})"
             )
         arrays.append(ids if ids[-1] == plan.eot_id else np.append(ids, plan.eot_id))
-    return np.concatenate(arrays), np.cumsum([len(ids) for ids in arrays])
+    return np.concatenate(arrays), np.array(list(map(len, arrays)))
 
 
 # ------------------------------------------------------------------------------------------------------------ the files
 
 
 class TokenFile:
-    """NAME.bin and NAME.starts while they grow, cut to what the journal says of them."""
+    """NAME.bin and NAME.starts while they grow. Opening cuts them to what `counts`, from the journal, says."""
 
-    def __init__(self, work: Path, name: str, counts: dict[str, int], dtype: str):
-        self.name, self.work = name, work
-        self.tokens, self.documents, self.empty, self.largest = (counts[name] for name in COUNTS)
+    def __init__(self, work: Path, name: str, counts: dict[str, int], dtype: str, stack: ExitStack):
+        self.work, self.counts = work, counts
         self.paths = (work / f"{name}.bin", work / f"{name}.starts")
-        lengths = (self.tokens * np.dtype(dtype).itemsize, self.documents * 8)
-        self.hashes = [hashlib.sha256(), hashlib.sha256()]
         self.files = []
-        for path, length, digest in zip(self.paths, lengths, self.hashes):
+        for path, length in zip(self.paths, (counts["tokens"] * np.dtype(dtype).itemsize, counts["documents"] * 8)):
             path.touch()
             if path.stat().st_size < length:
                 raise ValueError(f"{path} is shorter than its journal says; what is left of an earlier call is damaged")
             os.truncate(path, length)
-            with open(path, "rb") as kept:
-                while block := kept.read(2**20):
-                    digest.update(block)
-            self.files.append(open(path, "ab", buffering=0))  # noqa: SIM115 (closed by close)
-
-    def __enter__(self) -> "TokenFile":
-        return self
-
-    def __exit__(self, *_) -> None:
-        for file in self.files:
-            file.close()
+            self.files.append(stack.enter_context(path.open("ab", buffering=0)))
 
     def append(self, ids: np.ndarray, starts: np.ndarray, empty: int) -> None:
-        """`starts` are counted from the first of `ids`."""
-        for file, digest, array in zip(self.files, self.hashes, (ids, (starts + self.tokens).astype("<i8"))):
-            data = array.tobytes()
-            _write(file, data, self.work)
-            digest.update(data)
-        self.tokens, self.documents = self.tokens + len(ids), self.documents + len(starts)
-        self.empty += empty
-        if len(ids):
-            self.largest = max(self.largest, int(ids.max()))
-
-    def counts(self) -> dict[str, int]:
-        return {name: getattr(self, name) for name in COUNTS}
-
-    def entry(self, plan: Plan) -> dict:
-        """What the sidecar says of this file."""
-        bin_path, starts_path = self.paths
-        source = plan.sources.get(self.name) or plan.sources["train"]
-        entry = {
-            "files": [{"path": bin_path.name, "bytes": bin_path.stat().st_size, "edges": edges_sha256(bin_path)}],
-            "starts": starts_path.name,
-            **self.counts(),
-            "source": {"split": source.split, **source.told},
-            "sha256": self.hashes[0].hexdigest(),
-            "starts_sha256": self.hashes[1].hexdigest(),
-        }
-        return entry
+        """Write ids (tokens,) and `starts` (documents,), which are relative to the first of them."""
+        for file, array in zip(self.files, (ids, (starts + self.counts["tokens"]).astype("<i8"))):
+            _write(file, array.tobytes(), self.work)
+        self.counts["tokens"] += len(ids)
+        self.counts["documents"] += len(starts)
+        self.counts["empty"] += empty
+        self.counts["largest"] = max(self.counts["largest"], int(ids.max(initial=0)))
 
 
 def _write(file, data: bytes, work: Path) -> None:
@@ -433,23 +395,22 @@ def _write(file, data: bytes, work: Path) -> None:
 
 
 def _commit(work: Path, plan: Plan, state: State, files: dict[str, TokenFile]) -> None:
-    """Make all that was written count: first the files reach the disk, then the journal says so."""
+    """Flush the files to the disk, and then record in the journal how far they are."""
     for file in files.values():
         for opened in file.files:
             os.fsync(opened.fileno())
-    state.files = {name: file.counts() for name, file in files.items()}
-    content = {"plan": plan.record(), **vars(state)}
+    content = {"plan": plan.record(), **vars(state), "files": {name: file.counts for name, file in files.items()}}
     with atomic_file(work / JOURNAL) as temporary, open(temporary, "wb", buffering=0) as file:
         _write(file, (json.dumps(content) + "\n").encode(), work)
 
 
-def _read_journal(work: Path, plan: Plan) -> State:
-    """The state to go on from; the beginning, in an emptied folder, if there is no journal."""
+def _read_journal(work: Path, plan: Plan) -> tuple[State, dict[str, dict[str, int]]]:
+    """How far an earlier call came, and the counts of each file. Without a journal, empty the folder and begin anew."""
     if not (work / JOURNAL).exists():
         for file in work.iterdir():
             file.unlink()
-        return State(files={name: dict.fromkeys(COUNTS, 0) for name in plan.files})
+        return State(), {name: dict.fromkeys(COUNTS, 0) for name in plan.files}
     content = json.loads((work / JOURNAL).read_text(encoding="utf-8"))
-    if content.pop("plan") != plan.record():
-        raise _of_another_plan(work)
-    return State(**content)
+    _check_plan(content.pop("plan"), plan, work)
+    counts = content.pop("files")
+    return State(**content), counts

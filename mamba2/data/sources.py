@@ -1,7 +1,7 @@
-"""What gives documents: files, folders, saved data sets, the hub, the standard library.
+"""Where documents come from: files, folders, saved data sets, the hub, the standard library.
 
-Every source is a sequence of items that can be entered at any place it named before, so that preparing tokens can go on
-after an interruption without reading again what is done.
+Every source is a sequence of items, each with the place after it. Reading can start at any of these places, so that an
+interrupted preparation of tokens continues without reading again what is done.
 """
 
 import hashlib
@@ -12,24 +12,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from mamba2.data.readers import (
-    READERS,
-    ROWS,
-    Document,
-    Item,
-    Place,
-    before,
-    cells,
-    document,
-    find_column,
-    kind_of,
-    read_file,
-)
+from mamba2.data.readers import READERS, ROWS, Document, Item, Place, before, cells, find_column, kind_of, read_file
 from mamba2.data.splits import VALIDATION_SPLITS, Listing, choose_split, list_files, stats_hash, walk
 
 STDLIB = "stdlib"
 
-# Of the standard library one file in 20 is held out, chosen by its content: copies of a file fall on the same side.
+# One file of the standard library in 20 is held out, chosen by its content, so that copies of a file stay together.
 STDLIB_HELD_OUT = 20
 
 
@@ -39,23 +27,20 @@ class Source:
 
     name: str
     split: str
-    revision: str  # changes with the content: commit of a hub data set, hash of the files' paths, sizes and times
-    total: int | None  # bytes or documents, None if not known
-    unit: str  # "B" or " documents"
+    revision: str  # changes with the content: commit of a hub data set, or hash of the files' paths, sizes and times
+    total: int | None  # size in `unit`, None if not known
+    unit: str  # "B" or " documents", for the progress bar
     items: Callable[[Place], Iterator[Item]]
     before: Callable[[Place], str] = lambda place: f"row {place[1] - 1}"  # names the document that ends at a place
-    told: dict = field(default_factory=dict)  # what the plan says of all splits; see mamba2/data/splits.py
+    told: dict = field(default_factory=dict)  # files or rows of all splits, for `describe` in mamba2/data/splits.py
 
     def documents(self) -> Iterator[Document]:
         """All documents, as text or as ids."""
-        pieces: list[str] = []
+        pieces: list[Document] = []
         for item in self.items((0, 0)):
-            if item.ends and not pieces:
-                yield item.document
-                continue
             pieces.append(item.document)
             if item.ends:
-                yield "".join(pieces)
+                yield "".join(pieces) if len(pieces) > 1 else item.document
                 pieces = []
 
 
@@ -67,9 +52,10 @@ def read_documents(source: str | os.PathLike, split: str, config: str | None = N
 def open_source(
     source: str | os.PathLike, split: str, config: str | None = None, revision: str | None = None
 ) -> Source:
-    """One split of a source; see the package for what a source can be. `revision`: commit, branch or tag on the hub.
+    """One split of a source; mamba2/data/__init__.py lists what a source can be. `revision`: commit, branch or tag on
+    the hub.
 
-    Raises FileNotFoundError for a source that is not there, ValueError for a split or a column that is not.
+    Raises FileNotFoundError for a missing source, ValueError for a missing split or column.
     """
     source = str(source)
     path = Path(source)
@@ -143,20 +129,11 @@ def _saved(path: Path, asked: str) -> Source:
     saved = load_from_disk(str(path))
     if isinstance(saved, DatasetDict):
         splits = saved
-    else:  # perhaps one of a DatasetDict, whose folder is called as the split there
+    else:  # a folder inside that of a DatasetDict is one of its splits, and named like it
         of_several = (path.resolve().parent / "dataset_dict.json").is_file()
         splits = {path.resolve().name if of_several else str(saved.split or "train"): saved}
-    split = choose_split(asked, splits, path)
-    rows = splits[split].with_format("arrow")
-    column = find_column(rows.column_names, path)
-
-    def items(place: Place) -> Iterator[Item]:
-        for start in range(place[1], len(rows), ROWS):
-            some = cells(rows[start : start + ROWS].column(column), column, path, start)
-            yield from (Item(cell, (0, row), row) for row, cell in enumerate(some, start + 1))
-
-    told = {"splits": {name: {"rows": len(some)} for name, some in splits.items()}, "left_out": {}}
-    return Source(str(path), split, fingerprint(path), len(rows), " documents", items, told=told)
+    rows = {name: len(data) for name, data in splits.items()}
+    return _table(str(path), asked, fingerprint(path), splits, rows)
 
 
 def _hub(name: str, config: str | None, asked: str, revision: str | None) -> Source:
@@ -168,20 +145,27 @@ def _hub(name: str, config: str | None, asked: str, revision: str | None) -> Sou
         splits = builder.as_streaming_dataset()
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot load {name} ({config or 'default'}) from disk or hub: {error}") from error
+    rows = {split: info.num_examples for split, info in (builder.info.splits or {}).items()}
+    label = full_name if config is None else f"{full_name}:{config}"
+    return _table(label, asked, str(builder.hash), splits, rows)
+
+
+def _table(name: str, asked: str, revision: str, splits: dict, rows: dict[str, int]) -> Source:
+    """A split of the tables `splits` of the library `datasets`. `rows`: how many each has, where that is known."""
     split = choose_split(asked, splits, name)
-    known = builder.info.splits or {}
 
     def items(place: Place) -> Iterator[Item]:
-        column, number = None, place[1]
-        for row in splits[split].skip(number):
-            column = column or find_column(row, name)
-            yield Item(document(row.get(column), column, f"{name}, row {number}"), (0, number + 1), number + 1)
-            number += 1
+        row = place[1]
+        if row == rows.get(split):
+            return  # `skip` raises IndexError if nothing is left
+        for table in splits[split].skip(row).with_format("arrow").iter(ROWS):
+            column = find_column(table.column_names, name)
+            for cell in cells(table.column(column), column, name, row):
+                row += 1
+                yield Item(cell, (0, row), row)
 
-    rows = {some: {"rows": known[some].num_examples} if some in known else {} for some in splits}
-    label = full_name if config is None else f"{full_name}:{config}"
-    told = {"splits": rows, "left_out": {}}
-    return Source(label, split, str(builder.hash), rows[split].get("rows"), " documents", items, told=told)
+    told = {"splits": {some: {"rows": rows[some]} if some in rows else {} for some in splits}, "left_out": {}}
+    return Source(name, split, revision, rows.get(split), " documents", items, told=told)
 
 
 def _files(path: Path, asked: str, config: str | None) -> Source:

@@ -1,15 +1,16 @@
 """Which split the name of a file, a folder or a split says, and the files of a folder by split.
 
-The words are those that `datasets` knows. A word counts wherever it stands between other signs than letters: train.txt,
-wiki.valid.txt, test-00000-of-00002.parquet, my_dev_set/. A folder's name goes before a file's. Where no name says a
-split, all files are for training, unless one may mean held out; where some do, the others are left out, and so is what
-copies a file held out.
+The words are those that `datasets` knows. A word counts wherever no letter stands next to it: train.txt,
+wiki.valid.txt, test-00000-of-00002.parquet, my_dev_set/. A folder's name counts more than a file's. If no name says a
+split, all files are for training, unless a name looks like held-out data, which is an error. If some names say a split,
+the other files are left out. A training file that is a copy of a held-out file is left out, too.
 """
 
 import filecmp
 import hashlib
 import os
 import re
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePath
@@ -24,7 +25,7 @@ WORDS = {word: split for split, words in KEYWORDS.items() for word in words}
 LETTER = r"[^\W\d_]"
 WORD = re.compile(rf"(?<!{LETTER})(?:{'|'.join(WORDS)})(?!{LETTER})", re.IGNORECASE)
 SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}")
-# What `datasets` does not know, but a reader takes for held out: tests, devset, TestData, held-out.
+# Words that `datasets` does not know, but that probably mean held-out data: tests, devset, TestData, held-out.
 BORDER = "(?<=[a-z])(?=[A-Z])"
 HELD_OUT = "|".join((*KEYWORDS["validation"], *KEYWORDS["test"], "development", "held[-_ ]?out", "hold[-_ ]?out"))
 MORE = "s|(?:data)?sets?|data|splits?|parts?|files?|docs?|texts?|samples?|cases?|corpus"
@@ -34,13 +35,13 @@ BOOKKEEPING = ("config.json", "dataset_dict.json", "dataset_info.json", "dataset
 UNNAMED = "no split in the name, and others have one"
 COPIES = "the same bytes as a file held out"
 UNITS = ("files", "bytes", "rows")
-SHOWN = 3  # names of files that the plan shows of each kind
-BEGINNING = 2**12  # bytes in which two files of one size most often differ
+SHOWN = 3  # how many file names of each kind the plan shows
+BEGINNING = 2**12  # bytes that are compared first, before whole files are
 CHOOSE = "choose by name what to encode (`python -m mamba2.data` takes --split and --validation-split)"
 
 
 class NoSplit(ValueError):
-    """A source has not the split that was asked for, but those of `names`."""
+    """A source does not have the split that was asked for; it has those of `names`."""
 
     def __init__(self, message: str, names: list[str]):
         super().__init__(message)
@@ -53,8 +54,8 @@ def splits_said(name: str) -> set[str]:
 
 
 def choose_split(asked: str, names: Iterable[str], where: str | os.PathLike) -> str:
-    """The one of `names` that is the split `asked`: by its name, as another word for it (dev for validation), or the
-    only one that says it (train_sft for train).
+    """The one of `names` that is the split `asked`: the same name, else another word for it (dev for validation), else
+    a name that contains such a word and no other (train_sft for train).
 
     Raises NoSplit if there is none, ValueError if there are several.
     """
@@ -73,8 +74,8 @@ def choose_split(asked: str, names: Iterable[str], where: str | os.PathLike) -> 
 
 
 def split_of(path: PurePath, root: PurePath) -> str | None:
-    """The split of a file below the source `root`; None if the names say none. In the hub's layout,
-    data/NAME-00000-of-00002.parquet, NAME is the split, whatever it says.
+    """The split of a file below the source `root`; None if its name and its folders' names say none. In the hub's
+    layout, data/NAME-00000-of-00002.parquet, NAME is the split, whatever it is.
 
     Raises ValueError if they say several.
     """
@@ -93,68 +94,69 @@ def split_of(path: PurePath, root: PurePath) -> str | None:
 
 @dataclass(frozen=True)
 class Listing:
-    """The files of a source: those of each split, and by the reason what is of none."""
+    """The files of a source: `splits` has those of each split, `left_out` the others by the reason."""
 
     root: Path
     splits: dict[str, list[Path]]
     left_out: dict[str, list[Path]]
 
     def choose(self, asked: str, endings: str) -> str:
-        """The split `asked` among those that are there; see `choose_split`. `endings`: of files that can be read."""
+        """The split `asked` among those that are there; see `choose_split`. `endings` of readable files, for errors."""
         if not self.splits:
-            others = self.left_out.get(f"not {endings}", [])
-            more = f", but {_count(len(others), 'files')} with other endings ({_names(others, self.root)})"
-            hint = "; a .bin file is read by its own path, or where its name says the split, as train.bin does"
-            binary = any(file.suffix == ".bin" for file in others)
-            more = (more if others else "") + (hint if binary else "")
+            more = ""
+            if others := self.left_out.get(f"not {endings}"):
+                more = f", but {_count(len(others), 'files')} with other endings ({_names(others, self.root)})"
+            if others and any(file.suffix == ".bin" for file in others):
+                more += "; a .bin file is read by its own path, or where its name says the split, as train.bin does"
             raise NoSplit(f"{self.root} has no split {asked!r}; it has no {endings} file{more}", [])
         try:
             return choose_split(asked, self.splits, self.root)
         except NoSplit as error:
-            hints = {
-                UNNAMED: "or move {} without a split in the name ({}) into a folder whose name says it, such as train",
-                COPIES: "{} with the same bytes as a file held out ({}) left out",
-            }
-            more = [
-                f"; {hint.format(_count(len(files), 'files'), _names(files, self.root))}"
-                for why, hint in hints.items()
-                if (files := self.left_out.get(why))
-            ]
-            raise NoSplit(f"{error}{''.join(more)}", error.names) from error
+            more = str(error)
+            if files := self.left_out.get(UNNAMED):
+                more += f"; or move {_count(len(files), 'files')} without a split in the name "
+                more += f"({_names(files, self.root)}) into a folder whose name says it, such as train"
+            if files := self.left_out.get(COPIES):
+                more += f"; {_count(len(files), 'files')} with the same bytes as a file held out "
+                more += f"({_names(files, self.root)}) left out"
+            raise NoSplit(more, error.names) from error
 
     def told(self) -> dict:
-        """For the plan: how many files there are of each kind, how large, and the names of the first."""
-        splits = {split: self._told(files) for split, files in self.splits.items()}
-        for split, files in self.splits.items():
-            splits[split]["bytes"] = sum(map(os.path.getsize, files))
-        return {"splits": splits, "left_out": {why: self._told(paths) for why, paths in self.left_out.items()}}
+        """For `describe`: the number of files of each kind, the size of those of a split, and the first names."""
 
-    def _told(self, paths: list[Path]) -> dict:
-        return {"files": len(paths), "names": _names(paths, self.root)}
+        def told(paths: list[Path]) -> dict:
+            return {"files": len(paths), "names": _names(paths, self.root)}
+
+        return {
+            "splits": {
+                k: {**told(files), "bytes": sum(map(os.path.getsize, files))} for k, files in self.splits.items()
+            },
+            "left_out": {why: told(paths) for why, paths in self.left_out.items()},
+        }
 
 
 def list_files(root: Path, files: Iterable[Path], is_data: Callable[[Path], bool], endings: str) -> Listing:
     """Sort `files`, which lie below `root`, by split. If no name says a split, all of them are for training.
 
-    Raises ValueError if a name says several splits or may mean held out, or one file belongs to two splits;
+    Raises ValueError if a name says several splits, may mean held-out data, or if one file belongs to two splits;
     FileNotFoundError for a broken link.
     """
-    splits: dict[str | None, list[Path]] = {}
-    left_out: dict[str, list[Path]] = {}
+    splits: dict[str | None, list[Path]] = defaultdict(list)
+    left_out: dict[str, list[Path]] = defaultdict(list)
     seen: dict[tuple[int, int], tuple[str | None, Path]] = {}
     for file in files:
         if is_hidden(file):
-            left_out.setdefault("hidden", []).append(file)
+            left_out["hidden"].append(file)
         elif file.name in BOOKKEEPING:
-            left_out.setdefault("bookkeeping", []).append(file)
+            left_out["bookkeeping"].append(file)
         elif file.is_dir():
-            left_out.setdefault("folders that are not entered", []).append(file)
+            left_out["folders that are not entered"].append(file)
         elif not is_data(file):
-            left_out.setdefault(f"not {endings}", []).append(file)
+            left_out[f"not {endings}"].append(file)
         elif file.is_symlink() and not file.exists():
             raise FileNotFoundError(f"{file} is a link to {os.readlink(file)}, which is not there")
         elif not file.is_file():
-            left_out.setdefault("no files but devices", []).append(file)
+            left_out["no files but devices"].append(file)
         else:
             split = split_of(file, root)
             status = file.stat()
@@ -162,13 +164,12 @@ def list_files(root: Path, files: Iterable[Path], is_data: Callable[[Path], bool
             if first != file and split and other and split != other:
                 raise ValueError(f"{first} and {file} are the same file, once in {other} and once in {split}")
             if first == file or split != other:
-                splits.setdefault(split, []).append(file)
+                splits[split].append(file)
             else:
-                left_out.setdefault("the same file under another name", []).append(file)
+                left_out["the same file under another name"].append(file)
     unnamed = splits.pop(None, [])
     if not splits and unnamed:
-        doubtful = [file for file in unnamed if DOUBTFUL.search(str(file.relative_to(root)))]
-        if doubtful:
+        if doubtful := [file for file in unnamed if DOUBTFUL.search(str(file.relative_to(root)))]:
             raise ValueError(
                 f"{root} has files whose names may mean held out, and none says its split "
                 f"({_names(doubtful, root)}); move each into a folder called train, validation or test, or rename it"
@@ -183,41 +184,35 @@ def list_files(root: Path, files: Iterable[Path], is_data: Callable[[Path], bool
 
 
 def held_out_copies(splits: dict[str, list[Path]]) -> set[Path]:
-    """The files for training with all the bytes of one that is not. Only files of one size are opened."""
-    train, others = (
-        [
-            (file, file.stat().st_size)
-            for split in splits
-            if (splits_said(split) == {"train"}) is wanted
-            for file in splits[split]
-        ]
-        for wanted in (True, False)
-    )
-    shared = {size for _, size in train} & {size for _, size in others} - {0}
-    held_out: dict[bytes, list[Path]] = {}
-    for file, size in others:
-        if size in shared:
-            held_out.setdefault(_beginning(file), []).append(file)
+    """The training files that have the same bytes as a held-out file; empty files do not count."""
+    held_out: dict[tuple[int, bytes], list[Path]] = defaultdict(list)
+    for split, files in splits.items():
+        if splits_said(split) != {"train"}:
+            for file in files:
+                held_out[_beginning(file)].append(file)
     return {
         file
-        for file, size in train
-        if size in shared and any(filecmp.cmp(file, f, shallow=False) for f in held_out.get(_beginning(file), ()))
+        for split, files in splits.items()
+        if held_out and splits_said(split) == {"train"}
+        for file in files
+        if file.stat().st_size and any(filecmp.cmp(file, f, shallow=False) for f in held_out.get(_beginning(file), ()))
     }
 
 
-def _beginning(file: Path) -> bytes:
+def _beginning(file: Path) -> tuple[int, bytes]:
+    """Size and hash of the first bytes of a file, which differ for most files that are not copies."""
     with open(file, "rb") as opened:
-        return hashlib.sha256(opened.read(BEGINNING)).digest()
+        return file.stat().st_size, hashlib.sha256(opened.read(BEGINNING)).digest()
 
 
 def is_hidden(path: Path) -> bool:
-    """Whether a program keeps it for itself: .x, and folders like __MACOSX."""
+    """Whether a program keeps the file or folder for itself: .x, and folders like __MACOSX."""
     return path.name.startswith(".") or (path.name.startswith("__") and path.is_dir())
 
 
 def walk(folder: Path, above: tuple[tuple[int, int], ...] = ()) -> Iterator[Path]:
-    """All files below a folder in the order of their paths, through links too; and the folders that are not entered:
-    hidden ones, and links back to where they lie in."""
+    """All files below a folder in the order of their paths; links are followed. Folders that are not entered are
+    yielded themselves: hidden ones, and links to a folder that contains them."""
     status = folder.stat()
     identity = status.st_dev, status.st_ino
     if identity in above:
@@ -231,7 +226,7 @@ def walk(folder: Path, above: tuple[tuple[int, int], ...] = ()) -> Iterator[Path
 
 
 def stats_hash(files: Iterable[Path], *more: str) -> str:
-    """Hash of the path, size and time of change of every file, and of `more`."""
+    """Hash of `more` and of the path, size and time of change of every file."""
     parts = list(more)
     for file in files:
         if file.is_file():
@@ -241,8 +236,8 @@ def stats_hash(files: Iterable[Path], *more: str) -> str:
 
 
 def describe(sources: dict[str, dict]) -> list[str]:
-    """Lines for the plan: the files behind "train" and those held out, and what is left out and why. `sources`: of each
-    its `split` and what `Listing.told` says."""
+    """Lines for the plan: the files behind "train" and those held out, and what is left out and why. `sources` holds,
+    for each of them, its `split` and what `Listing.told` says."""
     told, used = sources.get("train", {}), {}
     for name, source in sources.items():
         used.setdefault(source["split"], name)

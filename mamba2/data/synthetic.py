@@ -1,9 +1,9 @@
-"""Tasks that need memory and nothing else, made from a seed, without files: `--dataset-path synthetic:TASK[:OPTIONS]`.
+"""Recall tasks, generated from a seed without any files: `--dataset-path synthetic:TASK[:OPTIONS]`.
 
-    synthetic:mqar       key-value pairs, then noise in which each key comes once more and its value is to be said:
+    synthetic:mqar       key-value pairs, then noise in which each key comes once more, followed by its value:
                          multi-query associative recall (Arora et al. 2023, arXiv:2312.04927)
-    synthetic:copying    items scattered in noise, to be repeated in order at the end: selective copying (Gu & Dao 2023)
-    synthetic:induction  a mark among random tokens; at the end the mark again, and what followed it is to be said
+    synthetic:copying    items scattered in noise, repeated in order at the end: selective copying (Gu & Dao 2023)
+    synthetic:induction  a mark among random tokens; the mark again at the end, then the token that followed it before
 
 OPTIONS are NAME=VALUE, separated by commas, e.g. synthetic:mqar:length=512,pairs=16,gap=64:
     length   tokens of a sample [256]; a sample starts with an empty state, and --max-length must be a multiple of it
@@ -13,7 +13,7 @@ OPTIONS are NAME=VALUE, separated by commas, e.g. synthetic:mqar:length=512,pair
     gap      fewest tokens between what is to be remembered and the first question [0]
     seed     [0]
 
-Only answers count in the loss. Where the sample leaves a choice, distances are spread evenly over log-distance.
+Only answers count in the loss. In mqar and induction, distances are spread evenly over log-distance.
 """
 
 from collections.abc import Callable
@@ -31,7 +31,7 @@ NOISE, MARK, FIRST = 0, 1, 2  # ids; what is remembered begins at FIRST
 
 @dataclass(frozen=True)
 class Options:
-    """See the module."""
+    """The options of a task; the module's docstring explains them."""
 
     length: int = 256
     samples: int = 10_000
@@ -44,8 +44,8 @@ class Options:
 
 @dataclass(frozen=True)
 class Samples:
-    """Samples of a task: ids (samples, length), and the distance (samples, length) from an id that is an answer to what
-    it repeats, 0 where an id is no answer."""
+    """Samples of a task: ids (samples, length), and distance (samples, length), which is the number of tokens from an
+    answer back to the token it repeats, and 0 for ids that are not answers. Both are int64."""
 
     ids: np.ndarray
     distance: np.ndarray
@@ -72,7 +72,7 @@ def synthetic_samples(source: str, split: str) -> Samples:
 
 
 def synthetic_tokens(source: str, split: str) -> Tokens:
-    """A split for training: samples one after the other, each a document, only answers counting."""
+    """The samples of a split, each one a document, in which only the answers count."""
     samples = synthetic_samples(source, split)
     count, length = samples.ids.shape
     starts = np.arange(0, count * length, length)
@@ -97,8 +97,8 @@ def _parse(source: str, settings: str, unused: tuple[str, ...]) -> Options:
 def _choose(
     rng: np.random.Generator, rows: int, size: int, count: int, weights: np.ndarray | None = None
 ) -> np.ndarray:
-    """`count` different ones of range(size) in each row, in random order: (rows, count). Weighted by `weights`."""
-    keys = rng.exponential(size=(rows, size)) / (1 if weights is None else weights)  # the smallest are drawn first
+    """For each row, `count` different numbers below `size` in random order, drawn with `weights`: (rows, count)."""
+    keys = rng.exponential(size=(rows, size)) / (1 if weights is None else weights)  # the smallest are drawn
     return np.argsort(keys, axis=1)[:, :count]
 
 
@@ -138,7 +138,7 @@ def _copying(source: str, o: Options, rng: np.random.Generator) -> Samples:
 
 
 def _induction(source: str, o: Options, rng: np.random.Generator) -> Samples:
-    shortest = max(2, o.gap)  # from the second mark back to the first, what followed it in between
+    shortest = max(2, o.gap)  # between the two marks there is at least the token that followed the first
     if o.length - 2 < shortest:
         raise ValueError(f"{source}: a sample of {o.length} tokens is too short; raise length or lower gap")
     ids = FIRST + rng.integers(0, o.values, (o.samples, o.length))
@@ -152,7 +152,7 @@ def _induction(source: str, o: Options, rng: np.random.Generator) -> Samples:
     return Samples(ids, distance)
 
 
-# The function of a task, and the options that it does not have.
+# The function of each task, and the options that it does not have.
 TASKS: dict[str, tuple[Callable[[str, Options, np.random.Generator], Samples], tuple[str, ...]]] = {
     "mqar": (_mqar, ("items",)),
     "copying": (_copying, ("pairs",)),

@@ -1,15 +1,14 @@
-"""Token files and what is known of them, read by memory map.
+"""Token files, read by memory map, and the sidecar that describes them.
 
-A folder of tokens has, for each split NAME, `NAME.bin` (ids, uint16 or uint32, low byte first), `NAME.starts` (int64,
+A folder of tokens has, for each split NAME, `NAME.bin` (ids, little-endian uint16 or uint32) and `NAME.starts` (int64,
 where documents start), and one sidecar `tokens.json` with counts, hashes, tokenizer and source.
 
-Loading checks sizes and the hashes of the first and last MiB of the ids, which finds a file cut short or exchanged and
-costs nothing; `Tokens.verify` reads everything.
+Loading checks the sizes and the hashes of the first and last MiB of the ids, which takes no time and finds files that
+were cut short or replaced. `Tokens.verify` reads everything.
 """
 
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -30,36 +29,36 @@ EDGE = 2**20  # bytes
 class Tokens:
     """One split as a flat array of ids, and where its documents start."""
 
-    ids: "np.ndarray | Shards"  # (tokens,) uint16 or uint32, perhaps a memory map; sliced, never indexed
+    ids: "np.ndarray | Shards"  # (tokens,) uint16 or uint32, perhaps a memory map; take slices, not single ids
     starts: np.ndarray  # (documents,) int64
     eot_id: int
-    largest: int  # id
-    files: tuple[Path, ...] = ()  # that hold the ids, in order; none if they lie in memory
+    largest: int  # the largest id
+    files: tuple[Path, ...] = ()  # that hold the ids, in order; none if the ids are in memory
     recorded_sha256: str | None = None
-    counted: np.ndarray | None = None  # (tokens,) bool: whether predicting an id counts; None: all do
+    counted: np.ndarray | None = None  # (tokens,) bool: whether an id counts in the loss; None: all do
     sample_length: int | None = None  # windows must not cut samples of this length
-    empty: int = 0  # documents of the source that are left out
-    source: dict | None = None  # split and files that the ids came from; see mamba2/data/splits.py
+    empty: int = 0  # number of empty documents in the source, which were left out
+    source: dict | None = None  # split and files that the ids came from, for `describe` in mamba2/data/splits.py
 
     @cached_property
     def sha256(self) -> str:
-        """Hash of the content: of the bytes of `files` one after the other, as recorded when they were written or first
-        read; of the ids when they lie in memory."""
+        """Hash of the bytes of `files` in order, as recorded when they were written or first read; if there are none,
+        of the bytes of the ids."""
         return self.recorded_sha256 or hashlib.sha256(np.ascontiguousarray(self.ids).tobytes()).hexdigest()
 
     def check_vocabulary(self, vocab_size: int) -> None:
-        """Raises ValueError if an id has no row in a vocabulary of that size."""
+        """Raises ValueError if an id is outside a vocabulary of that size."""
         if self.largest >= vocab_size:
             raise ValueError(f"the data hold the id {self.largest}, outside the model's vocabulary of {vocab_size}")
 
     def verify(self) -> None:
-        """Read every byte again. Raises ValueError naming the files if they are not what was recorded."""
+        """Read every byte again. Raises ValueError naming the files if their hash is not the recorded one."""
         if self.files and files_sha256(self.files) != self.recorded_sha256:
             raise ValueError(f"{', '.join(map(str, self.files))} changed: the content has another hash than recorded")
 
 
 class Shards:
-    """Several arrays that are sliced as if they were one."""
+    """Several arrays (tokens,) that can be sliced like one. A slice is a copy."""
 
     def __init__(self, arrays: Sequence[np.ndarray]):
         self.arrays, self.dtype = list(arrays), arrays[0].dtype
@@ -83,20 +82,19 @@ class Shards:
 
 
 def files_sha256(files: Sequence[Path]) -> str:
-    """Of the bytes of the files one after the other."""
+    """Hash of the bytes of the files in order."""
     digest = hashlib.sha256()
     for file in files:
         with open(file, "rb") as opened:
-            while block := opened.read(2**20):
-                digest.update(block)
+            hashlib.file_digest(opened, lambda: digest)
     return digest.hexdigest()
 
 
 def edges_sha256(file: Path) -> str:
-    """Of the first and the last MiB of a file."""
+    """Hash of the first and the last MiB of a file."""
     with open(file, "rb") as opened:
         digest = hashlib.sha256(opened.read(EDGE))
-        opened.seek(max(0, os.fstat(opened.fileno()).st_size - EDGE))
+        opened.seek(max(0, file.stat().st_size - EDGE))
         digest.update(opened.read(EDGE))
     return digest.hexdigest()
 
@@ -104,7 +102,7 @@ def edges_sha256(file: Path) -> str:
 def write_sidecar(
     folder: Path, splits: dict[str, dict], tokenizer: Tokenizer | None, eot_id: int, dtype: str, plan: dict
 ) -> None:
-    """Write `tokens.json` at once and flushed. `splits`: what is known of each file; `plan`: where it came from."""
+    """Write `tokens.json`, whole and flushed. `splits`: the entry of each file; `plan`: what they were made from."""
     content = {
         "format": FORMAT,
         "tokenizer": None if tokenizer is None else {"name": tokenizer.name, "identity": tokenizer.identity},
@@ -118,9 +116,10 @@ def write_sidecar(
 
 
 def open_tokens(folder: Path, split: str, tokenizer: Tokenizer | None) -> Tokens:
-    """A split of a folder of tokens. `validation` is its `val`. A `tokenizer` of None fits every folder.
+    """A split of a folder of tokens; `validation` means its `val`. With a `tokenizer` of None any folder is accepted.
 
-    Raises ValueError when the split is not there, was made with another tokenizer, or is not what the sidecar says.
+    Raises ValueError if the split is missing, was made with another tokenizer, or differs from what the sidecar says;
+    FileNotFoundError if a file is missing.
     """
     try:
         content = json.loads((folder / SIDECAR).read_text(encoding="utf-8"))
@@ -138,17 +137,21 @@ def open_tokens(folder: Path, split: str, tokenizer: Tokenizer | None) -> Tokens
         )
     files = tuple(folder / file["path"] for file in entry["files"])
     for file, known in zip(files, entry["files"]):
-        _check(file, known)
+        if not file.is_file():
+            raise FileNotFoundError(f"{file} is missing; the sidecar beside it names it")
+        if (size := file.stat().st_size) != known["bytes"]:
+            raise ValueError(
+                f"{file} has {size} bytes, and {known['bytes']} when it was recorded: it is cut short or changed"
+            )
+        if edges_sha256(file) != known["edges"]:
+            raise ValueError(f"{file} changed since it was recorded: its first or last MiB has another hash")
     starts = folder / entry["starts"]
     if starts.stat().st_size != 8 * entry["documents"]:
         raise ValueError(f"{starts} has {starts.stat().st_size} bytes instead of {8 * entry['documents']}: damaged")
-    header = entry.get("header", 0)
-    arrays = [np.memmap(file, dtype=content["dtype"], mode="r", offset=header) for file in files]
-    ids = arrays[0] if len(arrays) == 1 else Shards(arrays)
-    starts = np.memmap(starts, dtype="<i8", mode="r")
+    arrays = [np.memmap(file, content["dtype"], mode="r", offset=entry.get("header", 0)) for file in files]
     return Tokens(
-        ids,
-        starts,
+        arrays[0] if len(arrays) == 1 else Shards(arrays),
+        np.memmap(starts, dtype="<i8", mode="r"),
         content["eot_id"],
         entry["largest"],
         files,
@@ -156,15 +159,3 @@ def open_tokens(folder: Path, split: str, tokenizer: Tokenizer | None) -> Tokens
         empty=entry.get("empty", 0),
         source=entry.get("source"),
     )
-
-
-def _check(file: Path, known: dict) -> None:
-    if not file.is_file():
-        raise FileNotFoundError(f"{file} is missing; the sidecar beside it names it")
-    size = file.stat().st_size
-    if size != known["bytes"]:
-        raise ValueError(
-            f"{file} has {size} bytes, and {known['bytes']} when it was recorded: it is cut short or changed"
-        )
-    if edges_sha256(file) != known["edges"]:
-        raise ValueError(f"{file} changed since it was recorded: its first or last MiB has another hash")

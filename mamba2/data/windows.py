@@ -1,4 +1,4 @@
-"""Tokens to batches whose order depends on (seed, step) alone."""
+"""Tokens to batches. The order depends only on the seed and the step."""
 
 import numpy as np
 import torch
@@ -8,17 +8,17 @@ from mamba2.ops import IGNORE_INDEX
 
 
 class Windows:
-    """Windows of T + 1 tokens every T tokens. The last one is filled up, and its filling does not count.
+    """Windows of T + 1 tokens, one every T tokens. The last window is padded, and the padding does not count.
 
-    Which windows a step sees depends on (seed, step) alone: sample number step · batch + k, a permutation per epoch.
-    The permutation is drawn once per epoch and costs 4 bytes per window: 37 MB for 9.4 billion tokens at T = 1024,
-    400 MB and some seconds for 100 million windows.
+    Each epoch is a permutation of the windows, drawn from the seed and the epoch. Step s takes the samples
+    s · batch to (s + 1) · batch - 1 of these epochs in order. A permutation takes 4 bytes per window: 37 MB for 9.4
+    billion tokens at T = 1024, 400 MB and some seconds for 100 million windows.
     """
 
     def __init__(self, tokens: Tokens, length: int, reset: bool = True):
-        """`length` is T. `reset`: state and convolution restart at each document.
+        """`length` is T. `reset`: whether state and convolution restart at each document.
 
-        Raises ValueError if T cuts the samples of a synthetic task.
+        Raises ValueError if windows of T tokens would cut the samples of a synthetic task.
         """
         if tokens.sample_length and length % tokens.sample_length:
             raise ValueError(
@@ -37,15 +37,16 @@ class Windows:
 
     def _shuffled(self, seed: int, epoch: int) -> np.ndarray:
         if self._permutation is None or self._permutation[0] != (seed, epoch):
-            # the shuffle does not depend on the type, so this is the order of permutation(len(self)) in half the memory
+            # the order is that of rng.permutation(len(self)), which takes twice the memory
             numbers = np.arange(len(self), dtype=np.uint32 if len(self) < 2**32 else np.uint64)
             np.random.default_rng([seed, epoch]).shuffle(numbers)
             self._permutation = (seed, epoch), numbers
         return self._permutation[1]
 
     def batch(self, indices: list[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Inputs (k, T), targets (k, T) with -100 where nothing counts, both int64; seq_idx (k, T) int32, or None where
-        no document begins inside of a window: nothing restarts, and kernels that need not look are faster."""
+        """Inputs (k, T) int64, targets (k, T) int64 with -100 where an id does not count, and seq_idx (k, T) int32.
+
+        seq_idx is None if no document begins inside a window, because kernels are faster without it."""
         T = self.length
         window = np.full((len(indices), T + 1), self.tokens.eot_id, dtype=np.int64)
         seq_idx = np.zeros((len(indices), T), dtype=np.int32)
@@ -57,7 +58,7 @@ class Windows:
             counts = self.tokens.counted
             counted[row, : len(ids) - 1] = True if counts is None else counts[start + 1 : start + T + 1]
             if self.reset:
-                # two searches in what may be a large file, then one in the window's own starts
+                # search the starts of all documents, perhaps a large file, only for the ends of the window
                 first, last = np.searchsorted(self.tokens.starts, [start, start + T - 1], side="right")
                 inside = self.tokens.starts[first:last]
                 seq_idx[row] = first + np.searchsorted(inside, np.arange(start, start + T), side="right")

@@ -18,19 +18,16 @@ from mamba2.data import open_source, read_documents
 BOM = b"\xef\xbb\xbf"
 
 
-@pytest.fixture(autouse=True)
-def cache(monkeypatch, tmp_path):
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
-
-
-def plain(documents) -> list:
-    return [document if isinstance(document, str) else document.tolist() for document in documents]
-
-
 def read(file, content: bytes | None = None) -> list:
     if content is not None:
         file.write_bytes(content)
-    return plain(read_documents(file, "train"))
+    return [text if isinstance(text, str) else text.tolist() for text in read_documents(file, "train")]
+
+
+def after_each(file) -> list[list]:
+    """For each document, those that come when reading goes on after it."""
+    source = open_source(file, "train")
+    return [[item.document for item in source.items(done.after)] for done in source.items((0, 0))]
 
 
 def refused(file, content: bytes | None = None) -> str:
@@ -44,10 +41,8 @@ def refused(file, content: bytes | None = None) -> str:
 
 TEXTS, IDS = ["one", None, "", "häß", "one"], [[1, 2], None, [], [3], [70000]]
 TEXT_TYPES = [pa.string(), pa.large_string(), pa.string_view(), pa.dictionary(pa.int8(), pa.string())]
-ID_TYPES = [
-    *(pa.list_(kind) for kind in (pa.int32(), pa.int64(), pa.uint32(), pa.uint64())),
-    *(pa.large_list(pa.int64()), pa.list_view(pa.int32()), pa.large_list_view(pa.int32())),
-]
+ID_TYPES = [pa.list_(kind) for kind in (pa.int32(), pa.int64(), pa.uint32(), pa.uint64())]
+ID_TYPES += [pa.large_list(pa.int64()), pa.list_view(pa.int32()), pa.large_list_view(pa.int32())]
 
 
 def table(file, column: str, array) -> object:
@@ -55,46 +50,25 @@ def table(file, column: str, array) -> object:
     return file
 
 
-@pytest.mark.parametrize("kind", TEXT_TYPES, ids=str)
-def test_text_of_every_type_is_read(tmp_path, kind):
-    file = table(tmp_path / "a.parquet", "text", pa.array(TEXTS, pa.string()).cast(kind))
-    assert read(file) == [text or "" for text in pq.read_table(file)["text"].to_pylist()]
+@pytest.mark.parametrize("kind", [*TEXT_TYPES, *ID_TYPES, pa.list_(pa.int16(), 2), pa.null()], ids=str)
+def test_a_column_of_every_type_is_read(tmp_path, kind):
+    column, values, empty = ("text", TEXTS, "") if kind in TEXT_TYPES else ("input_ids", IDS, [])
+    if pa.types.is_fixed_size_list(kind):
+        values = [[1, 2], None, [3, 4]]
+    elif pa.types.is_null(kind):
+        values, empty = [None] * 3, ""
+        assert read(table(tmp_path / "b.parquet", "text", pa.nulls(3))) == ["", "", ""]
+    file = table(tmp_path / "a.parquet", column, pa.array(values, kind))
+    expected = [empty if value is None else value for value in values]
+    assert read(file) == expected == [value or empty for value in pq.read_table(file)[column].to_pylist()]
 
 
-@pytest.mark.parametrize("kind", ID_TYPES, ids=str)
-def test_lists_of_every_type_of_integers_are_read(tmp_path, kind):
-    file = table(tmp_path / "a.parquet", "input_ids", pa.array(IDS, kind))
-    assert read(file) == [ids or [] for ids in pq.read_table(file)["input_ids"].to_pylist()]
-    fixed = table(tmp_path / "b.parquet", "input_ids", pa.array([[1, 2], None, [3, 4]], pa.list_(pa.int16(), 2)))
-    assert read(fixed) == [[1, 2], [], [3, 4]]
+OTHERS = [("text", pa.array([x])) for x in (b"bytes", 5, 1.5, True, ["a", "b"], [1, 2], {"a": "b"})]
+OTHERS += [("input_ids", pa.array([x])) for x in ("text", 5, [1.5], [True, False], ["a"], [[1], [2]])]
+OTHERS += [("input_ids", pa.array([[]], pa.list_(pa.float64())))]
 
 
-@pytest.mark.parametrize("column", ["text", "input_ids"])
-def test_a_column_of_nulls_is_of_empty_documents(tmp_path, column):
-    assert read(table(tmp_path / "a.parquet", column, pa.nulls(3))) == ["", "", ""]
-
-
-OTHERS = [
-    ("text", pa.array([b"bytes"])),
-    ("text", pa.array([5])),
-    ("text", pa.array([1.5])),
-    ("text", pa.array([True])),
-    ("text", pa.array([["a", "b"]])),
-    ("text", pa.array([[1, 2]])),
-    ("text", pa.array([{"a": "b"}])),
-    ("input_ids", pa.array(["text"])),
-    ("input_ids", pa.array([5])),
-    ("input_ids", pa.array([[1.5]])),
-    ("input_ids", pa.array([[]], pa.list_(pa.float64()))),
-    ("input_ids", pa.array([[True, False]])),
-    ("input_ids", pa.array([["a"]])),
-    ("input_ids", pa.array([[[1], [2]]])),
-]
-
-
-@pytest.mark.parametrize(
-    ("column", "array"), OTHERS, ids=lambda value: value if isinstance(value, str) else str(value.type)
-)
+@pytest.mark.parametrize(("column", "array"), OTHERS, ids=lambda x: x if isinstance(x, str) else str(x.type))
 def test_a_column_of_another_type_is_refused_by_name_and_type(tmp_path, column, array):
     message = refused(table(tmp_path / "a.parquet", column, array))
     found = pq.read_table(tmp_path / "a.parquet")[column].type
@@ -104,13 +78,20 @@ def test_a_column_of_another_type_is_refused_by_name_and_type(tmp_path, column, 
         read(tmp_path / "saved")
 
 
+def test_a_table_of_other_columns_is_refused(tmp_path):
+    rows = datasets.Dataset.from_dict({"body": ["x"]})
+    rows.save_to_disk(tmp_path / "saved")
+    rows.to_parquet(tmp_path / "a.parquet")
+    for source in ("saved", "a.parquet"):
+        assert refused(tmp_path / source).endswith("has neither a column input_ids nor text, only body")
+
+
 def test_a_null_inside_a_list_and_an_id_beyond_64_bits_are_refused(tmp_path):
-    rows = pa.array([[1]] * 200 + [[2, None]])
-    assert "row 200: the column input_ids holds a list with null" in refused(
-        table(tmp_path / "a.parquet", "input_ids", rows)
-    )
-    large = pa.array([[2**64 - 1]], pa.list_(pa.uint64()))
-    assert "more than 64 bits" in refused(table(tmp_path / "a.parquet", "input_ids", large))
+    for rows, message in (
+        (pa.array([[1]] * 200 + [[2, None]]), "row 200: the column input_ids holds a list with null"),
+        (pa.array([[2**64 - 1]], pa.list_(pa.uint64())), "more than 64 bits"),
+    ):
+        assert message in refused(table(tmp_path / "a.parquet", "input_ids", rows))
     assert "more than 64 bits" in refused(tmp_path / "a.jsonl", b'{"input_ids": [%d]}' % 2**63)
     bad = pa.StringArray.from_buffers(1, pa.py_buffer(np.array([0, 1], "<i4").tobytes()), pa.py_buffer(b"\xff"))
     assert "rows 0 to 0: text is not UTF-8" in refused(table(tmp_path / "a.parquet", "text", bad))
@@ -141,10 +122,7 @@ def test_a_damaged_parquet_file_is_named(tmp_path):
         ('{"text": [1]}', "the column text holds a list of int instead of text"),
         ('{"text": {"a": 1}}', "the column text holds dict instead of text"),
         ('{"input_ids": "a"}', "the column input_ids holds str instead of a list of integers"),
-        (
-            '{"input_ids": [1.7, 2.2, 3]}',
-            "the column input_ids holds a list of float, int instead of a list of integers",
-        ),
+        ('{"input_ids": [1.7, 2, 3]}', "input_ids holds a list of float, int instead of a list of integers"),
         ('{"input_ids": [3.0]}', "the column input_ids holds a list of float"),
         ('{"input_ids": [true, false]}', "the column input_ids holds a list of bool"),
         ('{"input_ids": [1, null]}', "the column input_ids holds a list of int, null"),
@@ -165,23 +143,16 @@ def test_json_of_another_shape_is_refused_by_place_and_what_was_found(tmp_path, 
 
 @pytest.mark.parametrize("before", [b"", BOM, b"\n \r\n", BOM + b"\n\n"])
 def test_marks_and_blank_lines_before_json_are_passed_over(tmp_path, before):
-    for content in (
-        b'[{"text": "a"}, {"text": "b"}]',
-        b'[\n{"text": "a"},\n{"text": "b"}]\n',
-        b'{"text": "a"}\n{"text": "b"}',
-    ):
-        file = tmp_path / "a.json"
+    file, rows = tmp_path / "a.json", (b'{"text": "a"}', b'{"text": "b"}')
+    for content in (b"[%s, %s]" % rows, b"[\n%s,\n%s]\n" % rows, b"%s\n%s" % rows):
         assert read(file, before + content) == ["a", "b"]
-        items = list(open_source(file, "train").items((0, 0)))
-        rest = [[item.document for item in open_source(file, "train").items(item.after)] for item in items]
-        assert rest == [["b"], []]
+        assert after_each(file) == [["b"], []]
 
 
 def test_the_first_row_says_the_column_also_where_reading_goes_on(tmp_path):
     rows = [{"text": "a"}, {"text": "b", "input_ids": [1]}, {"text": "c", "input_ids": [2]}]
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    source = open_source(tmp_path / "a.jsonl", "train")
-    assert [item.document for item in source.items(next(source.items((0, 0))).after)] == ["b", "c"]
+    assert after_each(tmp_path / "a.jsonl") == [["b", "c"], ["c"], []]
 
 
 # --------------------------------------------------------------------------------------------- encodings and packing
@@ -200,17 +171,13 @@ def test_a_byte_order_mark_is_removed_once_at_the_start(tmp_path):
 def test_an_empty_file_is_an_empty_document_and_read_once(tmp_path):
     for name in ("a", "b", "c"):
         (tmp_path / f"{name}.txt").write_text("" if name == "b" else name)
-    source = open_source(tmp_path, "train")
-    items = list(source.items((0, 0)))
-    assert [item.document for item in items] == ["a", "", "c"]
-    assert [[i.document for i in source.items(item.after)] for item in items] == [["", "c"], ["c"], []]
+    assert read(tmp_path) == ["a", "", "c"]
+    assert after_each(tmp_path) == [["", "c"], ["c"], []]
 
 
 def test_a_packed_file_that_is_cut_short_or_damaged_is_named(tmp_path):
     content = b"".join(b'{"text": "%d"}\n' % (i * i) for i in range(5000))
-    with pa.CompressedOutputStream(str(tmp_path / "whole.zst"), "zstd") as stream:
-        stream.write(content)
-    packed = {"gz": gzip.compress(content), "zst": (tmp_path / "whole.zst").read_bytes()}
+    packed = {"gz": gzip.compress(content), "zst": pa.compress(content, "zstd", asbytes=True)}
     for kind, whole in packed.items():
         file = tmp_path / f"a.jsonl.{kind}"
         assert len(read(file, whole)) == 5000
@@ -238,20 +205,16 @@ def value(generator, depth=0):
 
 
 def test_random_arrow_columns_are_what_pyarrow_reads_or_refused(tmp_path):
-    generator, read_ones = random.Random(0), 0
-    for number in range(400):
+    generator, read_ones, file = random.Random(0), 0, tmp_path / "a.parquet"
+    for _ in range(200):
         column, kind = generator.choice([("text", TEXT_TYPES), ("input_ids", ID_TYPES)])
         few = generator.choice([TEXTS, IDS, IDS, TEXTS, [value(generator) for _ in range(3)]])
         values = [generator.choice(few) for _ in range(generator.choice([1, 5, 300]))]
         try:
             array = pa.array(values)
             array = array.cast(generator.choice(kind)) if generator.random() < 0.5 else array
-        except (pa.ArrowException, TypeError, OverflowError):
-            continue
-        file = tmp_path / f"{number}.parquet"
-        try:
             pq.write_table(pa.table({column: array}), file, row_group_size=generator.choice([2, 1000]))
-        except pa.ArrowException:
+        except (pa.ArrowException, TypeError, OverflowError):
             continue
         try:
             found = read(file)
@@ -263,7 +226,7 @@ def test_random_arrow_columns_are_what_pyarrow_reads_or_refused(tmp_path):
         read_ones += 1
         missing = "" if pa.types.is_null(array.type) or column == "text" else []
         assert found == [missing if x is None else x for x in pq.read_table(file)[column].to_pylist()]
-    assert read_ones > 50
+    assert read_ones > 30
 
 
 def test_random_json_is_what_pyarrow_reads_or_refused(tmp_path):
@@ -298,10 +261,11 @@ def test_random_json_is_what_pyarrow_reads_or_refused(tmp_path):
 
 
 def test_json_and_parquet_files_give_what_datasets_gives(tmp_path):
-    for name in ("a.json", "b.jsonl", "c.parquet"):
-        file = tmp_path / name
-        rows = datasets.Dataset.from_dict({"text": [text or "" for text in TEXTS]})
-        rows.to_parquet(file) if name == "c.parquet" else rows.to_json(file, lines=name == "b.jsonl")
-        kind = "parquet" if name == "c.parquet" else "json"
+    rows = datasets.Dataset.from_dict({"text": [text or "" for text in TEXTS]})
+    rows.to_json(tmp_path / "a.json", lines=False)
+    rows.to_json(tmp_path / "a.jsonl", lines=True)
+    rows.to_parquet(tmp_path / "a.parquet")
+    for file in tmp_path.glob("a.*"):
+        kind = "parquet" if file.suffix == ".parquet" else "json"
         theirs = datasets.load_dataset(kind, data_files=str(file), split="train", cache_dir=str(tmp_path / "hf"))
-        assert read(file) == theirs["text"][:]
+        assert read(file) == theirs["text"][:] == rows["text"][:]
