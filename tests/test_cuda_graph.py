@@ -11,8 +11,8 @@ import torch
 from mamba2 import cuda_graph
 from mamba2.cuda_graph import GraphGradients
 from mamba2.model import Mamba2LM
-from mamba2.training import accumulate_gradients, make_optimizer, update
-from mamba2.training.step import add_gradients
+from mamba2.training import make_optimizer
+from mamba2.training.step import accumulate_gradients, add_gradients, update
 from tests.runs import arguments, make_study, run_train
 from tests.test_model import small_config
 from tests.training.test_training_step import make_windows

@@ -20,7 +20,8 @@ from mamba2.cli import run
 from mamba2.data import Tokens, Windows
 from mamba2.distributed import ALONE, World, full, parallelize
 from mamba2.model import Mamba2LM
-from mamba2.training import Job, RunFolder, accumulate_gradients, mean_loss
+from mamba2.training import Job, RunFolder
+from mamba2.training.step import accumulate_gradients, mean_loss
 from tests.distributed_runs import spawn, train
 from tests.runs import arguments, contents, make_study, metrics, run_train
 from tests.test_model import small_config

@@ -10,8 +10,8 @@ from torch.profiler import profile
 
 from mamba2.config import Mamba2Config
 from mamba2.model import Mamba2LM, num_parameters
-from mamba2.training import hardware, peak_flops, versions
-from mamba2.training.hardware import choose_dtype, memory_estimate
+from mamba2.training import hardware, versions
+from mamba2.training.hardware import choose_dtype, memory_estimate, peak_flops
 
 
 def kept_for_backward(

@@ -8,8 +8,8 @@ import torch
 from transformers import get_cosine_schedule_with_warmup
 
 from mamba2.model import Mamba2LM
-from mamba2.training import OPTIMIZERS, Schedule, make_optimizer
-from mamba2.training.optimizer import Muon
+from mamba2.training import OPTIMIZERS, make_optimizer
+from mamba2.training.optimizer import Muon, Schedule
 from tests.test_model import small_config
 
 

@@ -6,7 +6,8 @@ import torch
 
 from mamba2.data import Tokens, Windows
 from mamba2.model import Mamba2LM
-from mamba2.training import accumulate_gradients, make_optimizer, mean_loss, spread, update
+from mamba2.training import make_optimizer
+from mamba2.training.step import accumulate_gradients, mean_loss, spread, update
 from tests.test_model import small_config
 
 
