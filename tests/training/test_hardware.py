@@ -1,6 +1,7 @@
 """Peaks, memory and versions as they are said before a run."""
 
 import dataclasses
+import functools
 import subprocess
 import types
 
@@ -13,43 +14,42 @@ from mamba2.model import Mamba2LM, num_parameters
 from mamba2.training import hardware, versions
 from mamba2.training.hardware import choose_dtype, memory_estimate, peak_flops
 
+TOKENS = 256
 
-def kept_for_backward(
-    config: Mamba2Config, tokens: int, dtype: torch.dtype, checkpoint_every: int, keep_products_only: bool = False
-) -> int:
+
+def four_layers(file: str) -> Mamba2Config:
+    return dataclasses.replace(Mamba2Config.from_json(file), num_hidden_layers=4, vocab_size=64, chunk_size=64)
+
+
+@functools.cache
+def kept_for_backward(file: str, dtype: torch.dtype, checkpoint_every: int, keep_products_only: bool) -> int:
     """Bytes that the forward pass really keeps for the backward pass: what it allocates less what it frees."""
-    model = Mamba2LM(config).train()
+    model = Mamba2LM(four_layers(file)).train()
     model.backbone.checkpoint_every = checkpoint_every
     for layer in model.backbone.layers:
         layer.keep_products_only = keep_products_only
-    ids = torch.zeros(1, tokens, dtype=torch.int64)
+    ids = torch.zeros(1, TOKENS, dtype=torch.int64)
     with profile(profile_memory=True) as profiler, torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
         hidden = model.backbone(ids)[0]
     return sum(event.self_cpu_memory_usage for event in profiler.events()) - hidden.nbytes
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("every", [0, 1, 2])
-@pytest.mark.parametrize("config", ["configs/config.json", "configs/130m.json"])
-def test_the_memory_estimate_is_near_what_is_kept(config, every, dtype):
-    changes = {"num_hidden_layers": 4, "vocab_size": 64, "chunk_size": 64}
-    config = dataclasses.replace(Mamba2Config.from_json(config), **changes)
-    measured = kept_for_backward(config, 512, dtype, every)
-    if every:  # in the backward pass one block after the other has all of its activations
-        measured += kept_for_backward(config, 512, dtype, 0) // config.num_hidden_layers
-    weights = 16 * num_parameters(config)
-    assert memory_estimate(config, 1, 512, dtype, every) - weights == pytest.approx(measured, rel=0.25)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_memory_estimate_knows_that_products_alone_are_kept(dtype):
-    changes = {"num_hidden_layers": 4, "vocab_size": 64, "chunk_size": 64}
-    config = dataclasses.replace(Mamba2Config.from_json("configs/config.json"), **changes)
-    kept = kept_for_backward(config, 1024, dtype, 0, keep_products_only=True)
-    # In the backward pass one block after the other has all of its activations.
-    kept += kept_for_backward(config, 1024, dtype, 0) // 4
-    estimate = memory_estimate(config, 1, 1024, dtype, 0, keep_products_only=True) - 16 * num_parameters(config)
-    assert estimate == pytest.approx(kept, rel=0.25)
+@pytest.mark.parametrize(
+    ("file", "every", "products"),
+    [
+        *(("configs/config.json", every, False) for every in (0, 1, 2)),
+        *(("configs/130m.json", every, False) for every in (0, 1, 2)),
+        ("configs/config.json", 0, True),
+    ],
+)
+def test_the_memory_estimate_is_near_what_is_kept(file, every, products, dtype):
+    measured = kept_for_backward(file, dtype, every, products)
+    if every or products:  # in the backward pass one block after the other has all of its activations
+        measured += kept_for_backward(file, dtype, 0, False) // 4
+    config = four_layers(file)
+    estimate = memory_estimate(config, 1, TOKENS, dtype, every, products) - 16 * num_parameters(config)
+    assert estimate == pytest.approx(measured, rel=0.25)
 
 
 def test_weights_gradients_and_moments_are_shared_by_shards():

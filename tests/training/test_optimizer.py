@@ -12,9 +12,18 @@ from mamba2.training import OPTIMIZERS, make_optimizer
 from mamba2.training.optimizer import Muon, Schedule
 from tests.test_model import small_config
 
+MATRICES = ("embeddings.weight", "in_proj.weight", "out_proj.weight", "lm_head.weight")
 
-def decayed_by(decay: str) -> tuple[set[str], Mamba2LM]:
-    """Names of the parameters that a step with a gradient of zero moves."""
+
+@pytest.mark.parametrize(
+    ("decay", "reached"),
+    [
+        ("matrices", lambda name: name.endswith(MATRICES)),
+        ("all_but_biases", lambda name: not name.endswith(("dt_bias", "conv1d.bias"))),
+    ],
+)
+def test_weight_decay_reaches_what_it_is_for(decay, reached):
+    """By a step with a gradient of zero. In A_log only the first head does not move, as log 1 = 0."""
     model = Mamba2LM(small_config())
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     optimizer = make_optimizer(model, learning_rate=0.1, betas=(0.9, 0.99), weight_decay=0.5, decay=decay)
@@ -22,19 +31,8 @@ def decayed_by(decay: str) -> tuple[set[str], Mamba2LM]:
         p.grad = torch.zeros_like(p)
     optimizer.step()
     assert torch.allclose(model.lm_head.weight, before["lm_head.weight"] * 0.95)
-    return {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}, model
-
-
-def test_weight_decay_reaches_matrices_only():
-    decayed, model = decayed_by("matrices")
-    endings = ("embeddings.weight", "in_proj.weight", "out_proj.weight", "lm_head.weight")
-    assert decayed == {name for name, _ in model.named_parameters() if name.endswith(endings)}
-
-
-def test_the_legacy_decay_spares_biases_only():
-    decayed, model = decayed_by("all_but_biases")
-    # A_log of the first head is log 1 = 0, but others move
-    assert decayed == {name for name, _ in model.named_parameters() if not name.endswith(("dt_bias", "conv1d.bias"))}
+    moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert moved == set(filter(reached, before))
 
 
 def test_betas_and_eps_reach_adamw():
@@ -94,20 +92,18 @@ def test_every_parameter_is_in_one_group_and_a_group_may_have_a_rate_of_its_own(
         assert {group["peak"] for group in groups} == {0.1}
 
 
-def test_cosine_warms_up_then_falls_to_zero():
-    factors = [Schedule("cosine", 100, 10).factor(step) for step in range(101)]
-    assert factors[0] == 0.1 and factors[9] == factors[10] == 1.0
-    assert factors[55] == pytest.approx(0.5) and factors[100] == pytest.approx(0.0)
-    assert all(a >= b for a, b in itertools.pairwise(factors[10:]))
+def test_schedules_warm_up_then_fall_to_zero():
+    cosine, linear, wsd, constant = (
+        [Schedule(kind, 100, 20, decay_steps=40).factor(step) for step in range(101)]
+        for kind in ("cosine", "linear", "wsd", "constant")
+    )
+    for factors in (cosine, linear, wsd, constant):
+        assert factors[0] == 0.05 and factors[19] == factors[20] == 1.0
+        assert all(a >= b for a, b in itertools.pairwise(factors[20:]))
+    assert cosine[60] == linear[60] == wsd[80] == pytest.approx(0.5) and cosine[40] > linear[40]
+    assert [factors[100] for factors in (cosine, linear, wsd)] == pytest.approx([0.0] * 3)
+    assert set(wsd[19:61]) == set(constant[19:]) == {1.0} and linear[99] == pytest.approx(1 / 80)
     assert Schedule("cosine", 1).factor(0) == 1.0
-
-
-def test_linear_constant_and_wsd():
-    linear = [Schedule("linear", 100, 20).factor(step) for step in range(100)]
-    assert linear[20] == 1.0 and linear[60] == pytest.approx(0.5) and linear[99] == pytest.approx(1 / 80)
-    assert {Schedule("constant", 100, 20).factor(step) for step in range(19, 100)} == {1.0}
-    wsd = [Schedule("wsd", 100, 20, decay_steps=40).factor(step) for step in range(101)]
-    assert set(wsd[19:61]) == {1.0} and wsd[80] == pytest.approx(0.5) and wsd[100] == 0.0
 
 
 @pytest.mark.parametrize("kind", ["cosine", "linear", "wsd"])
