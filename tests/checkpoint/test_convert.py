@@ -78,24 +78,13 @@ def test_a_checkpoint_of_mamba_ssm_loads_with_equal_logits_and_goes_back(tmp_pat
     assert relative_error(logits(hub, ids), expected) < 1e-5
 
 
+COMMON = {"rms_norm": True, "residual_in_fp32": True, "fused_add_norm": True}
+
+
 def test_the_layout_of_state_spaces_models_pads_the_vocabulary():
-    config = from_mamba_ssm(
-        {
-            "d_model": 768,
-            "n_layer": 24,
-            "vocab_size": 50277,
-            "ssm_cfg": {"layer": "Mamba2"},
-            "attn_layer_idx": [],
-            "attn_cfg": {},
-            "d_intermediate": 0,
-            "rms_norm": True,
-            "residual_in_fp32": True,
-            "fused_add_norm": True,
-            "torch_dtype": "float16",
-            "pad_vocab_size_multiple": 16,
-            "tie_embeddings": True,
-        }
-    )
+    values = {"d_model": 768, "n_layer": 24, "vocab_size": 50277, "pad_vocab_size_multiple": 16, "tie_embeddings": True}
+    values |= {"ssm_cfg": {"layer": "Mamba2"}, "attn_layer_idx": [], "attn_cfg": {}, "d_intermediate": 0}
+    config = from_mamba_ssm({**values, **COMMON, "torch_dtype": "float16"})
     shape = (config.vocab_size, config.num_heads, config.head_dim, config.n_groups, config.state_size)
     assert shape == (50288, 24, 64, 1, 128)
     assert config.tie_word_embeddings and config.eos_token_id == 0
@@ -107,18 +96,8 @@ def test_codestrals_layout_loads(tmp_path):
     theirs = mamba_ssm_model(vocab=40, tied=False, d_model=64, ngroups=2)
     tensors = {f"model.{key}": tensor.bfloat16() for key, tensor in theirs.state_dict().items()}
     save_file(tensors, tmp_path / "consolidated.safetensors")
-    params = {
-        "dim": 64,
-        "n_layers": 2,
-        "vocab_size": 40,
-        "n_groups": 2,
-        "rms_norm": True,
-        "residual_in_fp32": True,
-        "fused_add_norm": True,
-        "pad_vocab_size_multiple": 1,
-        "tie_embeddings": False,
-        "model_type": "mamba",
-    }
+    params = {"dim": 64, "n_layers": 2, "vocab_size": 40, "pad_vocab_size_multiple": 1, "tie_embeddings": False}
+    params |= {"model_type": "mamba", "n_groups": 2, **COMMON}
     (tmp_path / "params.json").write_text(json.dumps(params))
     ours = Mamba2LM.from_pretrained(tmp_path)
     ids = random_ids(ours, 1, 10)
@@ -175,7 +154,7 @@ def test_a_folder_for_transformers_has_a_tokenizer_with_the_same_ids(tmp_path, n
     theirs = AutoTokenizer.from_pretrained(tmp_path / "hub")
     assert theirs.eos_token_id == ours.eot_id and len(theirs) == ours.vocab_size
     generator = random.Random(1)
-    texts = random_texts(1000) + ["".join(chr(generator.randint(1, 0x2FFF)) for _ in range(20)) for _ in range(300)]
+    texts = random_texts(2000) + ["".join(chr(generator.randint(1, 0x2FFF)) for _ in range(20)) for _ in range(500)]
     if ours.nfc:  # the library's tables of Unicode and Python's are not of one version
         library = theirs.backend_tokenizer.normalizer
         known = [text for text in texts if library.normalize_str(text) == unicodedata.normalize("NFC", text)]

@@ -22,21 +22,14 @@ from tests.test_model import relative_error, small_config
 
 OPTIONS = [
     {},
-    {"n_groups": 1},
-    {"n_groups": 8},
-    {"tie_word_embeddings": True},
-    {"use_bias": True},
-    {"use_conv_bias": False},
-    {"residual_in_fp32": False},
-    {"conv_kernel": 1},
-    {"conv_kernel": 2},
-    {"conv_kernel": 7},
+    *({"n_groups": groups} for groups in (1, 8)),
+    *({"conv_kernel": kernel} for kernel in (1, 2, 7)),
+    *({key: True} for key in ("tie_word_embeddings", "use_bias")),
+    *({key: False} for key in ("use_conv_bias", "residual_in_fp32")),
     {"time_step_limit": (0.01, 0.05)},
     {"expand": 3, "num_heads": 4, "head_dim": 24},
-    {"chunk_size": 5},
-    {"layer_norm_epsilon": 0.1},
-    {"state_size": 1},
-    {"vocab_size": 67},
+    {"chunk_size": 5, "layer_norm_epsilon": 0.1},
+    {"state_size": 1, "vocab_size": 67},
 ]
 
 
@@ -220,18 +213,16 @@ def test_a_prefill_in_pieces_equals_one_in_one_piece(segment):
 def test_prompts_of_different_lengths_equal_each_by_itself():
     model = make_model()
     lengths = [5, 1, 12, 5, 2]
-    ids = random_ids(model, 5, 12)
+    ids, more = random_ids(model, 5, 12), random_ids(model, 5, 6)
     for row, length in enumerate(lengths):
         ids[row, length:] = 10**9  # is never looked at
-    more = random_ids(model, 5, 6)
     logits, state = model.prefill(ids, lengths)
     decoder = PlainDecoder(model, state)
-    steps = [logits] + [decoder.step(more[:, t]).clone() for t in range(6)]
+    steps = torch.stack([logits, *(decoder.step(more[:, t]) for t in range(6))], dim=1)
     for row, length in enumerate(lengths):
-        alone = torch.cat([ids[row, :length], more[row]])[None]
         with torch.no_grad():
-            expected = model(alone)[0, length - 1 :]
-        assert relative_error(torch.stack([s[row] for s in steps]), expected) < 1e-5
+            expected = model(torch.cat([ids[row, :length], more[row]])[None])[0, length - 1 :]
+        assert relative_error(steps[row], expected) < 1e-5
 
 
 def test_rows_do_not_touch_each_other():

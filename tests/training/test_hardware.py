@@ -95,17 +95,14 @@ def test_versions_name_the_revision_or_say_that_it_is_unknown(monkeypatch):
     assert "revision unknown" in versions()
 
 
-def test_the_dtype_that_is_asked_for_is_used():
-    device = torch.device("cpu")
-    assert choose_dtype("bf16", device) == torch.bfloat16 and choose_dtype("fp32", device) == torch.float32
-
-
 @pytest.mark.parametrize(("capability", "dtype"), [((7, 0), torch.float32), ((8, 0), torch.bfloat16)])
 def test_a_gpu_that_only_emulates_bfloat16_is_not_given_it(monkeypatch, capability, dtype):
-    """Volta and Turing; asked as torch asks, of a device's capability."""
+    """Volta and Turing, unless it is asked for by name; asked as torch asks, of a device's capability."""
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     properties = types.SimpleNamespace(major=capability[0], minor=capability[1])
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *_: properties)
-    assert choose_dtype("auto", torch.device("cuda", 0)) == dtype
+    device = torch.device("cuda", 0)
+    assert choose_dtype("auto", device) == dtype
+    assert choose_dtype("bf16", device) == torch.bfloat16 and choose_dtype("fp32", device) == torch.float32

@@ -35,11 +35,6 @@ def test_weight_decay_reaches_what_it_is_for(decay, reached):
     assert moved == set(filter(reached, before))
 
 
-def test_betas_and_eps_reach_adamw():
-    group = make_optimizer(Mamba2LM(small_config()), 0.1, (0.7, 0.8), 0.5, eps=1e-3).param_groups[0]
-    assert group["betas"] == (0.7, 0.8) and group["eps"] == 1e-3
-
-
 @pytest.mark.parametrize("shape", [(8, 24), (24, 8), (16, 16)])
 def test_muon_is_torchs_where_a_matrix_has_no_parts(shape):
     generator = torch.Generator().manual_seed(0)
@@ -84,12 +79,13 @@ def test_muon_treats_the_parts_of_a_fused_projection_one_by_one_and_leaves_the_r
             torch.testing.assert_close(new.detach(), alone.detach(), rtol=1e-6, atol=1e-7, msg=name)
 
 
-def test_every_parameter_is_in_one_group_and_a_group_may_have_a_rate_of_its_own():
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_parameter_is_in_one_group_with_the_options_given(name):
     model = Mamba2LM(small_config())
-    for name in OPTIMIZERS:
-        groups = make_optimizer(model, 0.1, (0.9, 0.99), 0.5, name=name).param_groups
-        assert sorted(id(p) for group in groups for p in group["params"]) == sorted(map(id, model.parameters()))
-        assert {group["peak"] for group in groups} == {0.1}
+    groups = make_optimizer(model, 0.1, (0.7, 0.8), 0.5, eps=1e-3, name=name).param_groups
+    assert sorted(id(p) for group in groups for p in group["params"]) == sorted(map(id, model.parameters()))
+    assert {group["peak"] for group in groups} == {0.1}
+    assert {(group["betas"], group["eps"]) for group in groups if "betas" in group} == {((0.7, 0.8), 1e-3)}
 
 
 def test_schedules_warm_up_then_fall_to_zero():
