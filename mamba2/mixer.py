@@ -130,7 +130,7 @@ class Mamba2Mixer(nn.Module):
         """`forward` for one token: u (b, d) -> (b, d). Updates `state` in place."""
         z, xBC, dt = self.in_proj(u)  # (b, d_inner), (b, d_inner + 2 g n), (b, h)
         xBC = causal_conv1d_step(state.conv, xBC, self.conv1d.weight.squeeze(1), self.conv1d.bias)
-        x, B, C = self._by_head(*xBC.split(self._widths(), dim=-1))
+        x, B, C = by_head(self.config, *xBC.split(conv_widths(self.config), dim=-1))
         y = ssd_step(
             state.ssm,
             x,
@@ -157,23 +157,14 @@ class Mamba2Mixer(nn.Module):
             seq_idx=seq_idx,
             initial_state=None if state is None else state.conv,
             return_final_state=return_state,
-            splits=self._widths(),
+            splits=conv_widths(self.config),
         )
         pieces, conv_state = pieces if return_state else (pieces, None)
-        return self._by_head(*pieces), conv_state
+        return by_head(self.config, *pieces), conv_state
 
     def A(self) -> torch.Tensor:
         """A of each head (h,), negative, in float32 or float64."""
         return -self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32)).exp()
-
-    def _widths(self) -> tuple[int, int, int]:
-        bc = self.config.n_groups * self.config.state_size
-        return self.config.d_inner, bc, bc
-
-    def _by_head(self, x: torch.Tensor, B: torch.Tensor, C: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        cfg = self.config
-        groups = cfg.n_groups, cfg.state_size
-        return x.unflatten(-1, (cfg.num_heads, cfg.head_dim)), B.unflatten(-1, groups), C.unflatten(-1, groups)
 
     def _finish(self, y: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
         # The norm is per group, in training and evaluation alike.
@@ -206,7 +197,7 @@ class Mamba2Mixer(nn.Module):
         self.norm.weight.fill_(1.0)
 
     def in_proj_rows(self) -> tuple[int, ...]:
-        return self.config.d_inner, *self._widths(), self.config.num_heads
+        return self.config.d_inner, *conv_widths(self.config), self.config.num_heads
 
     def flops_per_token(self, length: int) -> int:
         """Projections, convolution, and the chunked scan (section 6: scores and their product with x within a chunk,
@@ -216,6 +207,20 @@ class Mamba2Mixer(nn.Module):
         projections = 2 * cfg.hidden_size * (cfg.d_in_proj + cfg.d_inner)
         scan = q * gn + q * h * cfg.head_dim + 4 * h * cfg.head_dim * cfg.state_size
         return projections + 2 * cfg.conv_kernel * cfg.conv_dim + scan
+
+
+def conv_widths(config: Mamba2Config) -> tuple[int, int, int]:
+    """Widths of x, B and C, the parts of the convolution's input."""
+    bc = config.n_groups * config.state_size
+    return config.d_inner, bc, bc
+
+
+def by_head(
+    config: Mamba2Config, x: torch.Tensor, B: torch.Tensor, C: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """x (..., d_inner) -> (..., h, p), B and C (..., g n) -> (..., g, n)."""
+    groups = config.n_groups, config.state_size
+    return x.unflatten(-1, (config.num_heads, config.head_dim)), B.unflatten(-1, groups), C.unflatten(-1, groups)
 
 
 def draw_uniform(tensor: torch.Tensor | None, bound: float, generator: torch.Generator) -> None:

@@ -22,12 +22,17 @@ from mamba2.distributed import World, full, parallelize
 from mamba2.model import Mamba2LM
 from mamba2.training import Job, RunFolder
 from mamba2.training.step import accumulate_gradients, mean_loss
+from tests import runs
 from tests.distributed_runs import spawn, train
-from tests.runs import arguments, contents, make_study, metrics, run_train
+from tests.runs import contents, make_study, metrics, run_train
 from tests.test_model import small_config
 from train import main
 
 PARALLEL = ("ddp", "fsdp")
+
+
+def arguments(study: Path, output: Path, *options: object) -> list[str]:
+    return runs.arguments(study, output, "--max-steps", 5, *options)
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +53,7 @@ def losses(output: Path, key: str = "loss") -> list[float]:
 
 @pytest.fixture(scope="module")
 def stopped(study):
-    """Runs of two processes that were stopped in the middle of step 3 of 8, by a signal to the second one."""
+    """Runs of two processes that were stopped in the middle of step 3 of 5, by a signal to the second one."""
 
     def stop(parallel: str):
         output = study / f"{parallel}-stopped"

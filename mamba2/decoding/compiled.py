@@ -15,7 +15,7 @@ from typing import NamedTuple, Self
 import torch
 import torch.nn.functional as F
 
-from mamba2.mixer import MixerState
+from mamba2.mixer import MixerState, by_head, conv_widths
 from mamba2.model import Mamba2Block, Mamba2LM
 from mamba2.ops.fusion import compile_like, require_cxx_compiler
 from mamba2.ops.norm_torch import add_rms_norm_reference, gated_rms_norm_reference
@@ -60,7 +60,6 @@ class CompiledDecoder:
     def _step(self, input_ids: torch.Tensor) -> torch.Tensor:
         cfg = self.config
         wide = torch.promote_types(self.head.dtype, torch.float32)
-        sizes = [cfg.d_inner, cfg.n_groups * cfg.state_size, cfg.n_groups * cfg.state_size]
         x, residual = F.embedding(input_ids, self.embeddings), None  # (b, d)
         if cfg.residual_in_fp32:
             x = x.to(wide)
@@ -68,14 +67,14 @@ class CompiledDecoder:
             u, residual = add_rms_norm_reference(x, residual, layer.norm, cfg.layer_norm_epsilon, wide)
             zxBCdt = _product(u, layer.in_proj, layer.in_bias)
             z, xBC, dt = zxBCdt.split([cfg.d_inner, cfg.conv_dim, cfg.num_heads], dim=-1)
-            x, B, C = _convolve(layer, xBC).split(sizes, dim=-1)
+            x, B, C = by_head(cfg, *_convolve(layer, xBC).split(conv_widths(cfg), dim=-1))
             y = ssd_step_reference(
                 layer.ssm,
-                x.unflatten(-1, (cfg.num_heads, cfg.head_dim)),  # (b, h, p)
+                x,  # (b, h, p)
                 dt,  # (b, h)
                 -layer.A_log.exp(),
-                B.unflatten(-1, (cfg.n_groups, cfg.state_size)),  # (b, g, n)
-                C.unflatten(-1, (cfg.n_groups, cfg.state_size)),
+                B,  # (b, g, n)
+                C,
                 D=layer.D,
                 z=None,
                 dt_bias=layer.dt_bias,

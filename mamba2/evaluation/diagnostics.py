@@ -90,7 +90,7 @@ def decay_mask(dt: torch.Tensor, A: float) -> np.ndarray:
     return mask.masked_fill(torch.ones_like(mask).triu(1).bool(), math.nan).numpy(force=True)
 
 
-# ----------------------------------------------------------------------------------------------------- against training
+# -------------------------------------------------------------------------------------------- before and after training
 
 
 def initial_model(model: Mamba2LM) -> Mamba2LM:
@@ -121,7 +121,7 @@ def drift(before: Mamba2LM, after: Mamba2LM) -> dict[str, float]:
     return {"mean": float(moved.mean()), "largest": float(moved.max()), "rank_correlation": correlation}
 
 
-# ------------------------------------------------------------------------------------------------------ signals in time
+# ------------------------------------------------------------------------------------------- over distance and position
 
 
 def gradient_against_distance(model: Mamba2LM, ids: torch.Tensor) -> np.ndarray:
@@ -179,7 +179,7 @@ def log_bins(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.array(ends), np.array([values[end // 2 : end].mean() for end in ends])
 
 
-# ----------------------------------------------------------------------------------------------------------- altogether
+# ------------------------------------------------------------------------------------------------------------ summaries
 
 
 def gradient_norms(model: Mamba2LM, ids: torch.Tensor) -> list[float]:
