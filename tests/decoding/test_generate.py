@@ -226,7 +226,7 @@ def test_the_command_compiles_when_told_and_prints_the_same(folder, call, monkey
 
 
 def test_the_options_of_the_command_change_the_text(folder, call):
-    base = (folder, "a", "--max-new-tokens", 30, "--seed", 1)
+    base = (folder, "a", "--max-new-tokens", 60, "--seed", 1)
     plain = call(*base)
     assert call(*base) == plain
     for options in (
