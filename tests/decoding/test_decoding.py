@@ -98,6 +98,7 @@ def test_other_dtypes_decode_too(dtype, batch):
     assert decoder.state()[0].ssm.dtype == torch.promote_types(dtype, torch.float32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("batches", "changes"),
     [

@@ -221,8 +221,6 @@ def test_the_command_compiles_when_told_and_prints_the_same(folder, call, monkey
     assert not made and call(*plain, "--compile") == expected and len(made) == 1
     interactive = (folder, "--interactive", *plain[2:])
     assert "\n" in call(*interactive, "--compile", stdin="a\nb\n") and len(made) == 3
-    two = call(*plain, "--samples", 2)
-    assert call(*plain, "--samples", 2, "--compile") == two and len(made) == 4
 
 
 def test_the_options_of_the_command_change_the_text(folder, call):

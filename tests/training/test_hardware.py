@@ -14,17 +14,17 @@ from mamba2.model import Mamba2LM, num_parameters
 from mamba2.training import hardware, versions
 from mamba2.training.hardware import choose_dtype, memory_estimate, peak_flops
 
-TOKENS = 256
+TOKENS, LAYERS = 256, 2
 
 
-def four_layers(file: str) -> Mamba2Config:
-    return dataclasses.replace(Mamba2Config.from_json(file), num_hidden_layers=4, vocab_size=64, chunk_size=64)
+def shallow(file: str) -> Mamba2Config:
+    return dataclasses.replace(Mamba2Config.from_json(file), num_hidden_layers=LAYERS, vocab_size=64, chunk_size=64)
 
 
 @functools.cache
 def kept_for_backward(file: str, dtype: torch.dtype, checkpoint_every: int, keep_products_only: bool) -> int:
     """Bytes that the forward pass really keeps for the backward pass: what it allocates less what it frees."""
-    model = Mamba2LM(four_layers(file)).train()
+    model = Mamba2LM(shallow(file)).train()
     model.backbone.checkpoint_every = checkpoint_every
     for layer in model.backbone.layers:
         layer.keep_products_only = keep_products_only
@@ -46,8 +46,8 @@ def kept_for_backward(file: str, dtype: torch.dtype, checkpoint_every: int, keep
 def test_the_memory_estimate_is_near_what_is_kept(file, every, products, dtype):
     measured = kept_for_backward(file, dtype, every, products)
     if every or products:  # in the backward pass one block after the other has all of its activations
-        measured += kept_for_backward(file, dtype, 0, False) // 4
-    config = four_layers(file)
+        measured += kept_for_backward(file, dtype, 0, False) // LAYERS
+    config = shallow(file)
     estimate = memory_estimate(config, 1, TOKENS, dtype, every, products) - 16 * num_parameters(config)
     assert estimate == pytest.approx(measured, rel=0.25)
 
