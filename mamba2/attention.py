@@ -1,12 +1,12 @@
-"""Causal self-attention in place of a Mamba-2 mixer, in the layers that the config's `attn_layer_idx` names.
+"""Causal self-attention, the mixer of the layers in the config's `attn_layer_idx`.
 
-`mamba2.mixer` says what a mixer is. Names, shapes and options (`attn_cfg`) are those of mamba-ssm's `MHA`, of which
-state-spaces' mamba2attn-2.7b is made.
+The interface of a mixer is described in `mamba2.mixer`. Names, shapes and options (`attn_cfg`) are those of mamba-ssm's
+`MHA`, which state-spaces' mamba2attn-2.7b uses.
 
-    q, k, v = conv(in_proj(u))        q, k rotated by their place in the document (Su et al. 2021, arXiv:2104.09864)
-    y = out_proj(softmax(q kᵀ / √d over the tokens of the document up to this one) v)
+    q, k, v = conv(in_proj(u))        q, k rotated by position in the document (RoPE, Su et al. 2021, arXiv:2104.09864)
+    y = out_proj(softmax(q kᵀ / √d) v)             over the tokens of the same document up to this one
 
-b batch, l seqlen, t tokens remembered, h heads, g heads of keys and values, d head_dim, r rotary_emb_dim, K d_conv.
+b batch, l seqlen, t tokens in the state, h heads, g heads of keys and values, d head_dim, r rotary_emb_dim, K d_conv.
 """
 
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ from mamba2.ops import causal_conv1d, causal_conv1d_step
 
 @dataclass
 class AttentionState:
-    """All that one attention mixer remembers: every token of the document so far. The last `lengths` of a row count."""
+    """Keys and values of the document so far. Rows are padded on the left: only the last `lengths` tokens count."""
 
     conv: torch.Tensor  # (b, K - 1, (h + 2 g) d), the last inputs of the convolution
     k: torch.Tensor  # (b, t, g, d), rotated
@@ -35,16 +35,16 @@ class AttentionState:
         return AttentionState(*(function(getattr(self, field.name)) for field in fields(self)))
 
     def detach(self) -> Self:
-        """The same values, through which no gradient flows back."""
+        """The same values without gradient."""
         return self._map(torch.Tensor.detach)
 
     def rows(self, index: list[int] | slice) -> Self:
-        """A copy of some rows of the batch, in the order of `index`."""
+        """A copy of the rows `index` of the batch."""
         return self._map(lambda tensor: tensor[index].clone())
 
     @staticmethod
     def join(states: Sequence["AttentionState"]) -> "AttentionState":
-        """The rows of all, one after the other, filled up at the left to the longest."""
+        """Concatenate along the batch; k and v are padded on the left to the longest."""
         longest = max(state.k.shape[1] for state in states)
         k, v = (
             torch.cat([F.pad(part, (0, 0, 0, 0, longest - part.shape[1], 0)) for part in parts])
@@ -93,12 +93,12 @@ class AttentionMixer(nn.Module):
         if not return_state:
             return y, None
         lengths = places[:, -1] + 1
-        # Of documents that ended nothing is kept.
+        # Keep the last document only.
         kept = k.shape[1] if document is None else int(lengths.max())
         return y, AttentionState(conv, k[:, k.shape[1] - kept :], v[:, v.shape[1] - kept :], lengths)
 
     def step(self, u: torch.Tensor, state: AttentionState) -> torch.Tensor:
-        """`forward` for one token: u (b, hidden_size); `state` grows by one."""
+        """`forward` for one token: u (b, hidden_size) to y of the same shape. Updates `state` in place."""
         qkv = self.in_proj(u)
         if self.conv1d is not None:
             weight, bias = self.conv1d.weight.squeeze(1), self.conv1d.bias
@@ -112,7 +112,8 @@ class AttentionMixer(nn.Module):
     def _places(
         self, u: torch.Tensor, seq_idx: torch.Tensor | None, state: AttentionState | None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Of each token its place in its document and, with seq_idx, the document's number: 0 is that of the state."""
+        """Each token's position in its document and, with seq_idx, the number of the document, (b, l) each. Document 0
+        is the one that `state` belongs to."""
         b, l, _ = u.shape
         index = torch.arange(l, device=u.device).expand(b, l)
         before = torch.zeros(b, 1, dtype=torch.int64, device=u.device) if state is None else state.lengths[:, None]
@@ -124,7 +125,7 @@ class AttentionMixer(nn.Module):
         return index - start + torch.where(document == 0, before, 0), document
 
     def _visible(self, l: int, document: torch.Tensor | None, state: AttentionState | None) -> torch.Tensor:
-        """Which keys each of l queries sees, (b or 1, 1, l, t + l): of its document, up to itself."""
+        """The attention mask, (b or 1, 1, l, t + l): True for keys of the query's document up to the query itself."""
         device = self.out_proj.weight.device
         visible = torch.ones(l, l, dtype=torch.bool, device=device).tril()[None]
         if document is not None:
@@ -139,7 +140,7 @@ class AttentionMixer(nn.Module):
         return visible[:, None]
 
     def _heads(self, qkv: torch.Tensor, places: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """q (b, l, h, d), k and v (b, l, g, d), of (b, l, (h + 2 g) d); q and k rotated."""
+        """Split qkv (b, l, (h + 2 g) d) into q (b, l, h, d), k and v (b, l, g, d), and rotate q and k."""
         q, k, v = (part.unflatten(-1, (-1, self.shape.head_dim)) for part in qkv.split(self.widths, dim=-1))
         r, base = self.shape.rotary_emb_dim, self.shape.rotary_emb_base
         if r == 0:
@@ -156,7 +157,7 @@ class AttentionMixer(nn.Module):
         return rotate(q), rotate(k), v
 
     def _attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-        """`mask` None: every token sees those up to itself."""
+        """Attention and out_proj, (b, l, hidden_size). `mask` None: plain causal attention."""
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (b, h or g, tokens, d)
         scale, grouped = self.shape.softmax_scale, q.shape[1] != k.shape[1]
         y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, scale=scale, enable_gqa=grouped)
@@ -169,7 +170,7 @@ class AttentionMixer(nn.Module):
         return AttentionState(conv, empty, empty, torch.zeros(batch, dtype=torch.int64, device=weight.device))
 
     def init_parameters(self, generator: torch.Generator) -> None:
-        """As the Mamba-2 mixer's."""
+        """As in the Mamba-2 mixer."""
         for linear in (self.in_proj, self.out_proj):
             init_linear(linear, generator)
         if self.config.rescale_prenorm_residual:
@@ -182,7 +183,7 @@ class AttentionMixer(nn.Module):
         return self.widths
 
     def flops_per_token(self, length: int) -> int:
-        """Projections, convolution, scores and their product with v; a token sees half of the length on average."""
+        """Projections, convolution, scores and their product with v. A token attends to half the window on average."""
         inner = self.widths[0]
         projections = 2 * self.config.hidden_size * (sum(self.widths) + inner)
         return projections + 2 * self.shape.d_conv * sum(self.widths) + 2 * inner * length

@@ -1,6 +1,6 @@
-"""CUDA graphs: a token of decoding, or forward and backward of a micro-batch, as one launch.
+"""CUDA graphs: one decoding step, or forward and backward of one micro-batch, as a single launch.
 
-Not run yet on a GPU: nothing here has been seen to work but the code that it captures, which the tests run without one.
+Not yet run on a GPU. The tests run the captured code without one; the capture itself is untested.
 """
 
 import math
@@ -12,11 +12,11 @@ import torch
 from mamba2.model import Mamba2LM
 
 T = TypeVar("T")
-WARM_UPS = 3  # runs before the capture: kernels are compiled, workspaces allocated
+WARM_UPS = 3  # runs before the capture, to compile kernels and allocate workspaces
 
 
 def capture(run: Callable[[], T]) -> tuple[torch.cuda.CUDAGraph, T]:
-    """Run it WARM_UPS times, then record it. Returns the graph and what it returned, which every replay overwrites."""
+    """Call `run` WARM_UPS times, then capture it. Returns the graph and run's result, which every replay overwrites."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -30,9 +30,10 @@ def capture(run: Callable[[], T]) -> tuple[torch.cuda.CUDAGraph, T]:
 
 
 class GraphGradients:
-    """`add(batch, tokens, total)`, which adds the gradient of a micro-batch, captured once for each shape of batch.
+    """`add(batch, tokens, total)` as a CUDA graph, captured once for each shape of batch.
 
-    The gradients must stay where they are from step to step: zeroed, not freed.
+    `add` adds the gradient of a micro-batch. The gradients must keep their memory from step to step: zero them, do not
+    set them to None.
     """
 
     def __init__(self, model: Mamba2LM, add: Callable):
@@ -45,7 +46,7 @@ class GraphGradients:
                 if parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
             place = [None if tensor is None else tensor.clone() for tensor in batch]
-            # In a mean over infinitely many tokens the warming up adds nothing.
+            # During warm-up the loss is divided by infinity, so the gradients added are zero.
             divisor, loss = torch.full((), math.inf, device=total.device), torch.zeros_like(total)
             graph, _ = capture(lambda: self.add(place, divisor, loss))
             self._captured[shape] = graph, place, divisor, loss

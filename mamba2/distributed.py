@@ -1,8 +1,8 @@
-"""Several processes that train one model together, started by torchrun: one for each device.
+"""Training one model in several processes, one per device, started by torchrun.
 
-Every process runs the whole of train.py. They share the windows of a step, and what they compute is what one process
-would: loss and gradient are sums over the processes, divided by the tokens of all. DDP keeps the model on every device;
-FSDP2 keeps a share of every weight, gradient and moment on each and gathers one block's weights when it is their turn.
+Every process runs train.py. They divide the windows of each step among themselves; loss and gradient are summed over
+the processes and divided by the total number of tokens, so the result is that of one process. DDP keeps a copy of the
+model on every device; FSDP2 shards weights, gradients and moments, and gathers the weights of one block at a time.
 """
 
 import os
@@ -29,7 +29,7 @@ PARALLEL = ("ddp", "fsdp")
 
 @dataclass(frozen=True)
 class World:
-    """This process among `size`. Rank 0 writes what is not sharded and speaks; one process alone is rank 0 of 1."""
+    """This process's rank among `size`. Rank 0 prints and writes what is not sharded. Default: a single process."""
 
     rank: int = 0
     size: int = 1
@@ -37,7 +37,7 @@ class World:
 
     @classmethod
     def join(cls) -> Self:
-        """The processes that torchrun started, by its environment variables, or this one alone."""
+        """Join the processes that torchrun started, found by its environment variables; without them, a World of 1."""
         if "WORLD_SIZE" not in os.environ:
             return cls()
         local_rank = int(os.environ["LOCAL_RANK"])
@@ -48,10 +48,10 @@ class World:
 
     @staticmethod
     def leave() -> None:
-        """For an end that every process comes to; after an error a process just exits, and torchrun ends the others."""
+        """Destroy the process group. Every process must call this, except after an error, when torchrun ends them."""
         if dist.is_initialized():
-            # gloo's threads let go of their last tensors after the work is done, and need Python's lock for that. A
-            # thread that holds it, destroys the group and waits for them would never end; one that sleeps lets it go.
+            # gloo's threads need Python's lock to free their last tensors. destroy_process_group holds the lock while
+            # it waits for them, a deadlock; sleeping first releases it.
             dist.barrier()
             time.sleep(0.2)
             dist.destroy_process_group()
@@ -61,13 +61,13 @@ class World:
         return self.rank == 0
 
     def sum(self, value: torch.Tensor) -> torch.Tensor:
-        """Sum over the processes, on each."""
+        """The sum over the processes, in every process."""
         if self.size > 1:
             dist.all_reduce(value := value.clone())
         return value
 
     def max(self, value: int) -> int:
-        """Largest over the processes, on each."""
+        """The largest value over the processes, in every process."""
         if self.size > 1:
             tensor = torch.tensor(value)
             dist.all_reduce(tensor, dist.ReduceOp.MAX)
@@ -75,7 +75,7 @@ class World:
         return value
 
     def first(self, function: Callable[[], T]) -> T:
-        """What `function` returns on rank 0, where alone it runs. An error of it ends every process."""
+        """Run `function` on rank 0 only; every process gets its result. An error in it ends every process."""
         if self.size == 1:
             return function()
         result: list[Any] = [None, None]
@@ -88,25 +88,25 @@ class World:
                 raise
         dist.broadcast_object_list(result)
         if result[1] is not None:
-            raise SystemExit(1)  # rank 0 says why
+            raise SystemExit(1)  # rank 0 prints the error
         return result[0]
 
     def gather(self, value: T) -> list[T]:
-        """The value of every process, on each, by rank."""
-        values: list[Any] = [value]
+        """The values of all processes by rank, in every process."""
+        values: list[Any] = [value] * self.size
         if self.size > 1:
-            dist.all_gather_object(values := [None] * self.size, value)
+            dist.all_gather_object(values, value)
         return values
 
     def in_turn_on_a_node(self, function: Callable[[], T]) -> T:
-        """What `function` returns; the first process of each node runs it before the others, and fills its caches."""
+        """The result of `function`. The first process of each node runs it before the others, to fill the caches."""
         result = function() if self.local_rank == 0 else None
         if self.size > 1:
             dist.barrier()
         return function() if self.local_rank else result
 
     def share(self, items: list[T]) -> list[T]:
-        """This process's share of `items`, as even as can be."""
+        """This process's share of `items`: every `size`-th one."""
         return items[self.rank :: self.size]
 
 
@@ -114,16 +114,16 @@ ALONE = World()
 
 
 def parallelize(model: Mamba2LM, world: World, parallel: str, dtype: torch.dtype) -> nn.Module:
-    """The module whose forward and backward train `model` together with the other processes.
+    """The module to call in place of `model`, whose backward sums the gradients over the processes.
 
-    With `fsdp` the model itself is sharded, in place. The projections, nearly all of a block, are gathered in `dtype`;
-    dt_bias, A_log, D, norms, convolution, embeddings and every gradient's sum stay in float32.
+    `fsdp` shards the model in place. The projections, nearly all of a block's weights, are gathered in `dtype`;
+    dt_bias, A_log, D, norms, convolution, embeddings, and the sums of all gradients stay in float32.
     """
     if not dist.is_initialized():
         return model
     if parallel == "ddp":
         return DistributedDataParallel(model, gradient_as_bucket_view=True)
-    # Blocks return the state, parts of larger tensors, beside their output; nothing writes into either.
+    # The states that blocks return are views of larger tensors; nothing writes into them.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     mesh = init_device_mesh("cuda" if torch.cuda.is_available() else "cpu", (world.size,))
     float32 = MixedPrecisionPolicy(cast_forward_inputs=False)
@@ -139,7 +139,7 @@ def parallelize(model: Mamba2LM, world: World, parallel: str, dtype: torch.dtype
 
 
 def gradient_sync(model: nn.Module, wanted: bool) -> AbstractContextManager:
-    """Around forward and backward of a micro-batch: gradients are summed over the processes after the last one only."""
+    """Context for forward and backward of a micro-batch: gradients are summed over the processes only if `wanted`."""
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(wanted)
     elif isinstance(model, DistributedDataParallel) and not wanted:
@@ -148,11 +148,11 @@ def gradient_sync(model: nn.Module, wanted: bool) -> AbstractContextManager:
 
 
 def reshard(model: nn.Module) -> None:
-    """After a forward pass that no backward pass follows: make the parameters the sharded ones again."""
+    """Free the gathered weights after a forward pass without a backward pass."""
     if isinstance(model, FSDPModule):
         model.reshard()
 
 
 def full(tensor: torch.Tensor) -> torch.Tensor:
-    """The whole of a tensor, of which each process may hold a part. Every process must call it."""
+    """The whole of a tensor that may be sharded. Every process must call this."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -1,10 +1,10 @@
-"""Text from a model: the prompt in one pass, then token after token with the state carried along.
+"""Generate text: read the prompt in one pass, then draw one token at a time with the state carried along.
 
     python -m mamba2.generate runs/tiny/trained/seed-42-uniform-final "def main"
     echo "def main" | python -m mamba2.generate MODEL --temperature 0.8 --top-p 0.95 --samples 3
     python -m mamba2.generate MODEL --interactive
 
-Time and memory per token do not depend on how many came before.
+Time and memory per token do not depend on the length of the text.
 """
 
 import argparse
@@ -24,14 +24,14 @@ from mamba2.tokenizer import Tokenizer, get_tokenizer, load_tokenizer
 
 
 class NoDistribution(ValueError):
-    """The model gives logits that are not finite, from which nothing can be drawn."""
+    """The model's logits are not finite, so that nothing can be drawn from them."""
 
 
 class TokenStream:
-    """Draws the next id of every row, for as long as it is asked: an endless iterator of (b,) int64.
+    """An endless iterator that draws the next id of every row, (b,) int64.
 
-    `state()` is the state before the ids that were drawn last, `last` (None before the first): going on from there
-    with these ids in front is the same as never having stopped.
+    `last` is what was drawn last (None at first), and `state()` the state before it: a new stream from that state with
+    `last` as its prompt continues the same text.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class TokenStream:
         samples: int = 1,
         compiled: bool = False,
     ):
-        """Read the prompts; arguments as `generate`'s. With `samples` each prompt is read once and continued so often:
+        """Read the prompts; for the arguments see `generate`. Each prompt is read once and continued `samples` times:
         row i of what is drawn continues prompt i // samples. Raises NoDistribution."""
         self.sampling, self.generator, self.last = sampling, generator, None
         self.logits, state = model.prefill(input_ids, lengths, state)
@@ -87,39 +87,28 @@ def generate(
     temperature: float = 1.0,
     generator: torch.Generator | None = None,
     *,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    min_p: float = 0.0,
-    repetition_penalty: float = 1.0,
     lengths: list[int] | None = None,
     eos_token_id: int | None = None,
-    vocab_size: int | None = None,
     compiled: bool = False,
+    **sampling: float,
 ) -> torch.Tensor:
     """Continue each row of `input_ids` (b, l) by `max_new_tokens` ids. Returns (b, l + max_new_tokens) int64.
 
     Arguments:
-        temperature, top_k, top_p, min_p, repetition_penalty, vocab_size: see
+        temperature, and as `sampling` top_k, top_p, min_p, repetition_penalty, vocab_size: see
             `mamba2.decoding.sampling.Sampling`; temperature 0 takes the most likely id.
         generator: on the model's device; None draws from torch's global one.
-        lengths: tokens of each row that are its prompt, where they differ. The new ids follow the prompt directly, and
-            fill the row up to the longest result's length with eos_token_id, or 0.
-        eos_token_id: rows that drew it are filled up with it.
-        compiled: on a processor, compile the step first (`mamba2.decoding.compiled`): a quarter of a minute, once.
+        lengths: the length of each row's prompt, if they differ. The new ids follow the prompt directly, and the rest
+            of the row is filled with eos_token_id, or 0.
+        eos_token_id: a row ends when it draws this id and is filled up with it.
+        compiled: on a CPU, compile the step first (`mamba2.decoding.compiled`): 15 seconds, once.
 
-    Memory and time per token do not depend on the length. Raises ValueError naming an id outside the vocabulary or an
-    option out of range, NoDistribution where the logits after the prompt are not finite.
+    Raises ValueError naming an id outside the vocabulary or an option out of range, NoDistribution if the logits after
+    the prompt are not finite.
     """
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens must be at least 0, not {max_new_tokens}")
-    sampling = Sampling(
-        repetition_penalty=repetition_penalty,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        vocab_size=vocab_size,
-    )
+    filters = Sampling(temperature=temperature, **sampling)
     b, l = input_ids.shape
     fill = 0 if eos_token_id is None else eos_token_id
     result = input_ids.new_full((b, l + max_new_tokens), fill)
@@ -130,7 +119,7 @@ def generate(
         return result
     ended = torch.zeros(b, dtype=torch.bool, device=input_ids.device)
     rows = torch.arange(b, device=input_ids.device)
-    stream = TokenStream(model, input_ids, sampling, generator, lengths, compiled=compiled)
+    stream = TokenStream(model, input_ids, filters, generator, lengths, compiled=compiled)
     for count, ids in zip(range(max_new_tokens), stream):
         if eos_token_id is not None:
             ids = torch.where(ended, eos_token_id, ids)
@@ -142,7 +131,7 @@ def generate(
 
 
 class TextStream:
-    """Ids in, text out, in pieces that never end inside a character, up to a stop string or the end of text."""
+    """Turns ids into text piece by piece, never splitting a character, until a stop string or the end of text."""
 
     def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...] = ()):
         self.tokenizer, self.stop = tokenizer, tuple(s for s in stop if s)
@@ -151,23 +140,25 @@ class TextStream:
         self.ended = False
 
     def push(self, token_id: int) -> str:
-        """The text that is certain now; sets `ended` when a stop string, which is left out, or the end is reached."""
-        if token_id == self.tokenizer.eot_id:
+        """The text that can be shown now, "" after the end. Sets `ended` at the end of text or at a stop string, which
+        is not shown."""
+        if self.ended or token_id == self.tokenizer.eot_id:
             return self.finish()
         text = self._held + self._decoder.decode(self.tokenizer.decode_bytes([token_id]))
         found = [at for s in self.stop if (at := text.find(s)) >= 0]
         if found:
-            self.ended, self._held = True, ""
+            self.ended = True
             return text[: min(found)]
         keep = max((k for s in self.stop for k in range(1, len(s)) if text.endswith(s[:k])), default=0)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]
 
     def finish(self) -> str:
-        """What is still held back, when no more ids will come; half a character becomes U+FFFD."""
+        """The text still held back, when no more ids will come. An incomplete character becomes U+FFFD."""
+        if self.ended:
+            return ""
         self.ended = True
-        text, self._held = self._held + self._decoder.decode(b"", final=True), ""
-        return text
+        return self._held + self._decoder.decode(b"", final=True)
 
 
 # ------------------------------------------------------------------------------------------------------ command line
@@ -227,34 +218,33 @@ def main() -> None:
     stream = TokenStream(model, ids, sampling, generator, samples=args.samples, compiled=args.compile)
     if args.samples == 1:
         print_continuation(stream, tokenizer, prompt, args)
-        return
+    else:
+        for i, pieces in enumerate(zip(*text_pieces(stream, tokenizer, args))):
+            print(f"--- sample {i + 1}\n{prompt}{''.join(pieces)}")
+
+
+def text_pieces(stream: TokenStream, tokenizer: Tokenizer, args: argparse.Namespace) -> Iterator[list[str]]:
+    """The text that each step adds to every row, up to --max-new-tokens or until all rows have ended."""
     texts = [TextStream(tokenizer, args.stop) for _ in range(args.samples)]
-    pieces = [""] * args.samples
     for _, drawn in zip(range(args.max_new_tokens), stream):
-        for i, token_id in enumerate(drawn.tolist()):
-            pieces[i] += "" if texts[i].ended else texts[i].push(token_id)
+        yield [text.push(token_id) for text, token_id in zip(texts, drawn.tolist())]
         if all(text.ended for text in texts):
             break
-    for i, text in enumerate(texts):
-        rest = "" if text.ended else text.finish()
-        print(f"--- sample {i + 1}\n{prompt}{pieces[i]}{rest}")
+    yield [text.finish() for text in texts]
 
 
 def print_continuation(stream: TokenStream, tokenizer: Tokenizer, shown: str, args: argparse.Namespace) -> None:
-    """Print `shown` and what one row draws, as it comes."""
-    text = TextStream(tokenizer, args.stop)
+    """Print `shown` and the text of a single row as it is drawn."""
     print(shown, end="", flush=True)
-    for _, drawn in zip(range(args.max_new_tokens), stream):
-        print(text.push(int(drawn)), end="", flush=True)
-        if text.ended:
-            break
-    print("" if text.ended else text.finish(), flush=True)
+    for (piece,) in text_pieces(stream, tokenizer, args):
+        print(piece, end="", flush=True)
+    print(flush=True)
 
 
 def interact(
     model: Mamba2LM, tokenizer: Tokenizer, sampling: Sampling, generator: torch.Generator, args: argparse.Namespace
 ) -> None:
-    """Continue each line that is typed, from the state that the text before it left. Ends with the input."""
+    """Continue each line of the input, from the state after the text before it."""
     state, unread = None, [tokenizer.eot_id]
     print("a line of text to continue, /reset to forget all, end of input to leave", file=sys.stderr)
     while True:

@@ -1,14 +1,14 @@
 """The Mamba-2 mixer (Dao & Gu 2024, section 7): projection in, causal convolution, SSD, gated norm, projection out.
 
-A mixer is what a block holds, and owns all that depends on its kind: how its parameters are drawn, what it costs, what
-it remembers. Another one is another file with these methods, and a line in `mamba2.model.build_mixer`:
+A mixer owns all that depends on its kind: how its parameters are initialised, its cost, its state. To add another one,
+write a file with these methods and add a line to `mamba2.model.build_mixer`:
 
-    forward(u, seq_idx, state, return_state) -> (y, state)     u and y (b, l, d); state None: from nothing
-    step(u, state) -> y                                        one token, (b, d); the state is advanced in place
-    new_state(batch) -> state                                  with rows(), detach() and join(), as below
+    forward(u, seq_idx, state, return_state) -> (y, state)     u and y (b, l, d); state None: start empty
+    step(u, state) -> y                                        one token, (b, d); updates the state in place
+    new_state(batch) -> state                                  an empty state, with rows(), detach() and join()
     init_parameters(generator)                                 all but dt_bias
-    in_proj_rows()                                             of the matrices that in_proj.weight is made of
-    flops_per_token(length)                                    of the forward pass
+    in_proj_rows() -> (rows, ...)                              rows of each matrix that is fused in in_proj.weight
+    flops_per_token(length) -> int                             of the forward pass
 
 d_inner = h p; b batch, l seqlen, d hidden_size, h nheads, p headdim, g ngroups, n d_state, K conv_kernel.
 """
@@ -26,32 +26,32 @@ from mamba2.ops import causal_conv1d, causal_conv1d_step, gated_rms_norm, ssd, s
 
 
 class MixerState(NamedTuple):
-    """All that one mixer remembers of the tokens so far."""
+    """The state of one mixer after the tokens so far."""
 
     conv: torch.Tensor  # (b, K - 1, d_inner + 2 g n), the last inputs of the convolution
     ssm: torch.Tensor  # (b, h, p, n), float32
 
     def detach(self) -> Self:
-        """The same values, through which no gradient flows back: truncated back-propagation through time."""
+        """The same values without gradient, for truncated back-propagation through time."""
         return MixerState(self.conv.detach(), self.ssm.detach())
 
     def rows(self, index: list[int] | slice) -> Self:
-        """A copy of some rows of the batch, in the order of `index`: any row may occur any number of times."""
+        """A copy of the rows `index` of the batch, with repetitions if it has any."""
         return MixerState(self.conv[index].clone(), self.ssm[index].clone())
 
     def copy_(self, other: Self) -> None:
-        """Take the values of a state of the same size, in place: for a CUDA graph, which a state that grows has not."""
+        """Overwrite this state in place with another of the same shape. For CUDA graphs."""
         self.conv.copy_(other.conv)
         self.ssm.copy_(other.ssm)
 
     @staticmethod
     def join(states: Sequence["MixerState"]) -> "MixerState":
-        """The rows of all, one after the other."""
+        """Concatenate along the batch."""
         return MixerState(*(torch.cat(parts) for parts in zip(*states, strict=True)))
 
 
 class Parameters(nn.Module):
-    """A weight, and perhaps a bias, under the names that checkpoints use; the arithmetic is in `mamba2.ops`."""
+    """A weight and an optional bias, under the names that checkpoints use. The computation is in `mamba2.ops`."""
 
     def __init__(self, *shape: int, bias: bool = False):
         super().__init__()
@@ -60,17 +60,17 @@ class Parameters(nn.Module):
 
 
 class Linear(nn.Linear):
-    """torch's, without its own draw from the global generator: Mamba2LM draws all weights."""
+    """nn.Linear without its own initialisation: `init_parameters` does it, from a generator of its own."""
 
     def reset_parameters(self) -> None:
         pass
 
 
 class SplitLinear(Linear):
-    """One weight whose result comes in pieces (..., width), each a product of its own.
+    """One fused weight with one output (..., width) per part, each computed by its own matrix product.
 
-    Split after one product, the gradients of the pieces would be joined again before its backward: twice the width of
-    all pieces, read and written for every token.
+    With one product and a split, the backward pass would first concatenate the gradients of the parts, an extra read
+    and write of the whole width for every token.
     """
 
     def __init__(self, in_features: int, widths: tuple[int, ...], bias: bool):
@@ -105,7 +105,7 @@ class Mamba2Mixer(nn.Module):
         state: MixerState | None = None,
         return_state: bool = True,
     ) -> tuple[torch.Tensor, MixerState | None]:
-        """Mix u (b, l, d) along the sequence, starting from `state` (zeros if None). Returns (b, l, d), new state."""
+        """u (b, l, d) -> y (b, l, d), and with `return_state` the new state. `state` None starts from zeros."""
         z, xBC, dt = self.in_proj(u)  # (b, l, d_inner), (b, l, d_inner + 2 g n), (b, l, h)
         (x, B, C), conv_state = self.convolve(xBC, seq_idx, state, return_state)
         y = ssd(
@@ -127,10 +127,10 @@ class Mamba2Mixer(nn.Module):
         return self._finish(y, z), MixerState(conv_state, ssm_state) if return_state else None
 
     def step(self, u: torch.Tensor, state: MixerState) -> torch.Tensor:
-        """`forward` for one token: u (b, d) -> (b, d), `state` advanced in place."""
+        """`forward` for one token: u (b, d) -> (b, d). Updates `state` in place."""
         z, xBC, dt = self.in_proj(u)  # (b, d_inner), (b, d_inner + 2 g n), (b, h)
         xBC = causal_conv1d_step(state.conv, xBC, self.conv1d.weight.squeeze(1), self.conv1d.bias)
-        x, B, C = self._by_head(*xBC.split(self._widths(), dim=-1))
+        x, B, C = by_head(self.config, *xBC.split(conv_widths(self.config), dim=-1))
         y = ssd_step(
             state.ssm,
             x,
@@ -148,7 +148,8 @@ class Mamba2Mixer(nn.Module):
     def convolve(
         self, xBC: torch.Tensor, seq_idx: torch.Tensor | None, state: MixerState | None, return_state: bool
     ) -> tuple[tuple[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor | None]:
-        """x (b, l, h, p), B and C (b, l, g, n) of the projection (b, l, d_inner + 2 g n), and the last inputs."""
+        """The causal convolution of xBC (b, l, d_inner + 2 g n), split into x (b, l, h, p), B and C (b, l, g, n), and
+        its new state."""
         pieces = causal_conv1d(
             xBC,
             self.conv1d.weight.squeeze(1),
@@ -156,26 +157,17 @@ class Mamba2Mixer(nn.Module):
             seq_idx=seq_idx,
             initial_state=None if state is None else state.conv,
             return_final_state=return_state,
-            splits=self._widths(),
+            splits=conv_widths(self.config),
         )
         pieces, conv_state = pieces if return_state else (pieces, None)
-        return self._by_head(*pieces), conv_state
+        return by_head(self.config, *pieces), conv_state
 
     def A(self) -> torch.Tensor:
-        """The rate of each head (h,), negative, in float32 or wider."""
+        """A of each head (h,), negative, in float32 or float64."""
         return -self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32)).exp()
 
-    def _widths(self) -> tuple[int, int, int]:
-        bc = self.config.n_groups * self.config.state_size
-        return self.config.d_inner, bc, bc
-
-    def _by_head(self, x: torch.Tensor, B: torch.Tensor, C: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        cfg = self.config
-        groups = cfg.n_groups, cfg.state_size
-        return x.unflatten(-1, (cfg.num_heads, cfg.head_dim)), B.unflatten(-1, groups), C.unflatten(-1, groups)
-
     def _finish(self, y: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
-        # Each group is normalised by itself, in training and evaluation alike.
+        # The norm is per group, in training and evaluation alike.
         eps, ngroups = self.config.layer_norm_epsilon, self.config.n_groups
         return self.out_proj(gated_rms_norm(y.flatten(-2), z, self.norm.weight, eps, ngroups=ngroups))
 
@@ -188,14 +180,14 @@ class Mamba2Mixer(nn.Module):
         )
 
     def init_parameters(self, generator: torch.Generator) -> None:
-        """By the config's `weight_init`; dt_bias has a stream of its own."""
+        """Initialise all parameters but dt_bias, by the config's `weight_init`."""
         cfg = self.config
         for linear in (self.in_proj, self.out_proj):
             init_linear(linear, generator)
         if cfg.rescale_prenorm_residual:
             self.out_proj.weight.div_(math.sqrt(cfg.num_hidden_layers))
-        draw_uniform(self.conv1d.weight, 1.0 / math.sqrt(cfg.conv_kernel), generator)
-        draw_uniform(self.conv1d.bias, 1.0 / math.sqrt(cfg.conv_kernel), generator)
+        for tensor in (self.conv1d.weight, self.conv1d.bias):
+            draw_uniform(tensor, 1.0 / math.sqrt(cfg.conv_kernel), generator)
         if cfg.weight_init == "mamba_ssm":
             A = torch.empty(cfg.num_heads).uniform_(1.0, 16.0, generator=generator)
         else:
@@ -205,11 +197,11 @@ class Mamba2Mixer(nn.Module):
         self.norm.weight.fill_(1.0)
 
     def in_proj_rows(self) -> tuple[int, ...]:
-        return self.config.d_inner, *self._widths(), self.config.num_heads
+        return self.config.d_inner, *conv_widths(self.config), self.config.num_heads
 
     def flops_per_token(self, length: int) -> int:
-        """Projections, convolution, and the chunked scan (section 6: scores and their product with x inside a chunk,
-        building and reading the states), whatever the length."""
+        """Projections, convolution, and the chunked scan (section 6: scores and their product with x within a chunk,
+        writing and reading the states). The same for every length."""
         cfg = self.config
         h, q, gn = cfg.num_heads, cfg.chunk_size, cfg.n_groups * cfg.state_size
         projections = 2 * cfg.hidden_size * (cfg.d_in_proj + cfg.d_inner)
@@ -217,14 +209,28 @@ class Mamba2Mixer(nn.Module):
         return projections + 2 * cfg.conv_kernel * cfg.conv_dim + scan
 
 
+def conv_widths(config: Mamba2Config) -> tuple[int, int, int]:
+    """Widths of x, B and C, the parts of the convolution's input."""
+    bc = config.n_groups * config.state_size
+    return config.d_inner, bc, bc
+
+
+def by_head(
+    config: Mamba2Config, x: torch.Tensor, B: torch.Tensor, C: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """x (..., d_inner) -> (..., h, p), B and C (..., g n) -> (..., g, n)."""
+    groups = config.n_groups, config.state_size
+    return x.unflatten(-1, (config.num_heads, config.head_dim)), B.unflatten(-1, groups), C.unflatten(-1, groups)
+
+
 def draw_uniform(tensor: torch.Tensor | None, bound: float, generator: torch.Generator) -> None:
-    """U(-bound, bound), drawn on a processor wherever the tensor is."""
+    """Fill with U(-bound, bound), drawn on the CPU so that the values do not depend on the device."""
     if tensor is not None:
         tensor.copy_(torch.empty_like(tensor, device="cpu").uniform_(-bound, bound, generator=generator))
 
 
 def init_linear(linear: nn.Linear, generator: torch.Generator) -> None:
-    """PyTorch's default for the weight, U(±1/√fan_in); a bias of zero."""
+    """PyTorch's default for the weight, U(±1/√fan_in), and zero for the bias."""
     draw_uniform(linear.weight, 1.0 / math.sqrt(linear.in_features), generator)
     if linear.bias is not None:
         linear.bias.zero_()

@@ -18,15 +18,21 @@ from safetensors.torch import load_file, save_file
 from mamba2.checkpoint.training_state import export_optimizer, read_state
 from mamba2.cli import run
 from mamba2.data import Tokens, Windows
-from mamba2.distributed import ALONE, World, full, parallelize
+from mamba2.distributed import World, full, parallelize
 from mamba2.model import Mamba2LM
-from mamba2.training import Job, RunFolder, accumulate_gradients, mean_loss
+from mamba2.training import Job, RunFolder
+from mamba2.training.step import accumulate_gradients, mean_loss
+from tests import runs
 from tests.distributed_runs import spawn, train
-from tests.runs import arguments, contents, make_study, metrics, run_train
+from tests.runs import contents, make_study, metrics, run_train
 from tests.test_model import small_config
 from train import main
 
 PARALLEL = ("ddp", "fsdp")
+
+
+def arguments(study: Path, output: Path, *options: object) -> list[str]:
+    return runs.arguments(study, output, "--max-steps", 5, *options)
 
 
 @pytest.fixture(scope="module")
@@ -41,16 +47,19 @@ def whole(study):
     return study / "whole"
 
 
+def losses(output: Path, key: str = "loss") -> list[float]:
+    return [row[key] for row in metrics(output, "loss")]
+
+
 @pytest.fixture(scope="module")
 def stopped(study):
-    """Runs of two processes that were stopped in the middle of step 3 of 8, by a signal to the second one."""
+    """Runs of two processes that were stopped in the middle of step 3 of 5, by a signal to the second one."""
 
     def stop(parallel: str):
         output = study / f"{parallel}-stopped"
         if not output.exists():
             command = arguments(study, output, "--parallel", parallel)
-            codes = spawn(train, 2, command, study / "cache", 3, 1)
-            assert codes == [128 + signal.SIGTERM] * 2
+            assert spawn(train, 2, command, study / "cache", 3, 1) == [128 + signal.SIGTERM] * 2
         return output
 
     return stop
@@ -65,7 +74,9 @@ def step_windows() -> Windows:
     return Windows(Tokens(ids, np.array([0, 20, 21, 70]), eot_id=0, largest=60), length=16)
 
 
-def gradients(world: World, parallel: str, tied: bool) -> dict[str, torch.Tensor]:
+def write_gradients(file: Path, parallel: str, tied: bool) -> None:
+    """Gradients, loss and evaluation of this process's world."""
+    world = World.join()
     model = Mamba2LM(small_config(tie_word_embeddings=tied), seed=1).train()
     model.backbone.checkpoint_every = 2
     model.backbone.layers[1].keep_products_only = True
@@ -74,31 +85,25 @@ def gradients(world: World, parallel: str, tied: bool) -> dict[str, torch.Tensor
     loss, tokens = accumulate_gradients(wrapped, windows, list(range(6)), 1, torch.float32, world)
     assert tokens == 83
     evaluation = mean_loss(model, windows, 5, 2, torch.float32, world)
-    result = {name: full(p.grad) for name, p in model.named_parameters()}
-    return {**result, "loss": torch.tensor(loss), "evaluation": torch.tensor(evaluation)}
-
-
-def write_gradients(folder, parallel: str, tied: bool) -> None:
-    world = World.join()
-    tensors = gradients(world, parallel, tied)
+    tensors = {name: full(p.grad) for name, p in model.named_parameters()}
     if world.is_main:
-        save_file(tensors, folder / "gradients.safetensors")
+        save_file({**tensors, "loss": torch.tensor(loss), "evaluation": torch.tensor(evaluation)}, file)
     world.leave()
 
 
 @pytest.mark.parametrize(("parallel", "size", "tied"), [("ddp", 2, False), ("fsdp", 2, True), ("fsdp", 3, False)])
 def test_loss_and_gradient_are_those_of_one_process(tmp_path, parallel, size, tied):
-    assert spawn(write_gradients, size, tmp_path, parallel, tied) == [0] * size
-    expected = gradients(ALONE, "ddp", tied)
-    actual = load_file(tmp_path / "gradients.safetensors")
+    write_gradients(tmp_path / "one", parallel, tied)
+    assert spawn(write_gradients, size, tmp_path / "several", parallel, tied) == [0] * size
+    expected, actual = load_file(tmp_path / "one"), load_file(tmp_path / "several")
     assert actual.keys() == expected.keys()
     for name, value in expected.items():
         error = (actual[name] - value).norm() / value.norm()
         assert error < 1e-5, f"{name}: {error}"
 
 
-def write_dtypes(folder) -> None:
-    """Dtype of each parameter in the middle of a sharded block, and of its gradient."""
+def check_dtypes() -> None:
+    """Of each parameter in the middle of a sharded block, and of its gradient."""
     world, seen = World.join(), {}
     model = Mamba2LM(small_config()).train()
     wrapped = parallelize(model, world, "fsdp", torch.bfloat16)
@@ -114,11 +119,11 @@ def write_dtypes(folder) -> None:
     world.leave()
 
 
-def test_fsdp_gathers_projections_in_bfloat16_and_leaves_dt_A_and_norms_in_float32(tmp_path):
-    assert spawn(write_dtypes, 2, tmp_path) == [0, 0]
+def test_fsdp_gathers_projections_in_bfloat16_and_leaves_dt_A_and_norms_in_float32():
+    assert spawn(check_dtypes, 2) == [0, 0]
 
 
-def count_syncs(folder) -> None:
+def count_syncs() -> None:
     world, calls = World.join(), []
     model = Mamba2LM(small_config())
     wrapped = parallelize(model, world, "ddp", torch.float32)
@@ -137,8 +142,8 @@ def count_syncs(folder) -> None:
     world.leave()
 
 
-def test_gradients_are_summed_after_the_last_micro_batch_only(tmp_path):
-    assert spawn(count_syncs, 2, tmp_path) == [0, 0]
+def test_gradients_are_summed_after_the_last_micro_batch_only():
+    assert spawn(count_syncs, 2) == [0, 0]
 
 
 # ------------------------------------------------------------------------------------------------------- whole runs
@@ -150,8 +155,7 @@ def test_two_processes_train_as_one_and_resume_to_the_bit(study, whole, stopped,
     straight = study / f"{parallel}-straight"
     options = ["--parallel", parallel, "--keep", "2"]
     assert spawn(train, 2, arguments(study, straight, *options), study / "cache") == [0, 0]
-    expected = [row["loss"] for row in metrics(whole, "loss")]
-    assert [row["loss"] for row in metrics(straight, "loss")] == pytest.approx(expected, rel=1e-5)
+    assert losses(straight) == pytest.approx(losses(whole), rel=1e-5)
     final = load_file(straight.with_name(straight.name + "-final") / "model.safetensors")
     for name, tensor in load_file(whole.with_name("whole-final") / "model.safetensors").items():
         torch.testing.assert_close(final[name], tensor, rtol=1e-4, atol=1e-5)
@@ -168,11 +172,10 @@ def test_two_processes_train_as_one_and_resume_to_the_bit(study, whole, stopped,
 def test_muon_of_shards_is_muon_of_whole_matrices_and_its_checkpoints_go_on_in_one_process(study, tmp_path):
     options = ("--optimizer", "muon", "--max-steps", 4)
     run_train(*arguments(study, tmp_path / "whole", *options))
-    expected = [row["loss"] for row in metrics(tmp_path / "whole", "loss")]
     run = arguments(study, tmp_path / "run", *options)
     assert spawn(train, 2, [*run, "--parallel", "fsdp"], study / "cache", 2, 1) == [128 + signal.SIGTERM] * 2
     run_train(*run)
-    assert [row["loss"] for row in metrics(tmp_path / "run", "loss")] == pytest.approx(expected, rel=1e-4)
+    assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "whole"), rel=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -188,21 +191,17 @@ def test_a_checkpoint_of_two_processes_goes_on_in_one_and_in_three(
         run_train(*arguments(study, output))
     else:
         assert spawn(train, size, arguments(study, output, "--parallel", after), study / "cache") == [0] * size
-    expected, rows = metrics(whole, "loss"), metrics(output, "loss")
-    assert [row["tokens"] for row in rows] == [row["tokens"] for row in expected]
-    assert [row["loss"] for row in rows] == pytest.approx([row["loss"] for row in expected], rel=1e-5)
-    norms = [row["gradient_norm"] for row in expected]
-    assert [row["gradient_norm"] for row in rows] == pytest.approx(norms, rel=1e-4)
+    assert losses(output, "tokens") == losses(whole, "tokens")
+    assert losses(output) == pytest.approx(losses(whole), rel=1e-5)
+    assert losses(output, "gradient_norm") == pytest.approx(losses(whole, "gradient_norm"), rel=1e-4)
 
 
 def test_shards_are_safetensors_and_the_model_is_one_file(stopped):
     folder = stopped("fsdp") / "checkpoint-2"
     files = {file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()}
-    shards = {name for name in files if name.startswith("optimizer/")}
-    assert len(shards) == 2 and all(name.endswith(".safetensors") for name in shards)
-    assert files == shards | {
-        *("model.safetensors", "config.json", "mamba2_tokenizer.json", "rng.safetensors", "trainer_state.json")
-    }
+    shards = {name for name in files if name.startswith("optimizer/") and name.endswith(".safetensors")}
+    others = {"model.safetensors", "config.json", "mamba2_tokenizer.json", "rng.safetensors", "trainer_state.json"}
+    assert len(shards) == 2 and files == shards | others
     assert shards < read_state(folder)["files"].keys()
     assert set(load_file(folder / "rng.safetensors")) == {"cpu.0", "cpu.1"}
     Mamba2LM.from_pretrained(folder)
@@ -225,8 +224,7 @@ def test_the_moments_of_shards_are_exported_to_one_file(stopped, tmp_path):
 
 def test_an_error_of_the_first_process_ends_all(study, tmp_path):
     (tmp_path / "run").write_text("in the way")
-    command = arguments(study, tmp_path / "run")
-    assert spawn(train, 2, command, study / "cache") == [1, 1]
+    assert spawn(train, 2, arguments(study, tmp_path / "run"), study / "cache") == [1, 1]
 
 
 def train_until_the_disk_is_full(command: list[str], cache: Path, errors: Path) -> None:
@@ -252,20 +250,20 @@ def test_a_full_disk_ends_all_processes_in_a_sentence_and_costs_no_checkpoint(st
     for rank in range(2):
         text = errors.with_suffix(f".{rank}").read_text()
         assert re.fullmatch(r"error: cannot write .*optimizer: process 1: .*File too large\n", text), text
-    assert [path.name for path in tmp_path.rglob("*") if "tmp" in path.name] == []
-    assert list(RunFolder(output).checkpoints()) == [0, 2]
-    for folder in RunFolder(output).checkpoints().values():
-        read_state(folder)
+    assert not list(tmp_path.rglob("*.tmp"))
+    checkpoints = RunFolder(output).checkpoints()
+    assert list(checkpoints) == [0, 2] and all(map(read_state, checkpoints.values()))
 
 
 def test_fsdp_needs_torchrun_and_does_not_compile_whole(monkeypatch, capsys, tmp_path, study):
-    with pytest.raises(SystemExit):
-        run_train(*arguments(study, tmp_path / "run", "--parallel", "fsdp"))
-    assert "torchrun --nproc-per-node" in capsys.readouterr().err
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(SystemExit):
-        run_train(*arguments(study, tmp_path / "run", "--parallel", "fsdp", "--compile", "model"))
-    assert "--compile model does not go with" in capsys.readouterr().err
+    for options, message in (
+        ((), "torchrun --nproc-per-node"),
+        (("--compile", "model"), "--compile model does not go"),
+    ):
+        with pytest.raises(SystemExit):
+            run_train(*arguments(study, tmp_path / "run", "--parallel", "fsdp", *options))
+        assert message in capsys.readouterr().err
+        monkeypatch.setenv("WORLD_SIZE", "2")
 
 
 @pytest.mark.slow

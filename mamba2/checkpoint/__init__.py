@@ -1,4 +1,4 @@
-"""Models on the disk: safetensors in and out."""
+"""Read and write model folders and checkpoints."""
 
 from mamba2.checkpoint.model_folder import WEIGHTS, Shapes, read_model, write_model
 

@@ -1,11 +1,11 @@
-"""Look at a model folder, or write it in the layout of another project.
+"""Describe a model folder, convert it to another project's layout, or export a checkpoint's optimizer state.
 
     python -m mamba2.checkpoint inspect MODEL
     python -m mamba2.checkpoint convert SOURCE TARGET --to transformers
     python -m mamba2.checkpoint convert SOURCE TARGET --to mamba-ssm --dtype bfloat16
     python -m mamba2.checkpoint export-optimizer OUT/checkpoint-2000 moments.safetensors
 
-Read are folders of this project, of transformers, of mamba-ssm (state-spaces' mamba2-*) and of Codestral Mamba.
+MODEL and SOURCE can be folders of this project, transformers, mamba-ssm (state-spaces' mamba2-*) or Codestral Mamba.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Any layout that `read_model` takes, written as transformers or mamba-ssm read it."""
+"""Convert a model folder of any layout into one that transformers or mamba-ssm loads."""
 
 import json
 import os
@@ -24,13 +24,12 @@ def convert(
     tokenizer: str | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Tokenizer | None:
-    """Write the model of the folder `source` into the new folder `target`, whole or not at all.
+    """Write the model of the folder `source` into the new folder `target`, stored in `dtype`.
 
-    Arguments: `layout` is one of LAYOUTS; `tokenizer` a name or a tokenizer.json for a source that carries none.
-    Returns the tokenizer that was written along, None if there is none. In transformers' layout that is a
-    tokenizer.json for its AutoTokenizer.
+    Arguments: `layout` is one of LAYOUTS; `tokenizer` a name or a tokenizer.json, for a source without one.
+    Returns the tokenizer, which is written too (for transformers as the tokenizer.json of its AutoTokenizer), or None.
 
-    Raises FileExistsError when `target` exists, ValueError when the source, or what the layout can say, does not fit.
+    Raises FileExistsError when `target` exists, ValueError when the source is invalid or the layout cannot express it.
     """
     if layout not in LAYOUTS:
         raise ValueError(f"layout {layout!r} is unknown; choose {', '.join(LAYOUTS)}")
@@ -45,11 +44,11 @@ def convert(
             f"tokenizer {chosen.name} has {chosen.vocab_size} ids and the model only {config.vocab_size} rows"
         )
     with atomic_folder(target) as folder:
-        theirs = to_mamba_ssm(config) if layout == "mamba-ssm" else None
-        config, tensors = read_model(source, SHAPES, dtype)
-        if theirs is None:
-            write_model(folder, config, tensors, dtype)
+        if layout == "transformers":
+            write_model(folder, *read_model(source, SHAPES, dtype), dtype)
         else:
+            theirs = to_mamba_ssm(config)
+            tensors = read_model(source, SHAPES, dtype)[1]
             renamed = {key.replace(EMBEDDINGS, "backbone.embedding.weight"): t for key, t in tensors.items()}
             torch.save(renamed, folder / "pytorch_model.bin")
             (folder / "config.json").write_text(json.dumps(theirs, indent=4) + "\n", encoding="utf-8")

@@ -1,7 +1,7 @@
 """Configs of other projects: mamba-ssm's `config.json` (state-spaces' models) and mistral-inference's `params.json`.
 
-mamba-ssm's keys map to ours as below; what is absent has the default of its `Mamba2` class. A vocabulary is padded to
-a multiple there when the model is built (50 277 to 50 288), and the tensors have that size.
+mamba-ssm's keys map to ours as below. A missing key has the default of mamba-ssm's `Mamba2` class. mamba-ssm rounds the
+vocabulary up to a multiple when it builds the model (50 277 to 50 288), and the tensors have the rounded size.
 """
 
 import json
@@ -10,7 +10,7 @@ from typing import Any
 
 from mamba2.config import NO_LIMIT, Mamba2Config, check_int
 
-# ssm_cfg of mamba-ssm: our key, and what its class does when it is absent
+# Key in mamba-ssm's ssm_cfg: our key, and the default
 SSM_KEYS = {
     "d_state": ("state_size", 128),
     "d_conv": ("conv_kernel", 4),
@@ -25,22 +25,22 @@ SSM_KEYS = {
     "dt_init_floor": ("time_step_floor", 1e-4),
     "dt_limit": ("time_step_limit", NO_LIMIT),
 }
-# Keys whose only value that is implemented here is this one.
+# Keys for which only this value is implemented.
 FIXED = {"D_has_hdim": False, "rmsnorm": True, "norm_before_gate": False, "d_ssm": None}
-# How things are started or run, which the weights do not depend on.
+# Keys about initialisation and speed, irrelevant for trained weights.
 IGNORED = {"layer", "A_init_range", "conv_init", "use_mem_eff_path"}
-# Fields of `MambaConfig`, and what the hub's tools write beside them.
+# Fields of `MambaConfig`, then those that Hugging Face's tools add.
 FIELDS = {"d_model", "d_intermediate", "n_layer", "vocab_size", "ssm_cfg", "attn_layer_idx", "attn_cfg", "rms_norm"}
 FIELDS |= {"residual_in_fp32", "fused_add_norm", "pad_vocab_size_multiple", "tie_embeddings"}
 FIELDS |= {"architectures", "model_type", "torch_dtype", "dtype", "transformers_version", "_name_or_path"}
-NORM_EPSILON = 1e-5  # mamba-ssm writes none: this is what it builds
+NORM_EPSILON = 1e-5  # fixed in mamba-ssm's code, not in its config
 GPT_NEOX_IDS = 50277
 
 
 def read_config(folder: Path) -> Mamba2Config:
     """The config of a model folder of any layout.
 
-    Raises FileNotFoundError when there is none, ValueError naming the file and the key that is not implemented.
+    Raises FileNotFoundError when there is none, ValueError naming the file and the key that is not supported.
     """
     own, params = folder / "config.json", folder / "params.json"
     file = params if params.is_file() and not own.is_file() else own
@@ -49,7 +49,7 @@ def read_config(folder: Path) -> Mamba2Config:
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError):
-        return Mamba2Config.from_json(file)  # which says what is wrong
+        return Mamba2Config.from_json(file)  # raises the error that names what is wrong
     if not isinstance(values, dict) or not {"d_model", "dim"} & values.keys():
         return Mamba2Config.from_json(file)
     try:
@@ -59,7 +59,7 @@ def read_config(folder: Path) -> Mamba2Config:
 
 
 def from_mamba_ssm(values: dict[str, Any]) -> Mamba2Config:
-    """Our config from the fields of mamba-ssm's `MambaConfig`. Raises ValueError for what is not implemented."""
+    """Our config from the fields of mamba-ssm's `MambaConfig`. Raises ValueError for what is not supported."""
     if unknown := sorted(values.keys() - FIELDS):
         raise ValueError(f"a config of mamba-ssm with keys that are not known: {', '.join(unknown)}")
     ssm = values.get("ssm_cfg") or {}
@@ -104,7 +104,7 @@ def from_mamba_ssm(values: dict[str, Any]) -> Mamba2Config:
 
 
 def from_codestral(values: dict[str, Any]) -> Mamba2Config:
-    """Our config from mistral-inference's `MambaArgs`, whose model is mamba-ssm's with these few choices."""
+    """Our config from mistral-inference's `MambaArgs`. Its model is mamba-ssm's, with all other options at default."""
     missing = [key for key in ("dim", "n_layers", "vocab_size", "n_groups") if key not in values]
     if missing or values.get("model_type", "mamba") != "mamba":
         raise ValueError(
@@ -117,16 +117,12 @@ def from_codestral(values: dict[str, Any]) -> Mamba2Config:
 
 
 def to_mamba_ssm(config: Mamba2Config) -> dict[str, Any]:
-    """The fields of mamba-ssm's `MambaConfig` for a model of ours.
-
-    Raises ValueError when it cannot be said there: its epsilon is fixed.
-    """
+    """The fields of mamba-ssm's `MambaConfig` for our config. Raises ValueError if the epsilon is not mamba-ssm's."""
     if config.layer_norm_epsilon != NORM_EPSILON:
         raise ValueError(
             f"layer_norm_epsilon is {config.layer_norm_epsilon}, and mamba-ssm's config cannot say other than 1e-05"
         )
     ssm = {theirs: getattr(config, key) for theirs, (key, _) in SSM_KEYS.items()}
-    ssm["dt_limit"] = list(config.time_step_limit)
     if config.time_step_limit == NO_LIMIT:
         del ssm["dt_limit"]
     return {

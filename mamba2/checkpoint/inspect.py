@@ -1,4 +1,4 @@
-"""What a model folder holds, read off it without building the model: config, parameters, time constants."""
+"""Describe a model folder without building the model: config, parameters, time constants."""
 
 import json
 import math
@@ -16,7 +16,7 @@ from mamba2.model import SHAPES, num_parameters
 
 
 def report(path: str | os.PathLike) -> str:
-    """Config, a table of the parameters, and of dt and half-lives. Raises what `read_model` raises."""
+    """The config, a table of the parameters, and one of dt and half-lives. Raises what `read_model` raises."""
     folder = Path(path)
     if not folder.is_dir():
         raise FileNotFoundError(f"no model folder at {folder}")
@@ -44,7 +44,7 @@ def report(path: str | os.PathLike) -> str:
 
 
 def parameter_table(stored: dict[str, StoredTensor], tied: bool) -> str:
-    """A line per tensor, those of the layers together."""
+    """One line per tensor; those that every layer has share a line."""
     groups: dict[str, list[StoredTensor]] = {}
     for name, tensor in stored.items():
         if not (tied and name == HEAD and EMBEDDINGS in stored):

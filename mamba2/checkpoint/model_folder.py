@@ -1,7 +1,7 @@
-"""Model folders: `model.safetensors` (float32) beside `config.json`, in the layout of `transformers.Mamba2ForCausalLM`.
+"""Model folders: `model.safetensors` (float32) and `config.json`, in the layout of `transformers.Mamba2ForCausalLM`.
 
-Names and shapes are the model's own (`mamba2.model.tensor_shapes`); a head that is tied is left out.
-The file appears whole or not at all, and config.json after it.
+Tensors have the names and shapes of `mamba2.model.tensor_shapes`. A tied lm_head is not stored. Both files are written
+atomically, config.json last.
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ WEIGHTS = "model.safetensors"
 
 
 class Shapes(NamedTuple):
-    """What a model of a config holds, as the model says: names and shapes, and how many numbers."""
+    """Functions of `mamba2.model`, which imports this module: a config's tensor shapes by name, and parameter count."""
 
     tensors: Callable[[Mamba2Config], dict[str, tuple[int, ...]]]
     parameters: Callable[[Mamba2Config], int]
@@ -41,16 +41,15 @@ class Shapes(NamedTuple):
 def read_model(
     path: str | os.PathLike, shapes: Shapes, dtype: torch.dtype = torch.float32, finite: bool = False
 ) -> tuple[Mamba2Config, dict[str, torch.Tensor]]:
-    """Read a model folder: config, and the tensors in `dtype` under their names here (lm_head also when tied).
+    """Read a model folder: its config, and the tensors in `dtype` under our names, lm_head included when tied.
 
-    Accepts this layout, also sharded with an index and also as `pytorch_model.bin`; mamba-ssm's (state-spaces'
-    `mamba2-*`: its own config.json) and Codestral Mamba's (`params.json`, `consolidated.safetensors`); the spelling
-    `backbone.embedding.weight`, and keys under `_orig_mod.`, `module.` or `model.`. Tensors are read piece by piece:
-    peak memory is that of the result. No code in a pickle is ever run. Weights that are not finite in `dtype` are named
-    in a warning, or refused where they must be `finite`.
+    Accepts this layout, sharded with an index, or as `pytorch_model.bin`; mamba-ssm's (state-spaces' `mamba2-*`) with
+    its own config.json; Codestral Mamba's (`params.json`, `consolidated.safetensors`). A key may be spelled
+    `backbone.embedding.weight` or begin with `_orig_mod.`, `module.` or `model.`. Peak memory is the tensors'. Code in
+    a pickle is never run. Weights that are not finite in `dtype` give a warning, or with `finite` a ValueError.
 
     Raises FileNotFoundError when the folder, a file or a shard is missing, ValueError naming the file when it is
-    damaged or does not hold exactly the tensors, in the shapes and of a floating dtype, that the config asks for.
+    damaged or its tensors are not those of the config: same names and shapes, floating dtype.
     """
     path = Path(path)
     if not path.is_dir():
@@ -82,9 +81,9 @@ def write_model(
     tensors: dict[str, torch.Tensor],
     dtype: torch.dtype = torch.float32,
 ) -> Path:
-    """Write `tensors` (a Mamba2LM's state_dict) and `config` into the folder `path`, made if absent. Returns it.
+    """Write `tensors` (a Mamba2LM's state_dict), stored in `dtype`, and `config` into the folder `path`. Returns it.
 
-    Raises OSError naming the file when it cannot be written; what was there before is then still there.
+    Raises OSError naming the file when it cannot be written; the old file is then unchanged.
     """
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
@@ -98,38 +97,29 @@ def write_model(
             save_tensors(temporary, stored, metadata={"format": "pt"})
     except OSError as error:
         raise OSError(f"cannot write {path / WEIGHTS}: {error}") from error
-    # An instruction for new weights, which transformers 5 also carries out on those that it has just loaded.
+    # This option is about initialisation, but transformers 5 would also rescale the weights that it loads.
     dataclasses.replace(config, rescale_prenorm_residual=False).save(path)
     return path
 
 
 def check_tensors(files: list[Path], config: Mamba2Config, stored: dict[str, StoredTensor], shapes: Shapes) -> None:
-    """Raise ValueError listing every tensor that is missing, that is not known, or whose shape or dtype is another."""
+    """Raise ValueError listing every tensor that is missing, unknown, or of a wrong shape or dtype."""
     place = files[0] if len(files) == 1 else files[0].parent
-    if config.num_hidden_layers > len(stored):  # also where listing what is missing would take forever
+    if config.num_hidden_layers > len(stored):  # the number may be absurd, and the list of missing tensors endless
         raise ValueError(
             f"{place} does not fit its config: it holds {len(stored)} tensors, too few for "
             f"num_hidden_layers = {config.num_hidden_layers}"
         )
     wanted = shapes.tensors(config)
-    optional = {HEAD} if config.tie_word_embeddings else set()
-    problems = [
-        f"{word} {', '.join(sorted(keys))}"
-        for word, keys in (
-            ("missing", wanted.keys() - stored.keys() - optional),
-            ("unexpected", stored.keys() - wanted.keys()),
-        )
-        if keys
-    ]
-    problems += [
-        f"{key} has shape {tensor.shape} instead of {wanted[key]}"
-        for key, tensor in stored.items()
-        if key in wanted and tensor.shape != wanted[key]
-    ]
-    problems += [
-        f"{key} is {tensor.dtype}, and weights must be floating"
-        for key, tensor in stored.items()
-        if key in wanted and tensor.dtype not in FLOATING
-    ]
+    problems = []
+    if missing := wanted.keys() - stored.keys() - ({HEAD} if config.tie_word_embeddings else set()):
+        problems.append(f"missing {', '.join(sorted(missing))}")
+    if unexpected := stored.keys() - wanted.keys():
+        problems.append(f"unexpected {', '.join(sorted(unexpected))}")
+    for key, tensor in stored.items():
+        if key in wanted and tensor.shape != wanted[key]:
+            problems.append(f"{key} has shape {tensor.shape} instead of {wanted[key]}")
+        if key in wanted and tensor.dtype not in FLOATING:
+            problems.append(f"{key} is {tensor.dtype}, and weights must be floating")
     if problems:
         raise ValueError(f"{place} does not fit its config: {'; '.join(problems)}")

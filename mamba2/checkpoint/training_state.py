@@ -1,13 +1,12 @@
-"""What a run needs beside the model to go on to the bit, without pickle.
+"""The files of a checkpoint from which a run resumes with the same bits. No pickle.
 
-checkpoint-N/   model.safetensors, config.json, the tokenizer      a model folder like any other
+checkpoint-N/   model.safetensors, config.json, the tokenizer      a model folder
                 optimizer/*.safetensors                            exp_avg.NAME, exp_avg_sq.NAME, …; one file, or shards
-                rng.safetensors                                    torch's generators: cpu, cuda
-                trainer_state.json                                 written last: counters, what the run was, and size
+                rng.safetensors                                    the state of torch's generators: cpu, cuda
+                trainer_state.json                                 written last: counters, the run's identity, and size
                                                                    and sha256 of every other file
 """
 
-import hashlib
 import json
 import warnings
 from collections.abc import Iterator
@@ -22,7 +21,7 @@ from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor
 
-from mamba2.files import atomic_file, save_tensors
+from mamba2.files import atomic_file, save_tensors, sha256
 
 STATE = "trainer_state.json"
 OPTIMIZER = "optimizer"
@@ -30,26 +29,27 @@ RNG = "rng.safetensors"
 
 
 class DamagedCheckpoint(ValueError):
-    """A checkpoint that is not what was written: something is missing, cut short or changed."""
+    """A checkpoint whose files are missing, truncated or changed."""
 
 
 # ----------------------------------------------------------------------------------------------------- the whole folder
 
 
 def write_state(folder: Path, state: dict[str, Any]) -> None:
-    """Write trainer_state.json: `state`, and size and sha256 of every file that lies in `folder`."""
-    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    """Write trainer_state.json: `state`, and size and sha256 of every file in `folder`."""
     record = {
-        file.relative_to(folder).as_posix(): {"size": file.stat().st_size, "sha256": _sha256(file)} for file in files
+        file.relative_to(folder).as_posix(): {"size": file.stat().st_size, "sha256": sha256(file)}
+        for file in sorted(folder.rglob("*"))
+        if file.is_file()
     }
     text = json.dumps({**state, "files": record}, indent=1, allow_nan=False)
     (folder / STATE).write_text(text + "\n", encoding="utf-8")
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """The contents of trainer_state.json, after every file has been found as it was written.
+    """The contents of trainer_state.json, after checking size and sha256 of every file.
 
-    Raises FileNotFoundError when there is no such folder, DamagedCheckpoint naming the file that is not as it was.
+    Raises FileNotFoundError when the folder is missing, DamagedCheckpoint naming the file that does not match.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"no checkpoint at {folder}")
@@ -67,21 +67,16 @@ def read_state(folder: Path) -> dict[str, Any]:
         if file.stat().st_size != written["size"]:
             size = f"{file.stat().st_size} bytes instead of {written['size']}"
             raise DamagedCheckpoint(f"{folder} is damaged: {name} has {size}")
-        if _sha256(file) != written["sha256"]:
+        if sha256(file) != written["sha256"]:
             raise DamagedCheckpoint(f"{folder} is damaged: the contents of {name} have changed (sha256)")
     return state
-
-
-def _sha256(file: Path) -> str:
-    with open(file, "rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 # ------------------------------------------------------------------------------------------------ optimizer, generators
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """What the optimizer holds of each parameter, as KEY.NAME, but for the count of steps, which the run knows."""
+    """The optimizer's tensors as KEY.NAME of the parameter, without `step`: the run counts its updates itself."""
     return {
         f"{key}.{name}": value
         for name, parameter in model.named_parameters()
@@ -91,7 +86,7 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
 
 
 def save_optimizer(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Write the optimizer's moments, if it has made an update. Where they are sharded every process must call this."""
+    """Write the optimizer's moments, if it has made an update. If they are sharded, every process must call this."""
     tensors = optimizer_tensors(model, optimizer)
     if not tensors:
         return
@@ -107,8 +102,8 @@ def save_optimizer(folder: Path, model: nn.Module, optimizer: torch.optim.Optimi
 
 @contextmanager
 def _system_errors(what: str) -> Iterator[None]:
-    """torch.distributed.checkpoint tells every process what failed on any, with tracebacks: make it an OSError's line,
-    where nothing but the system is to blame."""
+    """Turn a CheckpointException, which holds a traceback for every process, into a one-line OSError if all its causes
+    are OSErrors."""
     try:
         yield
     except CheckpointException as error:
@@ -119,8 +114,8 @@ def _system_errors(what: str) -> Iterator[None]:
 
 
 def sort_headers(folder: Path) -> None:
-    """Give what the shards' headers say about themselves an order, which safetensors leaves to chance: equal moments
-    are then equal files."""
+    """Sort the metadata in the headers of the optimizer's shards. safetensors writes it in random order, and equal
+    moments should give equal files."""
     for file in (folder / OPTIMIZER).glob("*.safetensors"):
         with open(file, "r+b") as opened:
             length = int.from_bytes(opened.read(8), "little")
@@ -134,9 +129,9 @@ def sort_headers(folder: Path) -> None:
 
 
 def load_optimizer(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, updates: int) -> None:
-    """Bring the optimizer to where it was after `updates` updates, in whatever shards it was written and is to be now.
+    """Restore the optimizer's state after `updates` updates. The shards in the files may differ from those in memory.
 
-    Raises DamagedCheckpoint naming a parameter of which nothing is stored, or that there is not.
+    Raises DamagedCheckpoint naming a parameter that only the model or only the checkpoint has.
     """
     if updates == 0:
         return
@@ -150,30 +145,30 @@ def load_optimizer(folder: Path, model: nn.Module, optimizer: torch.optim.Optimi
     for name, parameter in parameters.items():
         state = {key: torch.zeros_like(parameter) for key in keys[name]}
         if "exp_avg" in state:
-            # Where AdamW itself keeps it when it is fused: on the parameter's device, in float32.
+            # As fused AdamW keeps it: on the parameter's device, in float32.
             state["step"] = torch.tensor(float(updates), device=parameter.device)
         optimizer.state[parameter] = state
     _read_moments(folder, optimizer_tensors(model, optimizer))
 
 
 def _stored(folder: Path) -> dict[str, Any]:
-    """Size and dtype of every tensor of the optimizer in a checkpoint, by name."""
+    """Size and dtype of every stored tensor of the optimizer, by name."""
     return dcp.HuggingFaceStorageReader(str(folder / OPTIMIZER)).read_metadata().state_dict_metadata
 
 
 def _read_moments(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
-    """Fill `tensors`, whole or sharded, from the shards in `folder`."""
+    """Fill `tensors`, whole or sharded, from the optimizer's files in the checkpoint `folder`."""
     reader = dcp.HuggingFaceStorageReader(str(folder / OPTIMIZER))
     sharded = any(isinstance(tensor, DTensor) for tensor in tensors.values())
     with _system_errors(f"cannot read {folder / OPTIMIZER}"), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as is meant
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # `no_dist`, on purpose
         dcp.load(tensors, storage_reader=reader, no_dist=not sharded)
 
 
 def export_optimizer(folder: Path, file: Path) -> int:
-    """Write the optimizer's moments of a checkpoint into one safetensors file, in whatever shards they lie there.
+    """Write the optimizer's moments of a checkpoint, sharded or not, into one safetensors file.
 
-    Returns how many tensors those are. Raises FileNotFoundError, FileExistsError, DamagedCheckpoint, ValueError when
+    Returns the number of tensors. Raises FileNotFoundError, FileExistsError, DamagedCheckpoint, and ValueError when
     the optimizer had made no update yet.
     """
     if file.exists():
@@ -198,13 +193,13 @@ def rng_tensors() -> dict[str, torch.Tensor]:
 
 
 def save_rng(folder: Path, of_ranks: list[dict[str, torch.Tensor]]) -> None:
-    """Write what `rng_tensors` gave in each process, by rank."""
+    """Write what `rng_tensors` returned in each process, by rank."""
     tensors = {f"{name}.{rank}": tensor for rank, of_rank in enumerate(of_ranks) for name, tensor in of_rank.items()}
     save_tensors(folder / RNG, tensors)
 
 
 def load_rng(folder: Path, rank: int) -> None:
-    """Set this process's generators; one of a rank that did not exist then keeps what it has."""
+    """Set this process's generators. A rank that the saved run did not have keeps its own."""
     tensors = load_file(folder / RNG)
     if f"cpu.{rank}" in tensors:
         torch.set_rng_state(tensors[f"cpu.{rank}"])

@@ -1,7 +1,7 @@
-"""Weight files of any layout, read a few megabytes at a time: safetensors or torch's zip format, sharded or not.
+"""Weight files of any layout: safetensors or torch's zip format, sharded or not.
 
-Files are mapped into memory, and the pages that were read count as the process's own for as long as they stay mapped.
-So tensors are copied in pieces and the file is opened anew every so often: peak memory is the model and one piece.
+Files are memory-mapped, and pages that were read count as this process's memory until the file is closed. So tensors
+are copied in pieces, and the file is reopened every few pieces: peak memory is the model plus about 20 MB.
 """
 
 import json
@@ -15,12 +15,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 EMBEDDINGS, HEAD = "backbone.embeddings.weight", "lm_head.weight"
-# Wrappers that put their own name in front of every key: torch.compile, DistributedDataParallel, mistral-inference.
+# Prefixes that wrappers add to every key: torch.compile, DistributedDataParallel, mistral-inference.
 PREFIXES = ("_orig_mod.", "module.", "model.")
 # In order of preference; an index lists the shards of one of the two formats.
 WEIGHT_FILES = ("model.safetensors", "consolidated.safetensors", "pytorch_model.bin")
 INDEX_FILES = ("model.safetensors.index.json", "consolidated.safetensors.index.json", "pytorch_model.bin.index.json")
-# As safetensors and as torch spell them. Integers are weights only together with scales, which no layout here has.
+# As safetensors and as torch spell them. Integer weights would need scales, which no layout here stores.
 FLOATING = {"F64", "F32", "F16", "BF16", "float64", "float32", "float16", "bfloat16"}
 PIECE_BYTES = 4 * 2**20
 REOPEN_BYTES = 4 * PIECE_BYTES
@@ -42,8 +42,11 @@ def our_name(key: str) -> str:
 
 
 def find_weights(folder: Path) -> list[Path]:
-    """The weight files of a folder. Raises FileNotFoundError when there are none, or naming a shard that is not there,
-    ValueError when an index cannot be read or names a shard for a tensor that lies in another."""
+    """The weight files of a folder.
+
+    Raises FileNotFoundError when there are none or a shard is missing, ValueError when an index cannot be read or names
+    the wrong shard for a tensor.
+    """
     for name in WEIGHT_FILES:
         if (folder / name).is_file():
             return [folder / name]
@@ -70,8 +73,8 @@ def find_weights(folder: Path) -> list[Path]:
 
 
 def list_tensors(files: list[Path]) -> dict[str, StoredTensor]:
-    """What the files hold, under our names. Raises ValueError naming a file that is damaged or holds something else, or
-    two keys that mean the same tensor."""
+    """Every tensor in the files, by our name. Raises ValueError naming a file that is damaged or holds anything but
+    tensors, or two keys for one tensor."""
     tensors: dict[str, StoredTensor] = {}
     for file in files:
         with _opened(file) as (keys, describe, _):
@@ -84,7 +87,7 @@ def list_tensors(files: list[Path]) -> dict[str, StoredTensor]:
 
 
 def read_tensors(stored: dict[str, StoredTensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Copies of the tensors in `dtype`, which own their memory."""
+    """Copies of the stored tensors in `dtype`, by our name."""
     tensors = {name: torch.empty(s.shape, dtype=dtype) for name, s in stored.items()}
     for file in sorted({s.file for s in stored.values()}):
         pieces = [piece for name, s in stored.items() if s.file == file for piece in _pieces(s.key, tensors[name])]
@@ -93,13 +96,14 @@ def read_tensors(stored: dict[str, StoredTensor], dtype: torch.dtype) -> dict[st
                 budget = REOPEN_BYTES
                 while pieces and budget > 0:
                     key, start, target = pieces.pop()
-                    target.copy_(read(key, start, start + len(target)))
-                    budget -= target.nbytes
+                    piece = read(key, start, start + len(target))
+                    target.copy_(piece)
+                    budget -= piece.nbytes
     return tensors
 
 
 def equals(stored: StoredTensor, tensor: torch.Tensor) -> bool:
-    """Whether a stored tensor, in the other's dtype, is `tensor`."""
+    """Whether a stored tensor, converted to the dtype of `tensor`, equals it."""
     for key, start, rows in _pieces(stored.key, tensor):
         with _opened(stored.file) as (_, _, read):
             if not torch.equal(read(key, start, start + len(rows)).to(rows.dtype), rows):
@@ -108,6 +112,7 @@ def equals(stored: StoredTensor, tensor: torch.Tensor) -> bool:
 
 
 def _pieces(key: str, target: torch.Tensor) -> Iterator[tuple[str, int, torch.Tensor]]:
+    """(key, first row, those rows of `target`), about PIECE_BYTES at a time."""
     rows = max(1, PIECE_BYTES * len(target) // max(target.nbytes, 1))
     for start in range(0, len(target), rows):
         yield key, start, target[start : start + rows]
@@ -115,7 +120,7 @@ def _pieces(key: str, target: torch.Tensor) -> Iterator[tuple[str, int, torch.Te
 
 @contextmanager
 def _opened(file: Path) -> Iterator[tuple[list[str], Callable, Callable]]:
-    """Keys; key -> (shape, dtype); (key, start, stop) -> those rows."""
+    """Open a weight file. Yields its keys, a function key -> (shape, dtype), and one (key, start, stop) -> rows."""
     if file.suffix == ".safetensors":
         try:
             with safe_open(file, framework="pt") as opened:

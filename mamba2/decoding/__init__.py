@@ -1,4 +1,4 @@
-"""A token at a time, as fast as the device allows: decoders with `step(input_ids)` and `state()`, and how to draw."""
+"""Decoders, which advance a state one token at a time with `step(input_ids)` and `state()`, and sampling."""
 
 import torch
 
@@ -13,11 +13,11 @@ __all__ = ["CompiledDecoder", "GraphDecoder", "PlainDecoder", "make_decoder"]
 def make_decoder(
     model: Mamba2LM, state: list[State], compiled: bool = False
 ) -> CompiledDecoder | GraphDecoder | PlainDecoder:
-    """What advances `state`: `Mamba2LM.step`; if asked for, a compiled one on a processor; on a GPU a CUDA graph.
+    """The decoder that starts from a copy of `state`: on a GPU a CUDA graph, with `compiled` on a CPU a compiled step,
+    else `Mamba2LM.step`.
 
-    MAMBA2_BACKEND=reference asks for the readable form, and so do weights of which each process holds a part, which are
-    gathered when used, and layers of attention, whose state grows. Raises ValueError where a compiled step is asked for
-    and cannot serve.
+    `Mamba2LM.step` also serves MAMBA2_BACKEND=reference, sharded weights, autocast, and layers of attention, whose
+    state grows. Raises ValueError if `compiled` is asked for in one of these cases.
     """
     weight = model.lm_head.weight
     backend = choose_backend(weight, ("reference", "torch", "triton"))
@@ -30,7 +30,7 @@ def make_decoder(
     if compiled:
         obstacles |= {f"backend {backend}": backend != "torch", weight.device.type: weight.is_cuda}
         if any(obstacles.values()):
-            there = ", ".join(name for name, is_there in obstacles.items() if is_there)
-            raise ValueError(f"compiled decoding is for whole weights on a processor, backend torch; here: {there}")
+            present = ", ".join(name for name, is_present in obstacles.items() if is_present)
+            raise ValueError(f"compiled decoding is for whole weights on a processor, backend torch; here: {present}")
         return CompiledDecoder(model, state)
     return GraphDecoder(model, state) if weight.is_cuda and not any(obstacles.values()) else PlainDecoder(model, state)

@@ -1,11 +1,10 @@
-"""Token after token on a processor, the whole step compiled into one function.
+"""Decoding on a CPU with the whole step compiled into one C++ function.
 
-`Mamba2LM.step` starts some four hundred operations for a token. Here the step is written as in `mamba2.mixer`, on the
-readable forms of `mamba2.ops`, and torch.compile makes one C++ function of all layers: loop after loop, between which
-threads meet and nothing is dispatched. For the products to be such loops, too, one row is multiplied by sums over the
-rows of a weight; several rows leave the function for a matrix product.
+`Mamba2LM.step` runs about 400 operations per token. Here the step is written with the reference forms of `mamba2.ops`,
+and torch.compile turns all layers into one function without operator calls. For this, matrix products with a single
+row are written as sums, which become loops of that function; with several rows a matrix product is called.
 
-Compiling takes a quarter of a minute, once for each shape of model and number of rows, and needs a C++ compiler.
+Compiling takes about 15 seconds, once per model shape and number of rows, and needs a C++ compiler.
 """
 
 import dataclasses
@@ -16,7 +15,7 @@ from typing import NamedTuple, Self
 import torch
 import torch.nn.functional as F
 
-from mamba2.mixer import MixerState
+from mamba2.mixer import MixerState, by_head, conv_widths
 from mamba2.model import Mamba2Block, Mamba2LM
 from mamba2.ops.fusion import compile_like, require_cxx_compiler
 from mamba2.ops.norm_torch import add_rms_norm_reference, gated_rms_norm_reference
@@ -26,18 +25,15 @@ _steps: dict[tuple, Callable] = {}
 
 
 class CompiledDecoder:
-    """A model on a processor with the state of b rows, advanced in place; no gradients.
+    """A model on a CPU with the state of b rows. No gradients.
 
-    Weights are read when it is made: make a new one after changing the model. In half precision they keep their dtype;
-    everything computed is float32, as the state is.
+    The weights are read once: make a new decoder after changing the model. Half-precision weights keep their dtype; the
+    state and all computation are float32.
     """
 
     @torch.no_grad()
     def __init__(self, model: Mamba2LM, state: list[MixerState]):
-        """Start from `state` (as `Mamba2LM.prefill` returns it), which is copied.
-
-        Raises ValueError where there is no C++ compiler.
-        """
+        """Start from a copy of `state`, as returned by `Mamba2LM.prefill`. Raises ValueError without a C++ compiler."""
         require_cxx_compiler()
         self.config = model.config
         self.embeddings, self.head = model.backbone.embeddings.weight.detach(), model.lm_head.weight.detach()
@@ -50,21 +46,20 @@ class CompiledDecoder:
 
     @torch.no_grad()
     def step(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """Take one token per row, (b,) int64; returns logits (b, v), which are not rounded to half precision."""
+        """Take one token per row, (b,) int64; returns logits (b, v), not rounded to half precision."""
         rows = len(self.layers[0].ssm)
-        if input_ids.shape != (rows,) or input_ids.dtype != torch.long:  # the compiled function takes it for granted
+        if input_ids.shape != (rows,) or input_ids.dtype != torch.long:  # the compiled function does not check this
             raise ValueError(f"input_ids must be ({rows},) int64, not {tuple(input_ids.shape)} {input_ids.dtype}")
         return self._compiled(self, input_ids.contiguous())
 
     @torch.no_grad()
     def state(self) -> list[MixerState]:
-        """A copy of the state, as `Mamba2LM.prefill` and `forward` take it."""
+        """A copy of the state, in the form that `Mamba2LM.prefill` and `forward` take."""
         return [layer.state() for layer in self.layers]
 
     def _step(self, input_ids: torch.Tensor) -> torch.Tensor:
         cfg = self.config
         wide = torch.promote_types(self.head.dtype, torch.float32)
-        sizes = [cfg.d_inner, cfg.n_groups * cfg.state_size, cfg.n_groups * cfg.state_size]
         x, residual = F.embedding(input_ids, self.embeddings), None  # (b, d)
         if cfg.residual_in_fp32:
             x = x.to(wide)
@@ -72,14 +67,14 @@ class CompiledDecoder:
             u, residual = add_rms_norm_reference(x, residual, layer.norm, cfg.layer_norm_epsilon, wide)
             zxBCdt = _product(u, layer.in_proj, layer.in_bias)
             z, xBC, dt = zxBCdt.split([cfg.d_inner, cfg.conv_dim, cfg.num_heads], dim=-1)
-            x, B, C = _convolve(layer, xBC).split(sizes, dim=-1)
+            x, B, C = by_head(cfg, *_convolve(layer, xBC).split(conv_widths(cfg), dim=-1))
             y = ssd_step_reference(
                 layer.ssm,
-                x.unflatten(-1, (cfg.num_heads, cfg.head_dim)),  # (b, h, p)
+                x,  # (b, h, p)
                 dt,  # (b, h)
                 -layer.A_log.exp(),
-                B.unflatten(-1, (cfg.n_groups, cfg.state_size)),  # (b, g, n)
-                C.unflatten(-1, (cfg.n_groups, cfg.state_size)),
+                B,  # (b, g, n)
+                C,
                 D=layer.D,
                 z=None,
                 dt_bias=layer.dt_bias,
@@ -93,12 +88,12 @@ class CompiledDecoder:
 
 
 class _Layer(NamedTuple):
-    """The tensors of one block, and its state, which a step advances in place."""
+    """The weights of one block and its state, which a step updates in place."""
 
     norm: torch.Tensor  # (d,)
     in_proj: torch.Tensor  # (d_inner + conv + h, d), conv = d_inner + 2 g n
     in_bias: torch.Tensor | None
-    taps: torch.Tensor  # (K, conv), the last row meets the newest token
+    taps: torch.Tensor  # (K, conv), the weights of the convolution; the last row is for the newest token
     conv_bias: torch.Tensor | None  # (conv,)
     dt_bias: torch.Tensor  # (h,)
     A_log: torch.Tensor  # (h,)
@@ -106,12 +101,12 @@ class _Layer(NamedTuple):
     gated_norm: torch.Tensor  # (d_inner,)
     out_proj: torch.Tensor  # (d, d_inner)
     out_bias: torch.Tensor | None
-    window: list[torch.Tensor]  # K - 1 of (b, conv), oldest first: apart, they move on in the convolution's own loop
+    window: list[torch.Tensor]  # K - 1 of (b, conv), oldest first; separate tensors shift within the convolution's loop
     ssm: torch.Tensor  # (b, h, p, n)
 
     @classmethod
     def of(cls, block: Mamba2Block, state: MixerState, dtype: torch.dtype) -> Self:
-        """Matrices in `dtype` and contiguous, which they nearly always are already; the rest in the state's dtype."""
+        """Projections in `dtype`, the rest in the state's dtype, all contiguous (copied only if they are not)."""
         mixer, wide = block.mixer, state.ssm.dtype
 
         def of_dtype(parameter: torch.Tensor | None, dtype: torch.dtype = wide) -> torch.Tensor | None:
@@ -134,13 +129,13 @@ class _Layer(NamedTuple):
         )
 
     def state(self) -> MixerState:
-        none = self.ssm.new_empty(len(self.ssm), 0, self.taps.shape[1])  # with K = 1 this is all
+        none = self.ssm.new_empty(len(self.ssm), 0, self.taps.shape[1])  # with K = 1 the window is empty
         return MixerState(torch.cat([none, *(row[:, None] for row in self.window)], dim=1), self.ssm.clone())
 
 
 def _compile(decoder: CompiledDecoder) -> Callable[[CompiledDecoder, torch.Tensor], torch.Tensor]:
-    """`CompiledDecoder._step`, compiled for decoders like this one; what makes them alike is the key."""
-    # Nothing of the computation depends on where dt_bias came from, or on keys that are only passed on.
+    """`CompiledDecoder._step` compiled for decoders with the same key: config, rows, dtypes and threads."""
+    # The computation depends neither on how dt_bias was initialised nor on unknown keys that are only passed on.
     config = dataclasses.replace(decoder.config, dt_bias_init=None, extra={})
     batch = len(decoder.layers[0].ssm)
     key = (repr(config), batch, decoder.head.dtype, decoder.embeddings.dtype, torch.get_num_threads())
@@ -150,7 +145,7 @@ def _compile(decoder: CompiledDecoder) -> Callable[[CompiledDecoder, torch.Tenso
 
 
 def _convolve(layer: _Layer, xBC: torch.Tensor) -> torch.Tensor:
-    """The causal convolution's output for the newest inputs xBC (b, conv); moves the window on."""
+    """The causal convolution's output for the newest inputs xBC (b, conv). Shifts the window by one."""
     rows = [*layer.window, xBC]
     y = sum(row * tap for row, tap in zip(rows, layer.taps, strict=True))
     for row, newer in itertools.pairwise(rows):
@@ -163,6 +158,6 @@ def _product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -
     if len(x) > 1:
         y = F.linear(x.to(weight.dtype), weight).to(x.dtype)
     else:
-        # A view by strides needs x in memory; otherwise the norm would be computed again for every row of the weight.
+        # as_strided forces x into memory; otherwise the norm would be fused and recomputed for every row of the weight.
         y = (weight.to(x.dtype) * x.as_strided(x.shape, x.stride())).sum(-1)[None]
     return y if bias is None else y + bias

@@ -1,1 +1,1 @@
-"""Perplexity by named protocols."""
+"""Perplexity by named protocols, recall in synthetic tasks, and diagnostics."""

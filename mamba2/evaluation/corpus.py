@@ -1,4 +1,4 @@
-"""Text to evaluate on: documents, each a list of lines where the source is a file of lines."""
+"""Text to evaluate on, as documents. A WikiText document is a list of lines, any other a list of one string."""
 
 import itertools
 import re
@@ -12,7 +12,7 @@ from mamba2.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class Corpus:
-    """One split. `documents` holds the lines of each document; a document of another source is a single line."""
+    """The documents of one split, and where they come from."""
 
     documents: list[list[str]]
     name: str
@@ -30,7 +30,7 @@ class Corpus:
         return ["".join(lines) for lines in self.documents]
 
     def pages(self) -> list[str]:
-        """Each document as WikiText's file has it, an empty line being a space: what lm-evaluation-harness reads."""
+        """Each document as lm-evaluation-harness reads it: WikiText's raw file, where empty lines hold a space."""
         if not self.of_lines:
             return self.texts()
         documents = [list(itertools.dropwhile(lambda line: not line, self.documents[0])), *self.documents[1:]]
@@ -39,11 +39,11 @@ class Corpus:
 
     @property
     def of_lines(self) -> bool:
-        """WikiText comes as lines, which make up articles."""
+        """Whether the documents are lists of lines: WikiText's are."""
         return "wikitext" in Path(self.name).name
 
     def first_tokens(self, tokenizer: Tokenizer, count: int) -> Self:
-        """The first documents, as many as begin within `count` tokens; the last is cut, at a whole character."""
+        """The documents that begin within the first `count` tokens, the last one cut there at a whole character."""
         kept, total = [], 0
         for lines in self.documents:
             if total >= count:
@@ -59,11 +59,11 @@ class Corpus:
 
 
 def load_corpus(name: str, split: str | None, config: str | None = None) -> Corpus:
-    """Documents of a data set (see mamba2/data for what it can be): articles where it is WikiText.
+    """Load the documents of a data set (see mamba2/data for what `name` can be); WikiText is divided into articles.
 
-    `split`: None for the split test, or the only one if there is one alone. A file is one split, whatever `split` says.
+    `split`: None means `test`, or the only split if there is just one. For a file it is ignored.
 
-    Raises FileNotFoundError or ValueError when it is not there, is empty, or holds ids instead of text.
+    Raises FileNotFoundError or ValueError when the data set is missing, is empty, or holds ids instead of text.
     """
     try:
         source = open_source(name, split or "test", config)
@@ -80,16 +80,16 @@ def load_corpus(name: str, split: str | None, config: str | None = None) -> Corp
         documents = [[text] for text in texts if text]
     if not documents:
         raise ValueError(f"{name}, {split}: the data set is empty: not one document with text")
-    # A config says nothing about files that do not lie in a folder of its name.
+    # Local files have a config only if they are in a folder of that name.
     has_config = config is not None and name != STDLIB and (not Path(name).exists() or (Path(name) / config).is_dir())
     return Corpus(documents, name, config if has_config else None, split, source.revision)
 
 
-# Rules of lm-evaluation-harness (lm_eval/tasks/wikitext) in its order, as (pattern, replacement).
+# The rules of lm-evaluation-harness (lm_eval/tasks/wikitext) in its order, as (pattern, replacement).
 _PAIRS = (("(", ")"), ("[", "]"), ("{", "}"), ('"', '"'), ("'", "'"))
 _DETOKENIZE: list[tuple[str, str]] = [
     ("s '", "s'"),
-    (r"/' [0-9]/", "/'[0-9]/"),  # a slip in the harness, which must be repeated to give its numbers
+    (r"/' [0-9]/", "/'[0-9]/"),  # a bug of the harness, kept so that the numbers are the same
     *((f" @{re.escape(mark)}@ ", mark) for mark in "-,."),
     *((f" {re.escape(mark)} ", f"{mark} ") for mark in ":;.!?,"),
     *((rf"\{left}\s*([^\{right}]*?)\s*\{right}", rf"{left}\1{right}") for left, right in _PAIRS),

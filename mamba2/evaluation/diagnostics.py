@@ -1,6 +1,6 @@
-"""Why an initialisation does what it does: memory of every head, nominal and on data, and how signals pass through.
+"""Diagnostics that explain an initialisation's effect: half-life of every head, and sizes of activations and gradients.
 
-All functions take a model and ids (b, l), compute in float32 without changing the model, and return numpy arrays.
+The functions compute in float32 and do not change the model. Arrays returned are numpy's.
 """
 
 import contextlib
@@ -25,17 +25,17 @@ REMEMBERED = (1, 16, 128, 1024)  # tokens
 
 @dataclass(frozen=True)
 class LayerTrace:
-    """What one layer computes on data; dt after bias, softplus and limit."""
+    """What `trace` records of one layer."""
 
-    dt: torch.Tensor  # (b, l, h)
+    dt: torch.Tensor  # (b, l, h), after bias, softplus and limit
     output_rms: float  # of the mixer's output
-    residual_rms: float  # of the residual stream in front of it
-    ssm_to_skip: np.ndarray  # (h,), rms of what the state gives over rms of D x
+    residual_rms: float  # of the residual stream before the mixer
+    ssm_to_skip: np.ndarray  # (h,), rms of the SSM's output without D x over rms of D x
 
 
 @torch.no_grad()
 def trace(model: Mamba2LM, ids: torch.Tensor) -> list[LayerTrace]:
-    """Every Mamba-2 layer on ids (b, l), each sequence from an empty state: read off a forward pass by hooks."""
+    """Record every Mamba-2 layer, by hooks, in one forward pass over ids (b, l) from an empty state."""
     traces: list[LayerTrace] = []
 
     def read(block: nn.Module, projected: tuple[torch.Tensor, ...], results: tuple[torch.Tensor, ...]) -> None:
@@ -67,36 +67,36 @@ def _rms(x: torch.Tensor, dims: tuple[int, ...] | None = None) -> torch.Tensor:
 
 
 def nominal_half_life(model: Mamba2LM) -> np.ndarray:
-    """Tokens, (L, h), at W_dt x = 0."""
+    """Half-life of every head in tokens, (L, h), for W_dt x = 0."""
     return half_life(F.softplus(model.dt_bias().double()), model.A()).numpy(force=True)
 
 
 def effective_half_life(model: Mamba2LM, traces: list[LayerTrace]) -> np.ndarray:
-    """Tokens, (L, h), from the mean of dt over data: over many tokens a state decays by exp(-A Σ dt)."""
+    """Half-life of every head in tokens, (L, h), for the mean dt over the data: the state decays by exp(-A Σ dt)."""
     dt = torch.stack([layer.dt.double().mean(dim=(0, 1)) for layer in traces])
     return half_life(dt, model.A()).numpy(force=True)
 
 
 def shares_remembering(tau: np.ndarray) -> dict[int, float]:
     """Share of all heads whose half-life is above 1, 16, 128, 1024 tokens."""
-    # dt_bias is float32, which moves a half-life by 1e-6 of itself: a head set to 1024 tokens is not above.
+    # The rounding of dt_bias to float32 changes a half-life by 1e-6: a head set to 1024 tokens must not count as above.
     return {tokens: float((tau > tokens * (1 + 1e-5)).mean()) for tokens in REMEMBERED}
 
 
 def decay_mask(dt: torch.Tensor, A: float) -> np.ndarray:
-    """What is left at token i of token j, exp(-A Σ_{j<k≤i} dt_k) for j ≤ i, nan above: (l, l) of dt (l,)."""
+    """How much of token j is left at token i: exp(-A Σ_{j<k≤i} dt_k), nan for j > i. dt is (l,), the result (l, l)."""
     total = (dt.double() * A).cumsum(0)
     mask = torch.exp(-(total[:, None] - total[None, :]))
     return mask.masked_fill(torch.ones_like(mask).triu(1).bool(), math.nan).numpy(force=True)
 
 
-# ----------------------------------------------------------------------------------------------------- against training
+# -------------------------------------------------------------------------------------------- before and after training
 
 
 def initial_model(model: Mamba2LM) -> Mamba2LM:
-    """The model that training began with, made again from what its config records.
+    """The model before training, initialised again as its config records.
 
-    Raises ValueError when nothing is recorded, or when the dt_bias made is not the recorded one.
+    Raises ValueError when there is no record, or when dt_bias differs from the recorded one.
     """
     record, config = model.config.dt_bias_init, model.config
     if record is None or not {"seed", "sha256"} <= record.keys():
@@ -113,21 +113,21 @@ def initial_model(model: Mamba2LM) -> Mamba2LM:
 
 
 def drift(before: Mamba2LM, after: Mamba2LM) -> dict[str, float]:
-    """How far training moved dt_bias: mean and largest distance over heads, and Spearman's rank correlation of dt."""
+    """How far training moved dt_bias: mean and largest distance over heads, and Spearman's rank correlation."""
     a, b = (model.dt_bias().double().flatten().numpy(force=True) for model in (before, after))
     moved = np.abs(b - a)
-    constant = np.ptp(a) == 0 or np.ptp(b) == 0  # without ranks
+    constant = np.ptp(a) == 0 or np.ptp(b) == 0  # ranks are undefined
     correlation = math.nan if constant else float(stats.spearmanr(a, b).statistic)
     return {"mean": float(moved.mean()), "largest": float(moved.max()), "rank_correlation": correlation}
 
 
-# ------------------------------------------------------------------------------------------------------ signals in time
+# ------------------------------------------------------------------------------------------- over distance and position
 
 
 def gradient_against_distance(model: Mamba2LM, ids: torch.Tensor) -> np.ndarray:
-    """Norm of d loss / d (embedding of a token) against its distance from the token predicted, mean over b: (l-1,).
+    """Norm of d loss / d (embedding of a token) by the token's distance from the predicted one, mean over b: (l - 1,).
 
-    The loss is that of the last id of each sequence of ids (b, l) alone; entry 0 is the token just before it.
+    The loss is that of the last id of each row of ids (b, l) alone; entry 0 is the token just before it.
     """
     inputs = []
 
@@ -149,7 +149,7 @@ def gradient_against_distance(model: Mamba2LM, ids: torch.Tensor) -> np.ndarray:
 
 @torch.no_grad()
 def state_rms(model: Mamba2LM, ids: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """Positions 1, 2, 4, … (k,) and the rms of every Mamba-2 layer's state after so many tokens (k, L)."""
+    """Positions 1, 2, 4, … (k,), and the rms of every Mamba-2 layer's state after that many tokens (k, L)."""
     positions = [2**k for k in range(int(math.log2(ids.shape[1])) + 1)]
     rows, state, done = [], None, 0
     for position in positions:
@@ -164,27 +164,26 @@ def loss_by_position(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Mean loss in nats in bins of positions (1, 2], (2, 4], (4, 8], …: right ends (k,) and losses (k,).
 
-    Position p has p tokens before it. The state is carried in windows of `context`; ids (b, l).
+    Position p has p tokens before it. ids (b, l) are read in windows of `context` with the state carried along.
     """
-    total = np.zeros(ids.shape[1] - 1)
+    total = np.zeros(ids.shape[1] - 1)  # entry i has i + 1 tokens before it
     for _, nats in token_nats(model, ids.tolist(), context, batch_size):
         total += nats
-    mean, ends = total / len(ids), [2**k for k in range(1, int(math.log2(ids.shape[1] - 1)) + 1)]
-    losses = [mean[end // 2 : end].mean() for end in ends]  # entry i has i + 1 tokens before it
-    return np.array(ends), np.array(losses)
+    ends, losses = log_bins(total / len(ids))
+    return ends[1:], losses[1:]
 
 
 def log_bins(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean of values (n,) over distances 1, 2, 3–4, 5–8, …: right ends and means."""
+    """Mean of values (n,), which belong to 1, 2, 3, …, in bins 1, 2, 3–4, 5–8, …: right ends and means."""
     ends = [2**k for k in range(int(math.log2(len(values))) + 1)]
     return np.array(ends), np.array([values[end // 2 : end].mean() for end in ends])
 
 
-# ----------------------------------------------------------------------------------------------------------- altogether
+# ------------------------------------------------------------------------------------------------------------ summaries
 
 
 def gradient_norms(model: Mamba2LM, ids: torch.Tensor) -> list[float]:
-    """Norm of the mean loss's gradient by all weights of each layer, (L,)."""
+    """Norm of the gradient of the mean loss with respect to all weights of each layer, (L,)."""
     parameters = [list(block.parameters()) for block in model.backbone.layers]
     with torch.enable_grad():
         loss = model(ids[:, :-1], ids[:, 1:]) / ids[:, 1:].numel()
@@ -193,7 +192,7 @@ def gradient_norms(model: Mamba2LM, ids: torch.Tensor) -> list[float]:
 
 
 def signals(model: Mamba2LM, ids: torch.Tensor) -> dict[str, list[float]]:
-    """Per layer: rms of the residual stream and of the mixer's output, gradient norm, median SSM/skip ratio."""
+    """For each layer: rms of the residual stream and of the mixer's output, gradient norm, median SSM/skip ratio."""
     traces = trace(model, ids)
     return {
         "residual_rms": [layer.residual_rms for layer in traces],
@@ -204,9 +203,9 @@ def signals(model: Mamba2LM, ids: torch.Tensor) -> dict[str, list[float]]:
 
 
 def batches(documents: Iterator[list[int]], length: int, count: int) -> torch.Tensor:
-    """At most `count` sequences of `length` ids (b, l), evenly spread over documents put one after the other.
+    """At most `count` sequences of `length` ids (b, l), evenly spread over the concatenated documents.
 
-    Raises ValueError when there is not enough for one.
+    Raises ValueError when the data are shorter than one sequence.
     """
     flat = [i for ids in documents for i in ids]
     whole = len(flat) // length
@@ -217,9 +216,9 @@ def batches(documents: Iterator[list[int]], length: int, count: int) -> torch.Te
 
 
 def diagnose(model: Mamba2LM, ids: torch.Tensor, context: int, batch_size: int, positions: bool = True) -> dict:
-    """All diagnostics of a trained model and of the one it began as. ids (b, l), l up to 16 contexts.
+    """All diagnostics of a trained model and of its initial state, JSON-ready. ids (b, l), l up to 16 * context + 1.
 
-    `positions`: the loss by position, too, which says something of text only.
+    `positions`: also the loss by position, which is meaningful for text only.
     """
     short = ids[:4, : min(context + 1, ids.shape[1])]
     result: dict = {"context": context, "tokens": list(ids.shape)}
@@ -238,7 +237,7 @@ def diagnose(model: Mamba2LM, ids: torch.Tensor, context: int, batch_size: int, 
             "signals": signals(which, short),
         }
     result["drift"] = drift(initial, model)
-    # What the head with the longest memory of all keeps, where it is in the first, the middle and the last layer.
+    # The decay masks of the head with the longest memory, in the first, middle and last layer.
     head = int(np.argmax(np.max(result["after"]["effective"], axis=0)))
     layers = len(traces)
     result["mask_head"] = head

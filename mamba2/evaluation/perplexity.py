@@ -1,18 +1,18 @@
-"""Perplexity, always under the name of the protocol that it was measured by.
+"""Perplexity under named protocols, with windows of T tokens:
 
-    stateful     every document from an empty state after one end-of-text, all of its tokens scored, the state carried
-                 from window to window: the exact probability of the document
-    windows      disjoint windows of T tokens in each document, each from an empty state; every token but the first
-    strided      lines joined by empty lines into one text, windows of T tokens that move by `stride`, in each only the
-                 tokens that no earlier window had (the rule of transformers' documentation)
-    lm_eval      documents detokenised, windows of T tokens to score with one token of left context (the last window
-                 with more, to be as long), end-of-text first; words and bytes of the original page
-                 (lm-evaluation-harness)
-    hf_evaluate  the mean over lines of exp(mean loss of the line), no start token, lines of at least two tokens: the
-                 `evaluate` library's metric, without the padding that it runs through the model
+    stateful     each document after one end-of-text, all its tokens scored, the state carried from window to window:
+                 the exact probability of the document
+    windows      each document in disjoint windows, each from an empty state, all its tokens but the first scored
+    strided      all lines joined by empty lines, in windows that move by `stride`, each scoring the tokens that are new
+                 in it (the rule in transformers' documentation)
+    lm_eval      each document detokenised, after one end-of-text, in windows that score T tokens after one token of
+                 context (the last window has more context, to be as long); divided by the words and bytes of the
+                 original page (lm-evaluation-harness)
+    hf_evaluate  the mean over lines, of at least two tokens and without end-of-text, of exp(mean loss of the line): the
+                 metric of the library `evaluate`, without its padding
 
-All but the last weigh every token alike. The sums of every document (of every line under strided and hf_evaluate) are
-kept, so that any aggregate can be computed from them.
+All but the last weight every token equally. The sums of each document (under strided and hf_evaluate of each line) are
+kept, so that other aggregates can be computed.
 """
 
 import math
@@ -31,7 +31,7 @@ from mamba2.ops import IGNORE_INDEX
 from mamba2.study.statistics import Interval, clustered_interval
 from mamba2.tokenizer import Tokenizer
 
-# Each protocol, and where the state is emptied.
+# Each protocol, and where the state is reset.
 PROTOCOLS = {
     "stateful": "at each document",
     "windows": "at each window",
@@ -43,18 +43,18 @@ PROTOCOLS = {
 
 @dataclass
 class DocumentLoss:
-    """What one document, or one line of one, adds."""
+    """The sums over one document, or one of its lines."""
 
-    document: int  # number of the document: what is clustered by
+    document: int  # its number; intervals are clustered by document
     nats: float = 0.0
     tokens: int = 0  # scored
-    bytes: int = 0  # of UTF-8 behind the scored tokens; of the original page under lm_eval
-    words: int = 0  # separated by white space, of the whole text
+    bytes: int = 0  # UTF-8 bytes of the scored tokens; of the original page under lm_eval
+    words: int = 0  # separated by white space, in the whole text
 
 
 @dataclass(frozen=True)
 class Perplexity:
-    """Result of one model under one protocol."""
+    """The result of one model under one protocol."""
 
     protocol: str
     documents: list[DocumentLoss]
@@ -69,7 +69,7 @@ class Perplexity:
 
     @property
     def bits_per_byte(self) -> float:
-        """Comparable between tokenizers."""
+        """Comparable between models with different tokenizers."""
         return self._sum("nats") / math.log(2) / self._sum("bytes")
 
     @property
@@ -84,7 +84,7 @@ class Perplexity:
 
     @property
     def per_document(self) -> list[float]:
-        """Perplexity of each document, or line, by itself."""
+        """Perplexity of each document, or line."""
         return [exp(d.nats / d.tokens) for d in self.documents if d.tokens]
 
     @property
@@ -104,45 +104,40 @@ class Perplexity:
         return clustered_interval([d.nats for d in documents], [d.tokens for d in documents], clusters)
 
     def summary(self) -> dict:
-        """Every quantity, JSON-ready: what is not defined (the interval of one document) is None."""
+        """Every quantity, JSON-ready. Undefined values, such as the interval of a single document, are None."""
+        means = ("nats_per_token", "perplexity", "bits_per_byte", "byte_perplexity", "word_perplexity")
+        sums = ("document", "nats", "tokens", "bytes", "words")
         values = {
-            key: getattr(self, key)
-            for key in ("nats_per_token", "perplexity", "bits_per_byte", "byte_perplexity", "word_perplexity")
-        }
-        values |= {
+            **{key: getattr(self, key) for key in means},
             "standard_error": self.interval.standard_error,
             "interval_95": [self.interval.low, self.interval.high],
             "clusters": self.interval.clusters,
             **{key: int(self._sum(key)) for key in ("tokens", "bytes", "words")},
-            "documents": {
-                key: [getattr(d, key) for d in self.documents]
-                for key in ("document", "nats", "tokens", "bytes", "words")
-            },
+            "documents": {key: [getattr(d, key) for d in self.documents] for key in sums},
         }
         return json_ready(values)
 
 
 def exp(nats: float) -> float:
-    """e^nats, infinite where a float ends: a diverged model has a perplexity, too."""
+    """e^nats, or infinity where that overflows a float, as for a diverged model."""
     return math.inf if nats >= 709 else math.exp(nats)
 
 
-# --------------------------------------------------------------------------------------------- protocols as sequences
+# --------------------------------------------------------------------------------------- from a protocol to sequences
 
 
 class Scored(NamedTuple):
-    """Ids that are run through the model from an empty state, and what of it counts."""
+    """A sequence to run through the model from an empty state."""
 
     ids: list[int]
-    first: int  # the first id that is scored, at least 1
-    units: int | np.ndarray  # which DocumentLoss the scored ids belong to: one for all, or one each
+    first: int  # ids from here on are scored; at least 1
+    units: int | np.ndarray  # index of the DocumentLoss of all scored ids, or of each
 
 
 def plan(corpus: Corpus, tokenizer: Tokenizer, protocol: str, context: int, stride: int | None = None):
-    """The sequences of a protocol, and one empty DocumentLoss per document or line, with its words and bytes.
+    """The sequences of a protocol, and a DocumentLoss per document or line with only its words and bytes filled in.
 
-    Bytes are those behind the scored ids, but under lm_eval. Raises ValueError for an unknown protocol, a stride
-    outside 1..context, or when nothing can be scored.
+    Raises ValueError for an unknown protocol, a stride outside 1..context, or when there is nothing to score.
     """
     if protocol not in PROTOCOLS:
         raise ValueError(f"protocol {protocol!r} is unknown; choose {', '.join(PROTOCOLS)}")
@@ -173,10 +168,10 @@ def plan(corpus: Corpus, tokenizer: Tokenizer, protocol: str, context: int, stri
 
 
 def _texts(corpus: Corpus, protocol: str) -> Iterator[tuple[int, str, int, int]]:
-    """(number of the document, text, its words, bytes known beforehand)."""
+    """(number of the document, text, its words, its bytes or 0 if those of the scored ids are to be counted)."""
     if protocol == "lm_eval":
         for number, page in enumerate(corpus.pages()):
-            # Counted as the harness does: white space at the ends of a page makes a word of its own.
+            # As the harness counts: white space at the start or end of a page adds an empty word.
             yield number, detokenize(page) if corpus.of_lines else page, len(re.split(r"\s+", page)), len(page.encode())
         return
     for number, lines in enumerate(corpus.documents):
@@ -185,20 +180,18 @@ def _texts(corpus: Corpus, protocol: str) -> Iterator[tuple[int, str, int, int]]
 
 
 def _cut(ids: list[int], protocol: str, context: int, eot: int) -> list[tuple[list[int], int]]:
-    """Sequences of one document, and the first id in each that is scored."""
+    """(ids, first one to score) of each sequence of one document."""
     if protocol == "stateful":
         return [([eot, *ids], 1)]
     if protocol == "windows":
         return [(ids[start : start + context], 1) for start in range(0, len(ids), context)]
     if protocol == "lm_eval":
-        # The last window is filled up with left context, so that it is as long as the others.
-        ids = [eot, *ids]
-        stops = [*range(context, len(ids) - 1, context), len(ids) - 1]
-        starts = [max(0, stop - context) for stop in stops]
-        return [
-            (ids[start : stop + 1], number * context - start + 1)
-            for number, (start, stop) in enumerate(zip(starts, stops))
-        ]
+        ids, sequences = [eot, *ids], []
+        for done in range(0, max(1, len(ids) - 1), context):
+            stop = min(done + context, len(ids) - 1)
+            start = max(0, stop - context)  # the last window gets more left context, to be as long as the others
+            sequences.append((ids[start : stop + 1], done - start + 1))
+        return sequences
     return [(ids, 1)]
 
 
@@ -208,7 +201,7 @@ def _strided(
     lines = [(number, line) for number, document in enumerate(corpus.documents) for line in document]
     ids = tokenizer.encode("\n\n".join(line for _, line in lines))
     losses = [DocumentLoss(number, words=len(line.split())) for number, line in lines]
-    # A token belongs to the line in which it begins. Encoding may normalise, so a line is as long as it decodes to.
+    # A token belongs to the line in which it begins. Lengths are of the decoded text, since encoding may normalise it.
     ends = np.cumsum([len(tokenizer.decode_bytes(tokenizer.encode(line))) + 2 for _, line in lines])
     begins = np.cumsum([0, *(len(tokenizer.decode_bytes([i])) for i in ids[:-1])])
     unit = np.minimum(np.searchsorted(ends, begins, side="right"), len(lines) - 1)
@@ -224,6 +217,7 @@ def _strided(
 
 
 def _sums(values: np.ndarray, units: int | np.ndarray) -> list[tuple[int, float]]:
+    """(unit, sum of its values)."""
     if isinstance(units, int):
         return [(units, values.sum())]
     sums = np.bincount(units, weights=values)
@@ -244,8 +238,8 @@ def evaluate(
 ) -> Perplexity:
     """Score a corpus by a protocol, in windows of `context` tokens, `batch_size` rows at a time.
 
-    `stride` is of the protocol strided, by default half the context. The result does not depend on the batch size,
-    beyond rounding. Raises ValueError as `plan` does, or for ids that the model has no row for.
+    `stride` is for the protocol strided, by default half the context. The batch size changes the result only by
+    rounding. Raises ValueError as `plan` does, or for ids outside the model's vocabulary.
     """
     sequences, losses = plan(corpus, tokenizer, protocol, context, stride)
     largest = max(max(sequence.ids) for sequence in sequences)
@@ -267,16 +261,16 @@ def evaluate(
 def token_nats(
     model: Mamba2LM, sequences: list[list[int]], context: int, batch_size: int
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """(number, loss of each id after the first, float32 nats) of every sequence, from an empty state, in any order.
+    """Yield (number, loss of each id after the first, float32 nats) of every sequence, longest first.
 
-    Windows of `context` tokens with the state carried on; sequences of like length go side by side, and rows that have
-    ended are left out.
+    A sequence starts from an empty state, which is carried between windows of `context` tokens. Sequences of similar
+    length form a batch, and rows that have ended leave it.
     """
     device = next(model.parameters()).device
     order = sorted(range(len(sequences)), key=lambda i: -len(sequences[i]))
     for first in range(0, len(order), batch_size):
         rows = order[first : first + batch_size]
-        lengths = [len(sequences[i]) - 1 for i in rows]  # falling
+        lengths = [len(sequences[i]) - 1 for i in rows]  # decreasing
         nats = [np.empty(length, np.float32) for length in lengths]
         state: list[State] | None = None
         for start in range(0, lengths[0], context):

@@ -1,4 +1,4 @@
-"""How often a model gives the right answer in a synthetic task, by the distance to what it had to remember."""
+"""Accuracy in a synthetic task, by the distance between an answer and what it depends on."""
 
 import math
 
@@ -13,7 +13,7 @@ from mamba2.model import Mamba2LM
 def recall(model: Mamba2LM, source: str, split: str, batch_size: int) -> dict:
     """Accuracy and loss of the answers of a task (see mamba2/data/synthetic.py), JSON-ready.
 
-    "distances" are right ends of bins (2^(k-1), 2^k]; "counts", "right" and "nats" are sums in each bin. Raises
+    "distances" are the right ends of bins (2^(k-1), 2^k]; "counts", "right" and "nats" are sums over each bin. Raises
     ValueError when the model's vocabulary is too small.
     """
     samples = synthetic_samples(source, split)
@@ -42,7 +42,7 @@ def recall(model: Mamba2LM, source: str, split: str, batch_size: int) -> dict:
         "source": source,
         "split": split,
         "accuracy": accuracy,
-        # Answers of one sample share its noise; treating them as independent is enough to see what is chance.
+        # Binomial with one trial per sample, since the answers within a sample are not independent.
         "standard_error": math.sqrt(accuracy * (1 - accuracy) / len(ids)),
         "nats_per_answer": (nats.sum() / total).item(),
         "distances": [2 ** int(k) for k in used.nonzero()[:, 0]],

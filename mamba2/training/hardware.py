@@ -1,4 +1,4 @@
-"""The device: which, how fast at best, how much memory a run takes on it."""
+"""The device: which one, its peak speed, and how much memory a run needs on it."""
 
 import contextlib
 import platform
@@ -15,8 +15,8 @@ import triton
 from mamba2.config import Mamba2Config
 from mamba2.model import num_parameters
 
-# Dense matrix products, 1e12 FLOP/s by the vendors' data sheets: (float32 without TF32, bfloat16; float16 where the
-# device has no bfloat16), for names that contain the entry as a word; the first that does counts.
+# Peak of dense matrix products in 1e12 FLOP/s, from the vendors' data sheets: (float32 without TF32, bfloat16, or
+# float16 if the device lacks bfloat16). The first key that occurs as a word in the device's name counts.
 PEAKS = {
     "B200": (75, 2250),
     "H200": (67, 989),
@@ -44,16 +44,16 @@ PEAKS = {
 
 
 def choose_device(local_rank: int = 0) -> torch.device:
-    """The GPU (of that number) if there is one."""
+    """The GPU with that number, or the CPU if there is none."""
     return torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """Dtype of the matrix products: `bf16`, `fp32`, or `auto`: bf16 on a device that computes in it."""
+    """Dtype of the matrix products: `bf16`, `fp32`, or `auto`, which is bf16 if the hardware supports it."""
     if name == "auto":
         capabilities = torch.cpu.get_capabilities()
         in_hardware = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
-        if device.type == "cuda":  # before Ampere, products in bfloat16 are only emulated
+        if device.type == "cuda":  # GPUs older than Ampere only emulate bfloat16
             in_hardware = torch.cuda.is_bf16_supported(including_emulation=False)
         name = "bf16" if in_hardware else "fp32"
     return {"bf16": torch.bfloat16, "fp32": torch.float32}[name]
@@ -65,8 +65,8 @@ def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractCon
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
-    """FLOP/s that products in `dtype` reach at best: of a GPU from the table above, None where it has no entry; of a
-    processor the best of a few products that are timed now, on all threads."""
+    """Peak FLOP/s of matrix products in `dtype`. A GPU's is from PEAKS, None if it is not listed; a CPU's is the best
+    of a few products timed now, on all threads."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         peaks = next((peaks for part, peaks in PEAKS.items() if re.search(rf"\b{part}\b", name)), None)
@@ -92,29 +92,30 @@ def memory_estimate(
     keep_products_only: bool = False,
     shards: int = 1,
 ) -> int:
-    """Bytes that training takes on one device at its fullest, to about a quarter: weights, gradients and AdamW's
-    moments in float32 (over `shards` devices), what blocks keep for the backward pass, and a piece of the logits."""
+    """Peak bytes of training on one device, within about 25 %: weights, gradients and AdamW's moments in float32
+    (divided among `shards` devices), activations kept for the backward pass, and one chunk of the logits."""
     tokens, e = micro_batch * length, torch.finfo(dtype).bits // 8
     d, inner = config.hidden_size, config.d_inner
-    between = d * (e + 4)  # output and residual stream: all that a recomputed block keeps
-    # The residual stream; inputs and outputs of in_proj, convolution, scan and gated norm; dt; some of the states.
+    # Bytes per token of one block: if it is recomputed, only its output and the residual stream; if not, also inputs
+    # and outputs of in_proj, convolution, scan and gated norm, dt, and the share of a token in the chunks' states.
+    between = d * (e + 4)
     states = e * inner * config.state_size // min(128, length)
     products = 4 * d + e * (d + config.d_in_proj + inner) + states
     block = products + e * (d + config.conv_dim + inner) + 8 * config.num_heads
     recomputed = 0 if checkpoint_every == 0 else -(-config.num_hidden_layers // checkpoint_every)
     whole = config.num_hidden_layers - recomputed
     kept = recomputed * between + whole * (products if keep_products_only else block)
-    again = bool(recomputed or keep_products_only)  # one block at a time is being recomputed
+    again = bool(recomputed or keep_products_only)  # the backward pass recomputes one block at a time
     kept += again * block
     copies = 0
-    if e < 4:  # autocast's, of the weights of products
+    if e < 4:  # autocast's copies of the projections' weights
         copies = (again + whole * (not keep_products_only)) * e * d * (config.d_in_proj + inner)
     logits = 8 * config.vocab_size * min(tokens, 1024)
     return 16 * num_parameters(config) // shards + tokens * kept + copies + logits
 
 
 def memory_used(device: torch.device) -> int:
-    """Largest number of bytes in use so far: of a GPU's allocator, or of this process."""
+    """Peak bytes in use so far: by a GPU's allocator, or by this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if platform.system() == "Darwin" else 1024
@@ -123,10 +124,10 @@ def memory_used(device: torch.device) -> int:
 
 @contextlib.contextmanager
 def explain_out_of_memory(micro_batch: int, length: int, accumulation: int, checkpoint_every: int) -> Iterator[None]:
-    """Turn running out of memory into a MemoryError that says which flags take less for the same step."""
+    """Turn an out-of-memory error into a MemoryError that suggests flags that need less memory for the same step."""
     try:
         yield
-    except RuntimeError as error:  # torch.OutOfMemoryError is one, and so is what a processor's allocator raises
+    except RuntimeError as error:  # torch.OutOfMemoryError, and the plain RuntimeError of the CPU's allocator
         if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
             raise
         advice = []
@@ -144,7 +145,7 @@ def explain_out_of_memory(micro_batch: int, length: int, accumulation: int, chec
 
 
 def versions() -> str:
-    """Python, torch, Triton, and the revision of this code, with a + where files have changed since."""
+    """Python's, torch's and Triton's version, and this code's git revision, with a + if files were modified."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+", "--exclude=*"]
     try:
         revision = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()

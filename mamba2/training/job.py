@@ -1,9 +1,8 @@
-"""One model in training: loaded, brought to where a checkpoint left it, and the things that are done to it."""
+"""One model in training: load it or resume it, train it step by step, evaluate, sample and save it."""
 
 import argparse
 import dataclasses
 import functools
-import hashlib
 import math
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from mamba2.cuda_graph import GraphGradients
 from mamba2.data import Tokens, Windows, describe, load_tokens, load_validation
 from mamba2.data.tokens import SIDECAR
 from mamba2.distributed import World, full, parallelize, reshard
+from mamba2.files import sha256
 from mamba2.generate import NoDistribution, generate
 from mamba2.initializers import dt_table
 from mamba2.model import Mamba2LM, flops_per_token, num_parameters
@@ -42,18 +42,18 @@ from mamba2.training.metrics import Progress
 from mamba2.training.optimizer import Schedule, make_optimizer
 from mamba2.training.step import accumulate_gradients, add_gradients, mean_loss, update
 
-# Options that a resumed run must have as the run before it: another value would make it another run. What splits a step
-# into pieces, and what saves and shows it, may change; the schedule is compared by the rates it has given so far.
+# Options that must not change when a run is resumed. How a step is split into micro-batches, and what is logged and
+# saved, may change. Schedules are compared by their rates up to the step of the checkpoint.
 SAME_ON_RESUME = (
     *("learning_rate", "weight_decay", "decay", "betas", "eps", "clip", "max_length", "no_reset", "seed"),
     *("eval_windows", "optimizer"),
 )
-BEFORE = {"optimizer": "adamw"}  # in runs that do not say
+BEFORE = {"optimizer": "adamw"}  # of checkpoints older than the option
 
 
 @dataclasses.dataclass
 class Counters:
-    """Where a run stands after `step` steps."""
+    """The counters of a run after `step` steps; a checkpoint stores them."""
 
     step: int = 0
     tokens: int = 0
@@ -75,7 +75,7 @@ class Counters:
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
 
     def evaluated(self, loss: float) -> bool:
-        """Take note of an evaluation; whether it is the best so far."""
+        """Record an evaluation. Returns whether its loss is the best so far."""
         is_best = math.isfinite(loss) and (self.best_loss is None or loss < self.best_loss)
         self.evaluations_since_best += 1
         if is_best:
@@ -84,7 +84,7 @@ class Counters:
 
 
 class Job:
-    """All that the training of one model needs, loaded and derived; nothing is written yet."""
+    """A model, its data and what follows from the options. Creating one writes no file."""
 
     def __init__(self, model_path: Path, args: argparse.Namespace, world: World):
         self.args, self.model_path, self.world = args, model_path, world
@@ -98,7 +98,7 @@ class Job:
         self.model = self._load(model_path)
         self.config = self.model.config
         self.flops = flops_per_token(self.config, args.max_length)
-        self.tokenizer = find_tokenizer(model_path)  # None: a model that is trained on ready ids
+        self.tokenizer = find_tokenizer(model_path)  # None: the data are token ids already
 
         self.train_tokens, self.validation_tokens = world.in_turn_on_a_node(
             lambda: (
@@ -109,11 +109,9 @@ class Job:
         for tokens in (self.train_tokens, self.validation_tokens):
             if tokens is not None:
                 tokens.check_vocabulary(self.config.vocab_size)
-        self.windows = Windows(self.train_tokens, args.max_length, reset=not args.no_reset)
-        self.validation = self.validation_tokens and Windows(
-            self.validation_tokens, args.max_length, reset=not args.no_reset
-        )
-
+        windows = functools.partial(Windows, length=args.max_length, reset=not args.no_reset)
+        self.windows = windows(self.train_tokens)
+        self.validation = self.validation_tokens and windows(self.validation_tokens)
         if args.patience is not None and self.validation is None:
             raise ValueError(
                 f"--patience {args.patience} needs evaluations, and {args.dataset_path} has no validation split"
@@ -125,22 +123,19 @@ class Job:
             self.samples = args.max_steps * self.batch
         self.steps = steps = max(1, -(-self.samples // self.batch))
         warmup = math.ceil(args.warmup_ratio * steps) if args.warmup_steps is None else args.warmup_steps
-        decay_steps = math.ceil(args.decay_ratio * steps)
-        self.schedule = Schedule(
-            args.schedule, steps, warmup, decay_steps, args.final_rate_ratio, args.warmup_from_zero
-        )
+        decay = math.ceil(args.decay_ratio * steps)
+        self.schedule = Schedule(args.schedule, steps, warmup, decay, args.final_rate_ratio, args.warmup_from_zero)
 
     def _load(self, folder: Path) -> Mamba2LM:
-        # What is going to be sharded goes to the device block by block.
+        # FSDP moves the model to the device block by block.
         return Mamba2LM.from_pretrained(folder, "cpu" if self.sharded else self.device, finite=True)
 
     def build(self, checkpoint: Path | None, updates: int = 0) -> None:
-        """Bring model, optimizer and generators to where `checkpoint` left them after `updates`, or to the start."""
-        args = self.args
+        """Prepare model, optimizer and generators to train from the start, or from `checkpoint` after `updates`."""
+        args, every = self.args, self.args.checkpoint_every
         if checkpoint is not None:
             self.model = self._load(checkpoint)
-        self.model.backbone.checkpoint_every = args.checkpoint_every
-        every = args.checkpoint_every
+        self.model.backbone.checkpoint_every = every
         for i, layer in enumerate(self.model.backbone.layers):
             layer.keep_products_only = args.keep_products_only and (every == 0 or i % every != 0)
         if args.compile != "off" and self.device.type == "cpu":
@@ -170,10 +165,10 @@ class Job:
             load_rng(checkpoint, self.world.rank)
         self.model.train()
 
-    # ------------------------------------------------------------------------------------------------------ one by one
+    # ------------------------------------------------------------------------------------ train, evaluate, sample, save
 
     def step(self, step: int) -> dict[str, Any]:
-        """Make the update number `step`, counted from 0. Returns loss, rate, gradient norm (None: skipped), tokens."""
+        """Make update number `step`, counted from 0. Returns loss, rate, gradient norm (None: skipped) and tokens."""
         args, factor = self.args, self.schedule.factor(step)
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * factor
@@ -192,12 +187,12 @@ class Job:
         return mean_loss(self.model, self.validation, args.eval_windows, args.batch_size, self.dtype, self.world)
 
     def dt(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """dt_bias and A of every layer and head."""
+        """dt_bias and A, (L, h) each."""
         return full(self.model.dt_bias()), full(self.model.A())
 
     def sample(self) -> str | None:
-        """Text that the model writes from nothing, with the same draws at every call; None if it gives no logits to
-        draw from."""
+        """Text generated from end-of-text, with the same random numbers at every call; None if the logits are not
+        finite."""
         generator = torch.Generator(self.device).manual_seed(self.args.seed)
         start = torch.tensor([[self.tokenizer.eot_id]], device=self.device)
         try:
@@ -207,11 +202,11 @@ class Job:
             return None
         finally:
             reshard(self.model)
-        # Rows that only fill up the vocabulary have no text.
+        # The model's vocabulary may be padded beyond the tokenizer's.
         return self.tokenizer.decode([i for i in ids.tolist() if i < self.tokenizer.vocab_size])
 
     def write_model(self, folder: Path) -> None:
-        """Write the model as one file, however it is sharded."""
+        """Write the model folder, with the whole weights in one file even if they are sharded."""
         tensors = {}
         for name, tensor in self.model.state_dict().items():
             whole = full(tensor)
@@ -235,17 +230,15 @@ class Job:
         generators = self.world.gather(rng_tensors())
         self.world.first(lambda: save_rng(folder, generators))
 
-    # ------------------------------------------------------------------------------------------------- what the run is
+    # -------------------------------------------------------------------------------------------- identity, description
 
     def identity(self) -> dict[str, Any]:
-        """What must be the same for a resumed run; see SAME_ON_RESUME."""
-        with open(self.model_path / WEIGHTS, "rb") as file:
-            weights = hashlib.file_digest(file, "sha256").hexdigest()
+        """What must be the same when a run is resumed."""
         return {
             **{name: getattr(self.args, name) for name in SAME_ON_RESUME},
             "dtype": str(self.dtype).removeprefix("torch."),
             "windows per step": self.batch,
-            "weights in --model-path (sha256)": weights,
+            "weights in --model-path (sha256)": sha256(self.model_path / WEIGHTS),
             "config in --model-path": self.config.to_dict(),
             "tokenizer": self.tokenizer and self.tokenizer.identity,
             "training data (sha256)": self.train_tokens.sha256,
@@ -253,7 +246,7 @@ class Job:
         }
 
     def check_same(self, checkpoint: Path, state: dict[str, Any], identity: dict[str, Any]) -> None:
-        """Raises ValueError naming what differs from the run that wrote `checkpoint`."""
+        """Raise ValueError naming what differs from the run that wrote `checkpoint`."""
         before = BEFORE | state["identity"]
         different = [
             f"{name if ' ' in name else '--' + name.replace('_', '-')} was {before.get(name)!r} and is {value!r}"
@@ -274,7 +267,7 @@ class Job:
             )
 
     def describe(self, output: Path) -> None:
-        """Print the derived quantities and the dt of every layer, on rank 0."""
+        """Print, on rank 0, the size of the run and the dt of every layer."""
         dt_bias, A = self.dt()
         if not self.world.is_main:
             return
@@ -313,7 +306,7 @@ class Job:
         print(dt_table(dt_bias, A), flush=True)
 
     def try_one_step(self, output: Path) -> None:
-        """Print the plan, make the first update, write nothing."""
+        """A dry run: print the plan and make the first update. Writes nothing."""
         self.build(None)
         self.describe(output)
         progress = Progress(1, self.flops, self.peak(), 0.0)
@@ -324,7 +317,7 @@ class Job:
             print("dry run: nothing was written")
 
     def peak(self) -> float | None:
-        """FLOP/s of all devices at best, None if unknown."""
+        """Peak FLOP/s of all devices together, None if unknown."""
         peak = peak_flops(self.device, self.dtype)
         return peak and peak * self.world.size
 

@@ -1,9 +1,11 @@
-"""Where a run's numbers go: metrics.jsonl always, wandb when asked, one line of progress."""
+"""Logging: metrics.jsonl, wandb when asked, and a line of progress."""
 
+import contextlib
 import json
 import math
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +16,14 @@ from mamba2.files import write_text
 from mamba2.initializers import half_life
 
 SECONDS_BETWEEN_LINES = 10.0
-WANDB_SECONDS = 30.0  # to reach its server at the start; a run waits no longer
+WANDB_SECONDS = 30.0  # how long to wait for its server at the start
 
 
 class MetricsLog:
-    """metrics.jsonl: one JSON object a line, each with its `step`.
+    """metrics.jsonl: one JSON object per line, each with its `step`.
 
-    Opened for a run that goes on from `step`, rows of later steps and a torn last line go: no step counts twice.
-    `seconds` is the training time that the rows kept speak of.
+    Opening it for a run that resumes from `step` drops the rows of later steps and an incomplete last line, so that no
+    step is logged twice. `seconds` is the training time recorded in the last row kept.
     """
 
     def __init__(self, file: Path, step: int):
@@ -35,7 +37,7 @@ class MetricsLog:
         self._file.write(json.dumps(row, allow_nan=False) + "\n")
 
     def flush(self) -> None:
-        """To the disk: called before a checkpoint, whose steps must not be missing here."""
+        """Write to disk. Called before a checkpoint, so that no step before it can be missing here."""
         self._file.flush()
         os.fsync(self._file.fileno())
 
@@ -49,7 +51,7 @@ def _rows(file: Path, step: int) -> list[dict[str, Any]]:
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
-            if number == len(lines):  # cut short by a kill
+            if number == len(lines):  # incomplete: the process was killed
                 break
             raise ValueError(f"{file}, line {number} is not JSON: {error}; mend or move the file") from error
         if row["step"] <= step:
@@ -58,16 +60,16 @@ def _rows(file: Path, step: int) -> list[dict[str, Any]]:
 
 
 class Tracker:
-    """A wandb run, or nothing. What goes wrong in it is said once and then left out: it must not cost a training run.
+    """A wandb run, or nothing. After an error of wandb it warns and stops logging there; training continues.
 
-    `run_id` names the wandb run, for a resumed one to go on in it; None when there is none.
+    `run_id` identifies the wandb run for a resumed training run; None without one.
     """
 
     def __init__(self, mode: str, project: str, name: str, folder: Path, options: dict[str, Any], run_id: str | None):
         self._run, self.run_id = None, run_id
         if mode == "disabled":
             return
-        try:
+        with self._or_warn("does not start"):
             import wandb
 
             self._run = wandb.init(
@@ -81,35 +83,35 @@ class Tracker:
                 settings=wandb.Settings(init_timeout=WANDB_SECONDS),
             )
             self.run_id = self._run.id
-        except Exception as error:  # wandb raises errors of its own and of the network; see above
-            self._give_up("does not start", error)
 
     def log(self, row: dict[str, Any]) -> None:
         if self._run is None:
             return
         flat = {}
         for key, value in row.items():
-            values = {f"{key}/layer {i}": v for i, v in enumerate(value)} if isinstance(value, list) else {key: value}
-            flat |= values
-        try:
+            flat |= {f"{key}/layer {i}": v for i, v in enumerate(value)} if isinstance(value, list) else {key: value}
+        with self._or_warn("no longer takes values"):
             self._run.log(flat, step=row["step"])
-        except Exception as error:  # as above
-            self._give_up("no longer takes values", error)
 
     def finish(self) -> None:
-        try:
-            if self._run is not None:
+        if self._run is not None:
+            with self._or_warn("does not finish"):
                 self._run.finish()
-        except Exception as error:  # as above
-            self._give_up("does not finish", error)
 
-    def _give_up(self, what: str, error: Exception) -> None:
-        print(f"warning: wandb {what} ({error}); metrics.jsonl holds everything all the same", flush=True)
-        self._run = None
+    @contextlib.contextmanager
+    def _or_warn(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # wandb raises its own errors and those of the network
+            print(f"warning: wandb {what} ({error}); metrics.jsonl holds everything all the same", flush=True)
+            self._run = None
 
 
 def dt_summary(dt_bias: torch.Tensor, A: torch.Tensor) -> dict[str, list[float]]:
-    """Per layer: smallest, median and largest nominal dt, and half-life in tokens, over the heads; (L, h) each."""
+    """Per layer, the min, median and max over heads of the nominal dt and of the half-life in tokens.
+
+    dt_bias and A are (L, h). Returns lists of length L under dt_min, dt_median, ..., half_life_max.
+    """
     dt = F.softplus(dt_bias.detach().cpu().double())
     tau = half_life(dt, A.detach().cpu().double())
     return {
@@ -124,17 +126,17 @@ def dt_summary(dt_bias: torch.Tensor, A: torch.Tensor) -> dict[str, list[float]]
 
 
 class Progress:
-    """Speed of a run, and a line of it every ten seconds."""
+    """Measures the speed of a run and prints a line of progress every ten seconds."""
 
     def __init__(self, steps: int, flops_per_token: int, peak: float | None, seconds_before: float):
-        """`peak`: FLOP/s of all devices together, None if unknown. `seconds_before`: trained before a resumption."""
+        """`peak`: FLOP/s of all devices together, None if unknown. `seconds_before`: training time before a resume."""
         self._steps, self._flops, self._peak = steps, flops_per_token, peak
         self._started = time.perf_counter() - seconds_before
         self._last = self._printed = time.perf_counter()
         self._since_line: list[tuple[int, float]] = []
 
     def measure(self, tokens: int) -> dict[str, float]:
-        """Of the step that ends now: tokens/s, MFU where a peak is known, and seconds since the run began."""
+        """For the step that ends now: tokens/s, MFU if the peak is known, and seconds since the run began."""
         now = time.perf_counter()
         took, self._last = now - self._last, now
         self._since_line.append((tokens, took))
@@ -144,11 +146,11 @@ class Progress:
         return {**values, "seconds": round(now - self._started, 3)}
 
     def pause(self) -> None:
-        """Leave what happened since the last step (evaluation, saving) out of the next one's time."""
+        """Start timing the next step now, without the evaluation and saving since the last one."""
         self._last = time.perf_counter()
 
     def line(self, step: int, loss: float, norm: float | None, memory: int) -> None:
-        """Print the state after `step` steps, if ten seconds have passed or the run begins or ends."""
+        """Print a line for step `step` if it is the first or last, or ten seconds after the previous line."""
         now = time.perf_counter()
         if step not in (1, self._steps) and now - self._printed < SECONDS_BETWEEN_LINES:
             return

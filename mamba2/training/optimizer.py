@@ -1,4 +1,4 @@
-"""The optimizers by name, which parameters each of their groups holds, and the learning rate of every step."""
+"""The optimizers by name, the parameter groups they get, and the learning rate of every step."""
 
 import math
 from collections import defaultdict
@@ -29,14 +29,14 @@ GROUPS = (
     Group("lm_head.weight", decay=True, muon=False),
     Group("*", decay=False, muon=False),  # dt_bias, A_log, D, norms, biases, convolution
 )
-# Which parameters weight decay reaches. `all_but_biases` is what the replaced trainer did: A_log, D and norms too.
+# Which parameters weight decay applies to. `all_but_biases` is what the previous trainer did: A_log, D and norms too.
 DECAYS = ("matrices", "all_but_biases")
 SCHEDULES = ("cosine", "linear", "constant", "wsd")
 
 
 def grouped(model: Mamba2LM, learning_rate: float, weight_decay: float, decay: str) -> list[dict[str, Any]]:
-    """The parameters of each of GROUPS, and again apart where weight decay takes some and not others, with the rate
-    that the schedule multiplies (`peak`)."""
+    """The parameter groups: one for each of GROUPS, two where weight decay applies to some of its parameters only.
+    `peak` is the rate that the schedule multiplies."""
     groups: dict[tuple[Group, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         group = next(group for group in GROUPS if fnmatch(name, group.pattern))
@@ -49,14 +49,15 @@ def grouped(model: Mamba2LM, learning_rate: float, weight_decay: float, decay: s
 
 
 class Muon(torch.optim.Muon):
-    """torch's, with each part of a fused projection a matrix of its own: an update that is orthogonal as a whole would
-    tie the rows of z, x, B, C and dt to each other. Of a sharded matrix every process orthogonalises the whole.
+    """torch's Muon, but each part of a fused projection (z, x, B, C, dt) is orthogonalised as a matrix of its own, and
+    a sharded matrix is gathered first. The update is scaled to AdamW's size, so that one rate fits both
+    (`match_rms_adamw`).
 
-    The rate is AdamW's (`match_rms_adamw`). Reference: Jordan et al. 2024, kellerjordan.github.io/posts/muon.
+    Reference: Jordan et al. 2024, kellerjordan.github.io/posts/muon.
     """
 
     def __init__(self, groups: Iterable[dict[str, Any]], rows: dict[nn.Parameter, tuple[int, ...]], lr: float):
-        """`rows`: of which rows the parts of a parameter are, where it has parts."""
+        """`rows`: for each fused parameter, how many rows each of its parts has."""
         super().__init__(groups, lr=lr, adjust_lr_fn="match_rms_adamw")
         self.rows = rows
 
@@ -82,7 +83,7 @@ class Muon(torch.optim.Muon):
 
     @staticmethod
     def _orthogonal(matrix: torch.Tensor, group: dict[str, Any]) -> torch.Tensor:
-        """Its singular values near 1, in bfloat16, by Newton and Schulz's iteration on the narrow side."""
+        """The nearest matrix with singular values near 1, in bfloat16, by Newton and Schulz's iteration."""
         x = matrix.bfloat16()
         wide = x.shape[0] <= x.shape[1]
         x = x if wide else x.T
@@ -95,7 +96,7 @@ class Muon(torch.optim.Muon):
 
 
 class Both:
-    """Several optimizers, each with parameters of its own, as one."""
+    """Several optimizers, each with its own parameters, used as one."""
 
     def __init__(self, *optimizers: torch.optim.Optimizer):
         self.optimizers = optimizers
@@ -128,7 +129,7 @@ def make_optimizer(
 
 def _adamw(model: Mamba2LM, groups: list[dict], lr: float, betas: tuple[float, float], eps: float) -> torch.optim.AdamW:
     """for all parameters"""
-    # Fused: one pass over weights and moments, where the step is bound by memory.
+    # Fused: one pass over weights and moments. The step is limited by memory bandwidth.
     return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
 
 
@@ -144,13 +145,13 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer | Both]] = {"adamw": _
 
 @dataclass(frozen=True)
 class Schedule:
-    """The learning rate's share of its peak, by step.
+    """The learning rate of each step, as a fraction of the peak.
 
     Attributes:
-        kind: how it falls from the peak to `floor` after the warm-up: `cosine` or `linear` over all steps, `constant`
-            not at all, `wsd` (warm-up, stable, decay) linearly over the last `decay_steps`.
-        warmup_steps: linear, from 1/warmup_steps, or from 0 with `warmup_from_zero` (as transformers does).
-        floor: share of the peak at the end.
+        kind: how the rate falls to `floor` after the warm-up. `cosine` and `linear`: over all remaining steps;
+            `constant`: not at all; `wsd` (warm-up, stable, decay): linearly over the last `decay_steps`.
+        warmup_steps: linear warm-up from 1/warmup_steps, or with `warmup_from_zero` from 0, as in transformers.
+        floor: the fraction at the end.
     """
 
     kind: str
@@ -161,7 +162,7 @@ class Schedule:
     warmup_from_zero: bool = False
 
     def factor(self, step: int) -> float:
-        """Share of the peak for the update number `step`, counted from 0."""
+        """The fraction for update number `step`, counted from 0."""
         if step < self.warmup_steps:
             return (step + (not self.warmup_from_zero)) / self.warmup_steps
         if self.kind == "constant":
@@ -172,5 +173,5 @@ class Schedule:
         return self.floor + (1.0 - self.floor) * left
 
     def same_until(self, other: "Schedule", step: int) -> bool:
-        """Whether the updates before `step` have the same rates under both."""
+        """Whether both give the same rates to all updates before `step`."""
         return all(self.factor(i) == other.factor(i) for i in range(step))

@@ -1,4 +1,4 @@
-"""Draw a run from its metrics.jsonl: loss, gradient, and how dt and half-life move in each layer.
+"""Plot a run's metrics.jsonl: loss, gradient norm, and dt and half-life of each layer over training.
 
 python -m mamba2.training.plot OUT            writes OUT/metrics.png
 """
@@ -25,8 +25,8 @@ def read_rows(folder: Path) -> list[dict[str, Any]]:
 
 
 def column(rows: list[dict[str, Any]], name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Steps and values of the rows that have `name`; a value that was not finite, stored as null, is left out, and
-    NaN inside of a list."""
+    """Steps and values of the rows that have `name`. Values that were not finite are stored as null: such a row is
+    left out, and inside a list the value is NaN."""
     found = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
     return np.array([step for step, _ in found]), np.array([value for _, value in found], dtype=np.float64)
 

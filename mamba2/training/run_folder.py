@@ -1,10 +1,10 @@
-"""The folder of one run: which checkpoints there are, which are kept, from which a run goes on.
+"""The folder of one run: its checkpoints, which of them are kept, and which one to resume from.
 
-    OUT/metrics.jsonl   OUT/train.toml        every number logged; every option, to be used as a preset
+    OUT/metrics.jsonl   OUT/train.toml        every number logged; every option, in the form of a preset
     OUT/checkpoint-N/   OUT/latest  OUT/best  links to the last one and to the one with the lowest validation loss
     OUT-final/                                the trained model
 
-A checkpoint appears whole under its name or not at all, and disappears whole.
+A checkpoint is written and removed atomically: a folder named checkpoint-N is always complete.
 """
 
 import contextlib
@@ -18,34 +18,34 @@ from typing import Any
 
 from mamba2.checkpoint.training_state import DamagedCheckpoint, read_state, write_state
 from mamba2.distributed import ALONE, World
-from mamba2.files import atomic_folder
+from mamba2.files import atomic_folder, temporary_name
 
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 
 class RunFolder:
-    """Attributes: `path`, `final`. `save` and `save_final` are for every process of `world`, the rest for rank 0."""
+    """Attributes: `path`, `final`. Every process of `world` calls `save` and `save_final`, rank 0 alone the rest."""
 
     def __init__(
         self, path: Path, keep: int = 5, keep_best: bool = True, keep_early: bool = False, world: World = ALONE
     ):
-        """`keep`: how many of the last checkpoints stay; `keep_best`: the best one too; `keep_early`: and those of
+        """`keep`: how many of the last checkpoints to keep; `keep_best`: also the best one; `keep_early`: also those of
         steps 0, 1, 2, 4, 8, …"""
         self.path, self.final = path, path.with_name(path.name + "-final")
         self._world = world
         self._keep, self._keep_best, self._keep_early = keep, keep_best, keep_early
 
     def checkpoints(self) -> dict[int, Path]:
-        """Checkpoints by step, in order."""
+        """Checkpoint folders by step, in increasing order."""
         found = self.path.iterdir() if self.path.is_dir() else ()
         matches = {CHECKPOINT.fullmatch(folder.name): folder for folder in found if folder.is_dir()}
         return dict(sorted((int(match[1]), folder) for match, folder in matches.items() if match))
 
     def lock(self) -> int:
-        """Make the folder and take it for this process: two runs in one folder would destroy each other's work.
+        """Create the folder and lock it for this process, and delete the temporary files that killed runs left.
 
-        Removes what killed runs left half written. Returns a descriptor; closing it unlocks the folder.
-        Raises OSError when it cannot be written to, or another run is in it.
+        Returns a file descriptor: close it to unlock. Raises OSError when the folder cannot be written to or another
+        run has locked it.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(self.path / ".lock", os.O_CREAT | os.O_RDWR, 0o644)
@@ -54,8 +54,7 @@ class RunFolder:
         except BlockingIOError:
             os.close(descriptor)
             raise OSError(f"another run is training in {self.path}; choose another --output-dir") from None
-        leftovers = [*self.path.glob(".*.tmp"), *self.path.parent.glob(f".{self.final.name}.*.tmp")]
-        for leftover in leftovers:
+        for leftover in (*self.path.glob(".*.tmp"), *self.path.parent.glob(f".{self.final.name}.*.tmp")):
             if leftover.is_dir() and not leftover.is_symlink():
                 shutil.rmtree(leftover)
             else:
@@ -63,10 +62,11 @@ class RunFolder:
         return descriptor
 
     def find(self, resume: str) -> tuple[Path, dict[str, Any]] | None:
-        """The checkpoint to go on from, with its state: `auto` is the last whole one here, if any; `none` none.
+        """The checkpoint to resume from and its state. `resume` is a path, `auto` (the last intact one, None if there
+        is no checkpoint) or `none`.
 
-        Raises FileExistsError when there is one and `none` was asked for, DamagedCheckpoint when the one asked for, or
-        every one here, is not as it was written; FileNotFoundError.
+        Raises FileExistsError when it is `none` and there are checkpoints, FileNotFoundError when the path is missing,
+        DamagedCheckpoint when that checkpoint, or every one here, is damaged.
         """
         found = self.checkpoints()
         if resume == "none":
@@ -87,7 +87,7 @@ class RunFolder:
                 damage.append((folder, error))
                 continue
             for damaged, error in damage:
-                # Out of the way of the same step's next checkpoint, but there for whoever wants to look.
+                # The resumed run will write a checkpoint under this name; the damaged one is kept for inspection.
                 aside = damaged.with_name(f"damaged-{damaged.name}")
                 shutil.rmtree(aside, ignore_errors=True)
                 damaged.rename(aside)
@@ -99,7 +99,7 @@ class RunFolder:
         return None
 
     def clear(self, after: int = -1) -> None:
-        """Remove checkpoints of steps above `after`; with no argument everything that a run leaves."""
+        """Remove the checkpoints of steps above `after`; without an argument, everything that a run writes."""
         for step, folder in self.checkpoints().items():
             if step > after:
                 _remove(folder)
@@ -110,7 +110,7 @@ class RunFolder:
                 _remove(self.final)
 
     def save(self, step: int, state: dict[str, Any], best_step: int | None, write: Callable[[Path], None]) -> Path:
-        """Write checkpoint-`step` with `write`, then `state`; move the links; remove what need not be kept."""
+        """Write checkpoint-`step` with `write`, then `state`; update the links; remove old checkpoints."""
         folder = self.path / f"checkpoint-{step}"
 
         def write_all(temporary: Path) -> None:
@@ -125,12 +125,12 @@ class RunFolder:
         self._together(self.final, write)
 
     def _together(self, folder: Path, write: Callable[[Path], None]) -> None:
-        """All processes fill one temporary folder, which then becomes `folder`."""
+        """Call `write` in every process on one temporary folder, then rename it to `folder`."""
         with contextlib.ExitStack() as stack:
             write(self._world.first(lambda: stack.enter_context(atomic_folder(folder))))
 
     def _tidy(self, folder: Path, best_step: int | None) -> None:
-        """After `folder` was saved: move the links, remove what need not be kept."""
+        """Point the links at the new checkpoint `folder` and the best one, and remove checkpoints not to be kept."""
         _link(self.path / "latest", folder.name)
         found = self.checkpoints()
         if best_step in found:
@@ -146,15 +146,13 @@ class RunFolder:
 
 
 def _link(link: Path, target: str) -> None:
-    """Point `link` at `target` beside it, at once."""
-    temporary = link.with_name(f".{link.name}.{os.getpid()}.tmp")
+    """Atomically point `link` at `target` in the same folder."""
+    temporary = temporary_name(link)
     temporary.unlink(missing_ok=True)
     temporary.symlink_to(target)
     os.replace(temporary, link)
 
 
 def _remove(folder: Path) -> None:
-    """Remove under a name that nobody takes for a checkpoint, in case this is killed in the middle."""
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    folder.rename(temporary)
-    shutil.rmtree(temporary)
+    """Rename, then delete: if this is killed half way, no incomplete checkpoint is left."""
+    shutil.rmtree(folder.rename(temporary_name(folder)))

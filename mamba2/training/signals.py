@@ -1,4 +1,4 @@
-"""SIGTERM, SIGINT and SIGUSR1 end a run after the step that is under way, with a checkpoint."""
+"""SIGTERM, SIGINT and SIGUSR1 end a run with a checkpoint after the current step."""
 
 import os
 import signal
@@ -8,9 +8,9 @@ from typing import Self
 
 
 class Stop:
-    """Inside `with Stop() as stop`, `stop.signal` is the number of the signal that came, 0 while none did.
+    """Inside `with Stop() as stop`, `stop.signal` is the number of the last signal received, or 0.
 
-    A handler only takes note, so a save that is under way is finished. A second SIGINT stops at once.
+    The handler only records the signal, so that a save in progress completes. A second SIGINT stops immediately.
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -30,5 +30,5 @@ class Stop:
         if number == signal.SIGINT and self.signal == signal.SIGINT:
             raise KeyboardInterrupt
         self.signal = number
-        # Not print: a handler may run in the middle of another print.
+        # Not print, which the handler may have interrupted.
         os.write(sys.stderr.fileno(), f"{signal.Signals(number).name}: stops after this step\n".encode())

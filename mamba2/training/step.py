@@ -1,5 +1,7 @@
 """One optimizer step over the global batch, and one evaluation."""
 
+import functools
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -24,20 +26,18 @@ def accumulate_gradients(
     """Add the gradient of the mean loss over every token of the windows `indices`, `micro_batch` windows at a time.
 
     The mean is over the tokens of the whole batch, so it does not depend on how the batch is split into micro-batches
-    and among the processes of `world`. `add` does what `add_gradients` does for one of them, in a way of its own.
-    Returns (mean loss in nats per token, tokens), of all processes.
+    and among the processes of `world`. `add(batch, tokens, total)` replaces `add_gradients` if given.
+    Returns (mean loss in nats per token, number of tokens), the same in every process.
     """
     device = next(model.parameters()).device
     batches = _micro_batches(windows, indices, micro_batch, world)
     tokens = int(world.sum(torch.tensor(sum(_count(targets) for _, targets, _ in batches))))
-    # The sum stays on the device: reading it after every micro-batch would make a GPU wait.
+    # The sum stays on the device: reading it after every micro-batch would synchronise with the GPU.
     total = torch.zeros((), dtype=torch.float64, device=device)
+    add = add or functools.partial(add_gradients, model, dtype, world.size)
     for i, batch in enumerate(batches):
         with gradient_sync(model, wanted=i == len(batches) - 1):
-            if add is None:
-                add_gradients(model, dtype, world.size, _to(batch, device), tokens, total)
-            else:
-                add(_to(batch, device), tokens, total)
+            add(_to(batch, device), tokens, total)
     return world.sum(total).item(), tokens
 
 
@@ -49,28 +49,27 @@ def add_gradients(
     tokens: int | torch.Tensor,
     total: torch.Tensor,
 ) -> None:
-    """Add to the gradients that of one micro-batch's loss / tokens, and this loss to `total`. The device waits for
-    nothing here, so that a CUDA graph can hold it."""
+    """Backward of one micro-batch's summed loss / tokens, and add that loss to `total`. Nothing here synchronises with
+    the device, so a CUDA graph can capture it."""
     inputs, targets, seq_idx = batch
     with autocast(total.device, dtype):
         loss = model(inputs, targets, seq_idx=seq_idx) / tokens
-    (loss * processes).backward()  # DDP and FSDP take the mean over the processes, and a sum is meant
+    (loss * processes).backward()  # DDP and FSDP average over the processes; we need the sum
     total += loss.detach()
 
 
 def update(
     model: Mamba2LM, optimizer: torch.optim.Optimizer, clip: float, keep_gradients: bool = False
 ) -> float | None:
-    """Clip the gradient's norm to `clip` (0: do not) and step; without a finite gradient nothing moves.
+    """Clip the gradient's norm to `clip` (0: not at all) and make an optimizer step, unless the norm is not finite.
 
-    Returns the norm before clipping, None where it was not finite. Gradients are gone afterwards, or zero where they
-    are to be kept for a CUDA graph.
+    Returns the norm before clipping, or None if it was not finite. Afterwards the gradients are None, or with
+    `keep_gradients` zero, as a CUDA graph needs them.
     """
     parameters = [p for p in model.parameters() if p.grad is not None]
     norm = full(torch.nn.utils.get_total_norm([p.grad for p in parameters]))
     value = norm.item()
-    finite = bool(torch.isfinite(torch.tensor(value)))
-    if finite:
+    if finite := math.isfinite(value):
         if clip:
             torch.nn.utils.clip_grads_with_norm_(parameters, clip, norm)
         optimizer.step()
@@ -82,7 +81,7 @@ def update(
 def mean_loss(
     model: Mamba2LM, windows: Windows, count: int, micro_batch: int, dtype: torch.dtype, world: World = ALONE
 ) -> float:
-    """Mean loss in nats per token over `count` windows spread evenly over the set: the same ones at every call."""
+    """Mean loss in nats per token over `count` windows spread evenly over the data, the same ones at every call."""
     device = next(model.parameters()).device
     training = model.training
     model.eval()
@@ -100,7 +99,7 @@ def mean_loss(
 
 
 def spread(size: int, count: int) -> list[int]:
-    """At most `count` of range(size), evenly spaced."""
+    """At most `count` indices from range(size), evenly spaced."""
     count = min(size, count)
     return [i * size // count for i in range(count)]
 
@@ -109,8 +108,8 @@ Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
 
 
 def _micro_batches(windows: Windows, indices: list[int], micro_batch: int, world: World) -> list[Batch]:
-    """This process's windows. Every process gets as many micro-batches as any, for they gather weights together: where
-    it has a window less than others, one that does not count is in its place."""
+    """This process's windows. All processes must run equally many micro-batches, because FSDP gathers weights in each.
+    A process with one window fewer than the others gets one whose targets are ignored."""
     mine = world.share(indices)
     missing = -(-len(indices) // world.size) - len(mine)
     mine += indices[:1] * missing
@@ -125,6 +124,6 @@ def _count(targets: torch.Tensor) -> int:
 
 
 def _to(tensors: tuple[torch.Tensor | None, ...], device: torch.device) -> list[torch.Tensor | None]:
-    if device.type == "cuda":  # a copy from pageable memory would wait for the device
+    if device.type == "cuda":  # copies from pageable memory are synchronous
         tensors = tuple(tensor if tensor is None else tensor.pin_memory() for tensor in tensors)
     return [None if tensor is None else tensor.to(device, non_blocking=True) for tensor in tensors]

@@ -100,7 +100,7 @@ def test_options_of_each_script(tmp_path):
         ('output = "out"', "", "output is missing"),
         ("[1, 2]", "[1, 1]", "seeds names one twice"),
         ("[1, 2]", '["a"]', "must be a list of integers"),
-        ('"constant"]', '"constnat"]', "and must name some of uniform, linear_decay"),
+        ('"constant"]', '"constnat"]', "unknown initialization 'constnat': choose from uniform, linear_decay"),
         (
             'baseline = "log_uniform"',
             'baseline = "ones"',

@@ -1,6 +1,7 @@
 """Peaks, memory and versions as they are said before a run."""
 
 import dataclasses
+import functools
 import subprocess
 import types
 
@@ -10,46 +11,45 @@ from torch.profiler import profile
 
 from mamba2.config import Mamba2Config
 from mamba2.model import Mamba2LM, num_parameters
-from mamba2.training import hardware, peak_flops, versions
-from mamba2.training.hardware import choose_dtype, memory_estimate
+from mamba2.training import hardware, versions
+from mamba2.training.hardware import choose_dtype, memory_estimate, peak_flops
+
+TOKENS, LAYERS = 256, 2
 
 
-def kept_for_backward(
-    config: Mamba2Config, tokens: int, dtype: torch.dtype, checkpoint_every: int, keep_products_only: bool = False
-) -> int:
+def shallow(file: str) -> Mamba2Config:
+    return dataclasses.replace(Mamba2Config.from_json(file), num_hidden_layers=LAYERS, vocab_size=64, chunk_size=64)
+
+
+@functools.cache
+def kept_for_backward(file: str, dtype: torch.dtype, checkpoint_every: int, keep_products_only: bool) -> int:
     """Bytes that the forward pass really keeps for the backward pass: what it allocates less what it frees."""
-    model = Mamba2LM(config).train()
+    model = Mamba2LM(shallow(file)).train()
     model.backbone.checkpoint_every = checkpoint_every
     for layer in model.backbone.layers:
         layer.keep_products_only = keep_products_only
-    ids = torch.zeros(1, tokens, dtype=torch.int64)
+    ids = torch.zeros(1, TOKENS, dtype=torch.int64)
     with profile(profile_memory=True) as profiler, torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
         hidden = model.backbone(ids)[0]
     return sum(event.self_cpu_memory_usage for event in profiler.events()) - hidden.nbytes
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("every", [0, 1, 2])
-@pytest.mark.parametrize("config", ["configs/config.json", "configs/130m.json"])
-def test_the_memory_estimate_is_near_what_is_kept(config, every, dtype):
-    changes = {"num_hidden_layers": 4, "vocab_size": 64, "chunk_size": 64}
-    config = dataclasses.replace(Mamba2Config.from_json(config), **changes)
-    measured = kept_for_backward(config, 512, dtype, every)
-    if every:  # in the backward pass one block after the other has all of its activations
-        measured += kept_for_backward(config, 512, dtype, 0) // config.num_hidden_layers
-    weights = 16 * num_parameters(config)
-    assert memory_estimate(config, 1, 512, dtype, every) - weights == pytest.approx(measured, rel=0.25)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_memory_estimate_knows_that_products_alone_are_kept(dtype):
-    changes = {"num_hidden_layers": 4, "vocab_size": 64, "chunk_size": 64}
-    config = dataclasses.replace(Mamba2Config.from_json("configs/config.json"), **changes)
-    kept = kept_for_backward(config, 1024, dtype, 0, keep_products_only=True)
-    # In the backward pass one block after the other has all of its activations.
-    kept += kept_for_backward(config, 1024, dtype, 0) // 4
-    estimate = memory_estimate(config, 1, 1024, dtype, 0, keep_products_only=True) - 16 * num_parameters(config)
-    assert estimate == pytest.approx(kept, rel=0.25)
+@pytest.mark.parametrize(
+    ("file", "every", "products"),
+    [
+        *(("configs/config.json", every, False) for every in (0, 1, 2)),
+        *(("configs/130m.json", every, False) for every in (0, 1, 2)),
+        ("configs/config.json", 0, True),
+    ],
+)
+def test_the_memory_estimate_is_near_what_is_kept(file, every, products, dtype):
+    measured = kept_for_backward(file, dtype, every, products)
+    if every or products:  # in the backward pass one block after the other has all of its activations
+        measured += kept_for_backward(file, dtype, 0, False) // LAYERS
+    config = shallow(file)
+    estimate = memory_estimate(config, 1, TOKENS, dtype, every, products) - 16 * num_parameters(config)
+    assert estimate == pytest.approx(measured, rel=0.25)
 
 
 def test_weights_gradients_and_moments_are_shared_by_shards():
@@ -95,17 +95,14 @@ def test_versions_name_the_revision_or_say_that_it_is_unknown(monkeypatch):
     assert "revision unknown" in versions()
 
 
-def test_the_dtype_that_is_asked_for_is_used():
-    device = torch.device("cpu")
-    assert choose_dtype("bf16", device) == torch.bfloat16 and choose_dtype("fp32", device) == torch.float32
-
-
 @pytest.mark.parametrize(("capability", "dtype"), [((7, 0), torch.float32), ((8, 0), torch.bfloat16)])
 def test_a_gpu_that_only_emulates_bfloat16_is_not_given_it(monkeypatch, capability, dtype):
-    """Volta and Turing; asked as torch asks, of a device's capability."""
+    """Volta and Turing, unless it is asked for by name; asked as torch asks, of a device's capability."""
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     properties = types.SimpleNamespace(major=capability[0], minor=capability[1])
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *_: properties)
-    assert choose_dtype("auto", torch.device("cuda", 0)) == dtype
+    device = torch.device("cuda", 0)
+    assert choose_dtype("auto", device) == dtype
+    assert choose_dtype("bf16", device) == torch.bfloat16 and choose_dtype("fp32", device) == torch.float32

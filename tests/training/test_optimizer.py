@@ -8,13 +8,22 @@ import torch
 from transformers import get_cosine_schedule_with_warmup
 
 from mamba2.model import Mamba2LM
-from mamba2.training import OPTIMIZERS, Schedule, make_optimizer
-from mamba2.training.optimizer import Muon
+from mamba2.training import OPTIMIZERS, make_optimizer
+from mamba2.training.optimizer import Muon, Schedule
 from tests.test_model import small_config
 
+MATRICES = ("embeddings.weight", "in_proj.weight", "out_proj.weight", "lm_head.weight")
 
-def decayed_by(decay: str) -> tuple[set[str], Mamba2LM]:
-    """Names of the parameters that a step with a gradient of zero moves."""
+
+@pytest.mark.parametrize(
+    ("decay", "reached"),
+    [
+        ("matrices", lambda name: name.endswith(MATRICES)),
+        ("all_but_biases", lambda name: not name.endswith(("dt_bias", "conv1d.bias"))),
+    ],
+)
+def test_weight_decay_reaches_what_it_is_for(decay, reached):
+    """By a step with a gradient of zero. In A_log only the first head does not move, as log 1 = 0."""
     model = Mamba2LM(small_config())
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     optimizer = make_optimizer(model, learning_rate=0.1, betas=(0.9, 0.99), weight_decay=0.5, decay=decay)
@@ -22,24 +31,8 @@ def decayed_by(decay: str) -> tuple[set[str], Mamba2LM]:
         p.grad = torch.zeros_like(p)
     optimizer.step()
     assert torch.allclose(model.lm_head.weight, before["lm_head.weight"] * 0.95)
-    return {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}, model
-
-
-def test_weight_decay_reaches_matrices_only():
-    decayed, model = decayed_by("matrices")
-    endings = ("embeddings.weight", "in_proj.weight", "out_proj.weight", "lm_head.weight")
-    assert decayed == {name for name, _ in model.named_parameters() if name.endswith(endings)}
-
-
-def test_the_legacy_decay_spares_biases_only():
-    decayed, model = decayed_by("all_but_biases")
-    # A_log of the first head is log 1 = 0, but others move
-    assert decayed == {name for name, _ in model.named_parameters() if not name.endswith(("dt_bias", "conv1d.bias"))}
-
-
-def test_betas_and_eps_reach_adamw():
-    group = make_optimizer(Mamba2LM(small_config()), 0.1, (0.7, 0.8), 0.5, eps=1e-3).param_groups[0]
-    assert group["betas"] == (0.7, 0.8) and group["eps"] == 1e-3
+    moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert moved == set(filter(reached, before))
 
 
 @pytest.mark.parametrize("shape", [(8, 24), (24, 8), (16, 16)])
@@ -86,28 +79,27 @@ def test_muon_treats_the_parts_of_a_fused_projection_one_by_one_and_leaves_the_r
             torch.testing.assert_close(new.detach(), alone.detach(), rtol=1e-6, atol=1e-7, msg=name)
 
 
-def test_every_parameter_is_in_one_group_and_a_group_may_have_a_rate_of_its_own():
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_parameter_is_in_one_group_with_the_options_given(name):
     model = Mamba2LM(small_config())
-    for name in OPTIMIZERS:
-        groups = make_optimizer(model, 0.1, (0.9, 0.99), 0.5, name=name).param_groups
-        assert sorted(id(p) for group in groups for p in group["params"]) == sorted(map(id, model.parameters()))
-        assert {group["peak"] for group in groups} == {0.1}
+    groups = make_optimizer(model, 0.1, (0.7, 0.8), 0.5, eps=1e-3, name=name).param_groups
+    assert sorted(id(p) for group in groups for p in group["params"]) == sorted(map(id, model.parameters()))
+    assert {group["peak"] for group in groups} == {0.1}
+    assert {(group["betas"], group["eps"]) for group in groups if "betas" in group} == {((0.7, 0.8), 1e-3)}
 
 
-def test_cosine_warms_up_then_falls_to_zero():
-    factors = [Schedule("cosine", 100, 10).factor(step) for step in range(101)]
-    assert factors[0] == 0.1 and factors[9] == factors[10] == 1.0
-    assert factors[55] == pytest.approx(0.5) and factors[100] == pytest.approx(0.0)
-    assert all(a >= b for a, b in itertools.pairwise(factors[10:]))
+def test_schedules_warm_up_then_fall_to_zero():
+    cosine, linear, wsd, constant = (
+        [Schedule(kind, 100, 20, decay_steps=40).factor(step) for step in range(101)]
+        for kind in ("cosine", "linear", "wsd", "constant")
+    )
+    for factors in (cosine, linear, wsd, constant):
+        assert factors[0] == 0.05 and factors[19] == factors[20] == 1.0
+        assert all(a >= b for a, b in itertools.pairwise(factors[20:]))
+    assert cosine[60] == linear[60] == wsd[80] == pytest.approx(0.5) and cosine[40] > linear[40]
+    assert [factors[100] for factors in (cosine, linear, wsd)] == pytest.approx([0.0] * 3)
+    assert set(wsd[19:61]) == set(constant[19:]) == {1.0} and linear[99] == pytest.approx(1 / 80)
     assert Schedule("cosine", 1).factor(0) == 1.0
-
-
-def test_linear_constant_and_wsd():
-    linear = [Schedule("linear", 100, 20).factor(step) for step in range(100)]
-    assert linear[20] == 1.0 and linear[60] == pytest.approx(0.5) and linear[99] == pytest.approx(1 / 80)
-    assert {Schedule("constant", 100, 20).factor(step) for step in range(19, 100)} == {1.0}
-    wsd = [Schedule("wsd", 100, 20, decay_steps=40).factor(step) for step in range(101)]
-    assert set(wsd[19:61]) == {1.0} and wsd[80] == pytest.approx(0.5) and wsd[100] == 0.0
 
 
 @pytest.mark.parametrize("kind", ["cosine", "linear", "wsd"])

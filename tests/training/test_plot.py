@@ -8,10 +8,7 @@ from mamba2.training.plot import column, draw, read_rows
 
 ROWS = [
     {"step": 0, "validation_loss": 3.0},
-    {
-        "step": 0,
-        **{f"{name}_{s}": [0.1, 0.2] for name in ("dt", "half_life") for s in ("min", "median", "max")},
-    },
+    {"step": 0} | {f"{name}_{s}": [0.1, 0.2] for name in ("dt", "half_life") for s in ("min", "median", "max")},
     {"step": 1, "loss": 3.0, "gradient_norm": 1.0, "learning_rate": 1e-3},
     {"step": 2, "loss": None, "gradient_norm": None, "learning_rate": 1e-3},
     {"step": 3, "loss": 2.5, "gradient_norm": 0.5, "learning_rate": 1e-3},
