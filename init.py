@@ -1,4 +1,4 @@
-"""Create models that differ in nothing but the initialisation of dt_bias.
+"""Create models that differ in nothing but the initialisation of dt_bias, or of other parameters that set memory.
 
     python init.py                                              the tiny study, into runs/tiny/models
     python init.py --config-path configs --seeds 1 2 3          the study's 40M model, 3 seeds x 3 initialisations
@@ -7,11 +7,12 @@
     python init.py --config-path configs --preview              what they do before any training: table and preview.png
 
 Writes {output-path}/seed-{seed}-{initialization}/ with config.json, model.safetensors and the tokenizer. For one seed
-all tensors but dt_bias are bit-identical across initialisations.
+all tensors but dt_bias are bit-identical across initialisations; a product such as log_uniform+A=ones changes A, too.
 """
 
 import argparse
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -21,8 +22,9 @@ import torch.nn.functional as F
 from mamba2.cli import parse_arguments, run
 from mamba2.config import WEIGHT_INITS, Mamba2Config
 from mamba2.evaluation.diagnostics import nominal_half_life, shares_remembering, signals
+from mamba2.factors import FACTORS, parse_initialization
 from mamba2.files import atomic_folder
-from mamba2.initializers import INITIALIZERS, DtParams, dt_table
+from mamba2.initializers import INITIALIZERS, DtParams, Initializer, dt_table
 from mamba2.model import Mamba2LM, num_parameters
 from mamba2.study import Study, add_study, figures
 from mamba2.tokenizer import Tokenizer, get_tokenizer, save_tokenizer
@@ -44,7 +46,7 @@ def main() -> None:
         "--seeds", type=int, nargs="+", default=[42], help="one model of each initialisation per seed [42]"
     )
     names = ["uniform", "linear_decay", "linear_decay_reverse"]
-    what = f"of dt_bias, from --list [{' '.join(names)}]"
+    what = f"of dt_bias and other factors, from --list [{' '.join(names)}]"
     parser.add_argument("--initializations", nargs="+", default=names, metavar="NAME", help=what)
     what = "folder for the models, seed-SEED-NAME each [./mamba2-40m]"
     parser.add_argument("--output-path", default="./mamba2-40m", help=what)
@@ -65,15 +67,18 @@ def main() -> None:
         for name in INITIALIZERS:
             reads = ", ".join(sorted(INITIALIZERS[name].reads))
             print(f"{name:24} {summary(name)}{f' Reads {reads}.' if reads else ''}")
+        print("\nfactors, as in log_uniform+A=ones")
+        for factor, choices in FACTORS.items():
+            for choice, function in choices.items():
+                print(f"{f'{factor}={choice}':24} {first_line(function)}")
         return
 
     # Everything that can be wrong is found before the first folder is made.
     config = Mamba2Config.from_json(args.config_path)
     if args.weight_init:
         config = config.with_weight_init(args.weight_init)
-    if unknown := [name for name in args.initializations if name not in INITIALIZERS]:
-        raise ValueError(f"unknown initialization {unknown[0]!r}: choose from {', '.join(INITIALIZERS)}")
-    parameters = read_parameters(args, study, config)
+    of_dt_bias = {name: INITIALIZERS[parse_initialization(name)[0]] for name in args.initializations}
+    parameters = read_parameters(args, study, config, of_dt_bias)
     tokenizer = choose_tokenizer(args.tokenizer, config.vocab_size)
     if tokenizer is not None:
         pad = config.pad_token_id if config.pad_token_id == tokenizer.eot_id else None
@@ -90,7 +95,7 @@ def main() -> None:
     }
     finished = {key for key, folder in folders.items() if folder.exists()}
     for seed, name in finished:
-        require_same(folders[seed, name], INITIALIZERS[name].record(parameters))
+        require_same(folders[seed, name], of_dt_bias[name].record(parameters))
 
     print(f"config       {args.config_path}: {num_parameters(config):,} parameters")
     print(f"layers       {config.num_hidden_layers} x {config.num_heads} heads of {config.head_dim}")
@@ -112,18 +117,20 @@ def main() -> None:
         print(f"wrote {folder}")
 
 
-def read_parameters(args: argparse.Namespace, study: Study | None, config: Mamba2Config) -> DtParams:
+def read_parameters(
+    args: argparse.Namespace, study: Study | None, config: Mamba2Config, used: dict[str, Initializer]
+) -> DtParams:
     """What the flags say of dt. Raises ValueError where one has no effect on any of the initialisations."""
     length = args.length or (study and study.tables["train"].get("max_length"))
     defaults = {"t_min": args.t_min, "t_max": args.t_max, "dt_floor": config.time_step_floor}
     parameters = DtParams.read(args.set, length, **defaults)
-    read = set().union(*(INITIALIZERS[name].reads for name in args.initializations))
+    read = set().union(*(initializer.reads for initializer in used.values()))
     for setting in args.set:
         key = setting.partition("=")[0]
         if key in ("t_min", "t_max"):
             raise ValueError(f"--set {setting}: use --{key.replace('_', '-')}")
         if key not in read:
-            raise ValueError(f"--set {setting}: none of {', '.join(args.initializations)} reads {key}")
+            raise ValueError(f"--set {setting}: none of {', '.join(used)} reads {key}")
     return parameters
 
 
@@ -161,8 +168,14 @@ def preview(config: Mamba2Config, seed: int, names: list[str], parameters: DtPar
 
 
 def summary(name: str) -> str:
-    """First line of what an initialisation's documentation says."""
-    return INITIALIZERS[name].function.__doc__.splitlines()[0]
+    """First lines of what the documentation of an initialisation and its factors says."""
+    name, factors = parse_initialization(name)
+    of_factors = (FACTORS[factor][choice] for factor, choice in factors.items())
+    return " ".join(first_line(function) for function in (INITIALIZERS[name].function, *of_factors))
+
+
+def first_line(function: Callable) -> str:
+    return function.__doc__.splitlines()[0]
 
 
 def choose_tokenizer(name: str | None, vocab_size: int) -> Tokenizer | None:

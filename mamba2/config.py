@@ -2,8 +2,9 @@
 
 The file is Hugging Face's: the same keys and, where a key is absent, the same default as `transformers.Mamba2Config`,
 so that a folder written by either opens in the other. Keys that this code does not use stay in `extra` and are written
-back unchanged and in their place. Keys that appear in a file only when they say something: two of our own,
-`weight_init` and `dt_bias_init`; and two are mamba-ssm's, for layers of attention: `attn_layer_idx` and `attn_cfg`.
+back unchanged and in their place. Keys that appear in a file only when they say something: three of our own,
+`weight_init`, `dt_bias_init`, `factors_init`; and two of mamba-ssm's, for layers of attention: `attn_layer_idx` and
+`attn_cfg`.
 """
 
 import dataclasses
@@ -70,6 +71,8 @@ class Mamba2Config:
     weight_init: str = "transformers"
     # What `initializers.make_dt_bias` recorded (name, parameters, seed, sha256); None: dt_bias has no recorded origin.
     dt_bias_init: dict[str, Any] | None = None
+    # By factor, what `factors.apply_factor` recorded (name, seed, sha256); None: all as `weight_init` has it.
+    factors_init: dict[str, Any] | None = None
 
     # Layers whose mixer is attention, and its shape; see AttentionConfig.
     attn_layer_idx: tuple[int, ...] = ()
@@ -146,8 +149,9 @@ class Mamba2Config:
             ]
         if self.weight_init == "transformers":
             del values["weight_init"]
-        if self.dt_bias_init is None:
-            del values["dt_bias_init"]
+        for key in ("dt_bias_init", "factors_init"):
+            if values[key] is None:
+                del values[key]
         if self.attn_layer_idx:
             values["attn_layer_idx"] = list(self.attn_layer_idx)
         else:
@@ -231,8 +235,12 @@ class Mamba2Config:
             )
         if self.weight_init not in list(WEIGHT_INITS):
             raise ValueError(f"weight_init is {self.weight_init!r}, and must be one of {', '.join(WEIGHT_INITS)}")
-        if not isinstance(self.dt_bias_init, dict | None):
-            raise ValueError(f"dt_bias_init is {self.dt_bias_init!r}, and must be an object or null")
+        for key in ("dt_bias_init", "factors_init"):
+            if not isinstance(getattr(self, key), dict | None):
+                raise ValueError(f"{key} is {getattr(self, key)!r}, and must be an object or null")
+        for factor, record in (self.factors_init or {}).items():
+            if not isinstance(record, dict) or not isinstance(record.get("name"), str):
+                raise ValueError(f"factors_init.{factor} is {record!r}, and must be an object with a name")
         layers = self.attn_layer_idx
         wanted = f"a list of different layers below num_hidden_layers = {self.num_hidden_layers}, not of all"
         if not isinstance(layers, tuple) or len(layers) >= self.num_hidden_layers or len(set(layers)) < len(layers):

@@ -196,6 +196,18 @@ class Mamba2Mixer(nn.Module):
         self.D.fill_(1.0)
         self.norm.weight.fill_(1.0)
 
+    def tensors_of(self, factor: str) -> tuple[torch.Tensor | None, ...]:
+        """What an initialisation of that factor sets, in place (see `mamba2.factors`)."""
+        if factor == "BC":
+            _, xBC, _ = self.in_proj.weight.split(self.in_proj.widths)
+            return xBC.split(conv_widths(self.config))[1:]
+        return {
+            "A": (self.A_log,),
+            "D": (self.D,),
+            "conv": (self.conv1d.weight.squeeze(1), self.conv1d.bias),
+            "out_proj": (self.out_proj.weight,),
+        }[factor]
+
     def in_proj_rows(self) -> tuple[int, ...]:
         return self.config.d_inner, *conv_widths(self.config), self.config.num_heads
 

@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 from mamba2.attention import AttentionMixer, AttentionState
 from mamba2.checkpoint import Shapes, read_model, write_model
 from mamba2.config import Mamba2Config
+from mamba2.factors import apply_factor, parse_initialization
 from mamba2.host_memory import require_memory
 from mamba2.initializers import DtParams, make_dt_bias, require_normal, seed_stream
 from mamba2.mixer import Mamba2Mixer, MixerState, Parameters, draw_uniform
@@ -186,9 +187,11 @@ class Mamba2LM(nn.Module):
         initialization: str = "log_uniform",
         dt_parameters: DtParams | None = None,
     ):
-        """Build and initialise. All weights but dt_bias depend on `seed` alone, never on the global generator.
+        """Build and initialise. All weights but dt_bias and the factors named depend on `seed` alone, and nothing does
+        on the global generator.
 
-        Arguments: `initialization` is a name from `mamba2.initializers`; `dt_parameters` are its parameters, by default
+        Arguments: `initialization` is a name from `mamba2.initializers`, or a product with factors of `mamba2.factors`,
+        "log_uniform+A=ones"; `dt_parameters` are its parameters, by default
         the config's time_step_min, time_step_max and time_step_floor. On the meta device nothing is initialised.
 
         Raises MemoryError, before anything is allocated, when the machine cannot hold so many parameters; ValueError
@@ -203,8 +206,10 @@ class Mamba2LM(nn.Module):
         if config.tie_word_embeddings:
             self.lm_head.weight = self.backbone.embeddings.weight
         if not self.lm_head.weight.is_meta:
+            name, factors = parse_initialization(initialization)
             self._init_weights(seed)
-            self.init_dt_bias(initialization, seed, dt_parameters)
+            self._init_factors(factors, seed)
+            self.init_dt_bias(name, seed, dt_parameters)
             for name, tensor in self.named_parameters():
                 require_normal(name, tensor)
 
@@ -319,6 +324,17 @@ class Mamba2LM(nn.Module):
         self.backbone.norm_f.weight.fill_(1.0)
         if not cfg.tie_word_embeddings:
             draw_uniform(self.lm_head.weight, cfg.hidden_size**-0.5, generator)
+
+    def _init_factors(self, factors: dict[str, str], seed: int) -> None:
+        """Replace what was drawn of each factor by its named choice, and record that in the config."""
+        records = {}
+        for factor, choice in factors.items():
+            if factor == "embedding":
+                tensors = [(self.backbone.embeddings.weight,)]
+            else:
+                tensors = [mixer.tensors_of(factor) for mixer in self.mixers()]
+            records[factor] = apply_factor(factor, choice, seed, tensors)
+        self.config = dataclasses.replace(self.config, factors_init=records or None)
 
     @torch.no_grad()
     def init_dt_bias(self, initialization: str, seed: int, parameters: DtParams | None = None) -> None:

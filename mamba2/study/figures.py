@@ -4,6 +4,7 @@ An initialisation has the same colour everywhere. Every run is drawn, thin; a me
 """
 
 import io
+import zlib
 
 import numpy as np
 
@@ -40,7 +41,7 @@ def color(name: str):
     """Of an initialisation, by its place among all: the same in every figure of every report."""
     names = list(INITIALIZERS)
     # The strong half of tab20 first: the first ten initialisations can be told apart best.
-    place = names.index(name) if name in names else len(names)
+    place = names.index(name) if name in names else zlib.crc32(name.encode())  # a product with factors
     return _pyplot().get_cmap("tab20")((2 * place) % 20 + (place >= 10))
 
 

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from mamba2 import cli
-from mamba2.initializers import INITIALIZERS
+from mamba2.factors import parse_initialization
 
 # What the study decides, and its tables must not.
 DECIDED = {
@@ -115,10 +115,13 @@ def read_study(path: str | Path) -> Study:
     seeds, names, baseline = values["seeds"], values["initializations"], values["baseline"]
     if not isinstance(seeds, list) or not seeds or any(type(seed) is not int for seed in seeds):
         raise ValueError(f"{path}, [study]: seeds is {seeds!r}, and must be a list of integers")
-    if not isinstance(names, list) or not names or any(name not in INITIALIZERS for name in names):
-        raise ValueError(
-            f"{path}, [study]: initializations is {names!r}, and must name some of {', '.join(INITIALIZERS)}"
-        )
+    if not isinstance(names, list) or not names or any(not isinstance(name, str) for name in names):
+        raise ValueError(f"{path}, [study]: initializations is {names!r}, and must be a list of names")
+    for name in names:
+        try:
+            parse_initialization(name)
+        except ValueError as error:
+            raise ValueError(f"{path}, [study]: {error}") from None
     for key, items in (("seeds", seeds), ("initializations", names)):
         if len(set(items)) < len(items):
             raise ValueError(f"{path}, [study]: {key} names one twice")

@@ -1,0 +1,137 @@
+"""Factors beside dt_bias: initialisations of A, D, the convolution, B and C, out_proj and the embeddings.
+
+An initialisation is written `log_uniform`, or as a product with these, `log_uniform+A=ones+conv=identity`. Each
+function takes what the model drew, for all layers at once, and a generator of the stream (seed, factor); it gives the
+values to use. So all other tensors are the same to the bit, and a model that names no factor is as before.
+
+    A          log of A, (L, h)
+    D          (L, h)
+    conv       weights (L, channels, k) of x, B and C, the last tap that of the token itself, and their biases
+    BC         the rows of in_proj that make B and those that make C, (L, g n, d) each
+    out_proj   weight (L, d, d_inner)
+    embedding  weight (v, d); of the logits, too, where they are tied
+"""
+
+import hashlib
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Generator, Tensor
+
+from mamba2.initializers import INITIALIZERS, seed_stream
+
+FACTORS: dict[str, dict[str, Callable]] = {}
+
+
+def _register(factor: str) -> Callable:
+    def register(function: Callable) -> Callable:
+        FACTORS.setdefault(factor, {})[function.__name__.removeprefix(f"{factor}_")] = function
+        return function
+
+    return register
+
+
+@_register("A")
+def arange(A_log: Tensor, generator: Generator) -> Tensor:
+    """A = 1..nheads in every layer, S4D-Real's (Gu et al. 2022), as in transformers."""
+    return torch.arange(1.0, A_log.shape[1] + 1).log().expand_as(A_log)
+
+
+@_register("A")
+def uniform_1_16(A_log: Tensor, generator: Generator) -> Tensor:
+    """A ~ U(1, 16) for each head, as in mamba-ssm."""
+    return torch.empty_like(A_log).uniform_(1.0, 16.0, generator=generator).log()
+
+
+@_register("A")
+def A_ones(A_log: Tensor, generator: Generator) -> Tensor:
+    """A = 1 everywhere: memory is then dt's alone."""
+    return torch.zeros_like(A_log)
+
+
+@_register("A")
+def slow(A_log: Tensor, generator: Generator) -> Tensor:
+    """A = 0.01 everywhere: a decay near 1, as mimetic initialisation asks for (Trockman et al. 2024)."""
+    return torch.full_like(A_log, math.log(0.01))
+
+
+@_register("D")
+def D_ones(D: Tensor, generator: Generator) -> Tensor:
+    """D = 1: every head passes its input on."""
+    return torch.ones_like(D)
+
+
+@_register("D")
+def zeros(D: Tensor, generator: Generator) -> Tensor:
+    """D = 0: what a head gives comes from its state alone."""
+    return torch.zeros_like(D)
+
+
+@_register("conv")
+def identity(weight: Tensor, bias: Tensor | None, generator: Generator) -> tuple[Tensor, Tensor | None]:
+    """A tenth of what was drawn, and 1 for the token itself: nearly no convolution (Trockman et al. 2024)."""
+    weight = weight / 10
+    weight[..., -1] += 1
+    return weight, None if bias is None else bias / 10
+
+
+@_register("BC")
+def tied(B: Tensor, C: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
+    """C's rows are B's and a tenth of their own: alike tokens find each other, as in linear attention (Trockman et al.
+    2024, arXiv:2410.11135, "mimetic", with conv=identity and A=slow)."""
+    return B, B + C / 10
+
+
+@_register("out_proj")
+def rescaled(weight: Tensor, generator: Generator) -> Tensor:
+    """Divided by √(number of Mamba-2 layers): the residual stream then does not grow with depth (GPT-2)."""
+    return weight / math.sqrt(len(weight))
+
+
+@_register("out_proj")
+def out_proj_zeros(weight: Tensor, generator: Generator) -> Tensor:
+    """0: every layer begins as the identity."""
+    return torch.zeros_like(weight)
+
+
+@_register("embedding")
+def small(weight: Tensor, generator: Generator) -> Tensor:
+    """A standard deviation of 0.02, whatever initializer_range is (GPT-2)."""
+    return weight * (0.02 / weight.std())
+
+
+# --------------------------------------------------------------------------------------------------- names, application
+
+
+def parse_initialization(text: str) -> tuple[str, dict[str, str]]:
+    """`log_uniform+A=ones+D=zeros` as dt_bias's name and the factors. Raises ValueError naming what is unknown."""
+    name, *products = text.split("+")
+    if name not in INITIALIZERS:
+        raise ValueError(f"unknown initialization {name!r}: choose from {', '.join(INITIALIZERS)}")
+    factors: dict[str, str] = {}
+    for product in products:
+        factor, _, choice = product.partition("=")
+        if factor not in FACTORS or choice not in FACTORS[factor]:
+            known = ", ".join(f"{f}={c}" for f, choices in FACTORS.items() for c in choices)
+            raise ValueError(f"unknown factor {product!r} of the initialization {text!r}: choose from {known}")
+        if factor in factors:
+            raise ValueError(f"the initialization {text!r} names {factor} twice")
+        factors[factor] = choice
+    return name, factors
+
+
+@torch.no_grad()
+def apply_factor(factor: str, choice: str, seed: int, layers: list[tuple[Tensor | None, ...]]) -> dict[str, Any]:
+    """Set one factor of all layers, whose tensors (views of them, or None) are `layers`; the record of it: name,
+    seed and sha256 of the values, float32, layer by layer."""
+    drawn = [None if parts[0] is None else torch.stack(parts).float().cpu() for parts in zip(*layers)]
+    made = FACTORS[factor][choice](*drawn, seed_stream(seed, factor))
+    digest = hashlib.sha256()
+    for values, *of_layers in zip(made if isinstance(made, tuple) else (made,), *layers):
+        if values is not None:
+            digest.update(values.contiguous().numpy().astype("<f4").tobytes())
+            for tensor, value in zip(of_layers, values):
+                tensor.copy_(value)
+    return {"name": choice, "seed": seed, "sha256": digest.hexdigest()}
