@@ -71,6 +71,8 @@ def parse() -> argparse.Namespace:
     add("--final-rate-ratio", type=float, default=0.0, help="rate at the end, as a share of the peak [0]")
     what = "; ".join(f"{name}: {function.__doc__}" for name, function in OPTIMIZERS.items()) + " [adamw]"
     add("--optimizer", choices=OPTIMIZERS, default="adamw", help=what)
+    add("--dt-lr", type=float, default=1.0, help="of dt_bias, as a multiple; 0 leaves it as initialised [1]")
+    add("--A-lr", type=float, default=1.0, help="the same for A_log [1]")
     add("--weight-decay", type=float, default=0.01, help="[0.01]")
     add("--decay", choices=DECAYS, default="matrices", help="what weight decay reaches [matrices]")
     add("--betas", type=float, nargs=2, default=[0.9, 0.99], help="of AdamW [0.9 0.99]")
@@ -137,7 +139,7 @@ def check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     domains = {
         "at least 1": "batch_size gradient_accumulation_steps max_length max_steps save_steps eval_steps eval_windows "
         "sample_steps dt_steps keep max_skipped patience",
-        "at least 0": "warmup_steps sample_tokens weight_decay clip seed",
+        "at least 0": "warmup_steps sample_tokens weight_decay clip seed dt_lr A_lr",
         "above 0": "num_epochs learning_rate eps",
         "from 0 to 1": "warmup_ratio decay_ratio final_rate_ratio",
     }

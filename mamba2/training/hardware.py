@@ -71,12 +71,13 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
         name = torch.cuda.get_device_name(device)
         peaks = next((peaks for part, peaks in PEAKS.items() if re.search(rf"\b{part}\b", name)), None)
         return peaks and peaks[dtype != torch.float32] * 1e12
-    size, best = 1024, 0.0
+    size, best, spent = 1024, 0.0, 0.0
     a, b = (torch.ones(size, size, dtype=dtype) for _ in range(2))
-    for _ in range(8):
+    while spent < 0.5:  # seconds; bfloat16 without instructions of its own takes several for one product
         started = time.perf_counter()
         torch.mm(a, b)
-        best = max(best, 2 * size**3 / (time.perf_counter() - started))
+        took = time.perf_counter() - started
+        best, spent = max(best, 2 * size**3 / took), spent + took
     return best
 
 

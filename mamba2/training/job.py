@@ -46,9 +46,9 @@ from mamba2.training.step import accumulate_gradients, add_gradients, mean_loss,
 # saved, may change. Schedules are compared by their rates up to the step of the checkpoint.
 SAME_ON_RESUME = (
     *("learning_rate", "weight_decay", "decay", "betas", "eps", "clip", "max_length", "no_reset", "seed"),
-    *("eval_windows", "optimizer"),
+    *("eval_windows", "optimizer", "dt_lr", "A_lr"),
 )
-BEFORE = {"optimizer": "adamw"}  # of checkpoints older than the option
+BEFORE = {"optimizer": "adamw", "dt_lr": 1.0, "A_lr": 1.0}  # of checkpoints older than the option
 
 
 @dataclasses.dataclass
@@ -159,6 +159,7 @@ class Job:
             args.eps,
             args.decay,
             args.optimizer,
+            {"dt": args.dt_lr, "A": args.A_lr},
         )
         if checkpoint is not None:
             load_optimizer(checkpoint, self.model, self.optimizer, updates)

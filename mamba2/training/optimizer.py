@@ -21,20 +21,25 @@ class Group(NamedTuple):
     pattern: str
     decay: bool  # whether --decay matrices reaches them
     muon: bool  # whether --optimizer muon makes their updates orthogonal; it leaves the others to AdamW
+    rate: str = ""  # the name under which `rates` has a multiple of the learning rate for them
 
 
 GROUPS = (
     Group("*_proj.weight", decay=True, muon=True),  # the matrices of mixers
     Group("*embeddings.weight", decay=True, muon=False),
     Group("lm_head.weight", decay=True, muon=False),
-    Group("*", decay=False, muon=False),  # dt_bias, A_log, D, norms, biases, convolution
+    Group("*.dt_bias", decay=False, muon=False, rate="dt"),
+    Group("*.A_log", decay=False, muon=False, rate="A"),
+    Group("*", decay=False, muon=False),  # D, norms, biases, convolution
 )
 # Which parameters weight decay applies to. `all_but_biases` is what the previous trainer did: A_log, D and norms too.
 DECAYS = ("matrices", "all_but_biases")
 SCHEDULES = ("cosine", "linear", "constant", "wsd")
 
 
-def grouped(model: Mamba2LM, learning_rate: float, weight_decay: float, decay: str) -> list[dict[str, Any]]:
+def grouped(
+    model: Mamba2LM, learning_rate: float, weight_decay: float, decay: str, rates: dict[str, float]
+) -> list[dict[str, Any]]:
     """The parameter groups: one for each of GROUPS, two where weight decay applies to some of its parameters only.
     `peak` is the rate that the schedule multiplies."""
     groups: dict[tuple[Group, bool], list[nn.Parameter]] = {}
@@ -43,7 +48,12 @@ def grouped(model: Mamba2LM, learning_rate: float, weight_decay: float, decay: s
         decayed = group.decay if decay == "matrices" else "bias" not in name
         groups.setdefault((group, decayed), []).append(parameter)
     return [
-        {"params": parameters, "weight_decay": weight_decay * decayed, "peak": learning_rate, "muon": group.muon}
+        {
+            "params": parameters,
+            "weight_decay": weight_decay * decayed,
+            "peak": learning_rate * rates.get(group.rate, 1.0),
+            "muon": group.muon,
+        }
         for (group, decayed), parameters in groups.items()
     ]
 
@@ -122,9 +132,12 @@ def make_optimizer(
     eps: float = 1e-8,
     decay: str = "matrices",
     name: str = "adamw",
+    rates: dict[str, float] | None = None,
 ) -> torch.optim.Optimizer | Both:
-    """One of OPTIMIZERS. `betas` and `eps` are AdamW's, `decay` is one of DECAYS."""
-    return OPTIMIZERS[name](model, grouped(model, learning_rate, weight_decay, decay), learning_rate, betas, eps)
+    """One of OPTIMIZERS. `betas` and `eps` are AdamW's, `decay` is one of DECAYS, `rates` has multiples of the learning
+    rate by the names in GROUPS; 0 leaves these parameters as they are."""
+    groups = grouped(model, learning_rate, weight_decay, decay, rates or {})
+    return OPTIMIZERS[name](model, groups, learning_rate, betas, eps)
 
 
 def _adamw(model: Mamba2LM, groups: list[dict], lr: float, betas: tuple[float, float], eps: float) -> torch.optim.AdamW:

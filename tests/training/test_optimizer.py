@@ -35,6 +35,32 @@ def test_weight_decay_reaches_what_it_is_for(decay, reached):
     assert moved == set(filter(reached, before))
 
 
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("multiple", [0.0, 1.0, 10.0])
+def test_dt_bias_and_A_have_rates_of_their_own(name, multiple):
+    """The first step of AdamW moves a parameter by its rate, and none at all with a rate of 0."""
+    models = []
+    for rates in ({}, {"dt": multiple}, {"A": multiple}):
+        model = Mamba2LM(small_config())
+        optimizer = make_optimizer(model, 1e-3, (0.9, 0.99), 0.0, name=name, rates=rates)
+        generator = torch.Generator().manual_seed(0)
+        for p in model.parameters():
+            p.grad = torch.randn(p.shape, generator=generator)
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak"]
+        optimizer.step()
+        models.append(dict(model.named_parameters()))
+    initial = dict(Mamba2LM(small_config()).named_parameters())
+    for moved, parameter in zip(models[1:], ("dt_bias", "A_log")):
+        for key in initial:
+            if key.endswith(parameter):
+                expected = torch.full_like(initial[key], 1e-3 * multiple)
+                torch.testing.assert_close((moved[key] - initial[key]).abs(), expected, rtol=1e-3, atol=1e-6)
+                assert multiple or moved[key].equal(initial[key])
+            else:
+                assert moved[key].equal(models[0][key])
+
+
 @pytest.mark.parametrize("shape", [(8, 24), (24, 8), (16, 16)])
 def test_muon_is_torchs_where_a_matrix_has_no_parts(shape):
     generator = torch.Generator().manual_seed(0)
