@@ -13,6 +13,7 @@ if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
     share = (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, share)))
 
+import pytest
 import torch
 
 # The files that take longest, which several processes begin with, so that they end together.
@@ -22,6 +23,11 @@ LONGEST = ("test_scripts.py", "test_ssd_triton.py", "test_train.py", "test_gpu_b
 def pytest_collection_modifyitems(items: list) -> None:
     items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
 
+
+@pytest.fixture
+def triton_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every op runs by its Triton kernels."""
+    monkeypatch.setenv("MAMBA2_BACKEND", "triton")
 
 
 def patch_triton_once_a_launch() -> None:
