@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import Mamba2Config as TheirConfig
+from transformers import Mamba2ForCausalLM
 
 from mamba2.config import Mamba2Config
 from mamba2.model import flops_per_token, num_parameters
@@ -24,9 +26,6 @@ def small(**changes) -> Mamba2Config:
 
 def transformers_model(config: Mamba2Config, folder: Path):
     """transformers' own model of what `config` writes, without memory for its weights."""
-    from transformers import Mamba2Config as TheirConfig
-    from transformers import Mamba2ForCausalLM
-
     config.save(folder)
     with torch.device("meta"):
         return Mamba2ForCausalLM(TheirConfig.from_pretrained(folder))
@@ -119,8 +118,6 @@ def test_codestral_file_of_transformers_4_is_read():
 
 
 def test_absent_keys_take_the_defaults_of_transformers():
-    from transformers import Mamba2Config as TheirConfig
-
     theirs = TheirConfig()
     for field in dataclasses.fields(Mamba2Config):
         if field.name in ("vocab_size", "hidden_size", "num_hidden_layers"):
@@ -149,8 +146,6 @@ def test_every_spelling_of_no_upper_limit_is_read(upper):
 
 @pytest.mark.parametrize("limit", [(0.001, math.inf), (0.0, 0.5), (0.25, 1)])
 def test_time_step_limit_survives_standard_json_here_and_in_transformers(limit, tmp_path):
-    from transformers import Mamba2Config as TheirConfig
-
     file = small(time_step_limit=limit).save(tmp_path)
     json.loads(file.read_text(), parse_constant=lambda word: pytest.fail(f"{word} is not JSON"))
     assert Mamba2Config.from_json(tmp_path).time_step_limit == limit
@@ -158,8 +153,6 @@ def test_time_step_limit_survives_standard_json_here_and_in_transformers(limit, 
 
 
 def test_a_config_that_transformers_wrote_is_read(tmp_path):
-    from transformers import Mamba2Config as TheirConfig
-
     TheirConfig(**SMALL, time_step_limit=(0.01, math.inf)).save_pretrained(tmp_path)
     config = Mamba2Config.from_json(tmp_path)
     assert config.time_step_limit == (0.01, math.inf)

@@ -1,5 +1,6 @@
 """The loop: what it does before, between and after its steps, and that every option changes what it says."""
 
+import contextlib
 import itertools
 import json
 import os
@@ -16,7 +17,7 @@ import train
 from mamba2.checkpoint import read_model
 from mamba2.data import Plan, open_source, prepare
 from mamba2.model import SHAPES, Mamba2LM, num_parameters
-from mamba2.ops.fusion import fuse, is_fused
+from mamba2.ops import fusion
 from mamba2.study.runs import read_history
 from mamba2.tokenizer import get_tokenizer
 from mamba2.training import RunFolder
@@ -31,7 +32,9 @@ def study(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole(study):
-    run_train(*arguments(study, study / "whole"))
+    """A run of 8 steps; what it printed is in whole.txt."""
+    with open(study / "whole.txt", "w") as file, contextlib.redirect_stdout(file):
+        run_train(*arguments(study, study / "whole"))
     return study / "whole"
 
 
@@ -41,6 +44,25 @@ def checkpoints(output):
 
 def losses(output):
     return [row["loss"] for row in metrics(output, "loss")]
+
+
+def brief_losses(study, output, *options):
+    """Those of five steps, or fewer, with nothing between them."""
+    brief = ["--max-steps", 5, "--sample-tokens", 0, "--save-steps", 9]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train.Job, "evaluate", lambda job: 1.0)
+        run_train(*arguments(study, output, *brief, *options))
+    return losses(output)
+
+
+@pytest.fixture(scope="module")
+def brief(study):
+    return brief_losses(study, study / "brief")
+
+
+def flag_removed(command, flag):
+    at = command.index(flag)
+    return command[:at] + command[at + 2 :]
 
 
 # ----------------------------------------------------------------------------------------------------- steps + 1
@@ -70,21 +92,15 @@ def test_dt_and_half_life_of_every_layer_are_logged_as_they_move(study, whole):
     assert start["dt_max"] != end["dt_max"]
 
 
-def test_the_plan_is_printed_before_the_first_step(study, tmp_path, capsys):
-    run_train(*arguments(study, tmp_path / "run"))
-    plan = capsys.readouterr().out.split("step 1 of 8")[0]
+def test_the_plan_is_printed_before_the_first_step_and_a_line_for_each(study, whole):
+    plan, steps = (study / "whole.txt").read_text().split("step 1 of 8")
     parameters = num_parameters(Mamba2LM.from_pretrained(study / "model").config)
     for part in (f"parameters   {parameters:,}", "4 windows of 32 = 128 tokens", "steps        8,", "FLOP", "memory "):
         assert part in plan
     for part in (f"torch {torch.__version__}", "triton", "revision", "half-life, tokens", "peak 0.0005"):
         assert part in plan
-
-
-def test_a_line_tells_loss_speed_share_of_peak_memory_and_time_left(study, tmp_path, capsys):
-    run_train(*arguments(study, tmp_path / "run"))
-    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("step 1 of 8"))
     for part in ("loss 5.", "gradient ", " tokens/s", "MFU ", " GB", " s left"):
-        assert part in line
+        assert part in steps.splitlines()[0]
 
 
 def test_metrics_count_tokens_and_hold_the_rate(whole):
@@ -111,28 +127,26 @@ def test_several_models_train_one_after_another(study, tmp_path):
 @pytest.mark.parametrize(
     "options",
     [
-        ["--learning-rate", "1e-3"],
-        ["--schedule", "linear"],
-        ["--schedule", "wsd", "--decay-ratio", "0.9"],
-        ["--warmup-steps", "4"],
-        ["--warmup-from-zero"],
-        ["--final-rate-ratio", "0.5"],
-        ["--clip", "0.01", "--eps", "1e-3"],
-        ["--weight-decay", "5"],
-        ["--weight-decay", "5", "--decay", "all_but_biases"],
-        ["--betas", "0.5", "0.6"],
-        ["--eps", "1e-2"],
-        ["--seed", "7"],
-        ["--no-reset"],
-        ["--dtype", "bf16"],
-        ["--batch-size", "1"],
-        ["--gradient-accumulation-steps", "1"],
-        ["--max-length", "16"],
+        "--learning-rate 1e-3",
+        "--schedule linear",
+        "--schedule wsd --decay-ratio 0.9",
+        "--warmup-steps 4",
+        "--warmup-from-zero",
+        "--final-rate-ratio 0.5",
+        "--weight-decay 5",
+        "--betas 0.5 0.6",
+        "--eps 1e-2",
+        "--seed 7",
+        "--no-reset",
+        "--dtype bf16 --max-steps 1",
+        "--batch-size 1",
+        "--gradient-accumulation-steps 1",
+        "--max-length 16",
     ],
 )
-def test_an_option_that_should_change_the_training_does(study, whole, tmp_path, options):
-    run_train(*arguments(study, tmp_path / "run", "--keep", "1", *options))
-    assert losses(tmp_path / "run") != losses(whole)
+def test_an_option_that_should_change_the_training_does(study, brief, tmp_path, options):
+    changed = brief_losses(study, tmp_path / "run", *options.split())
+    assert changed != brief[: len(changed)]
 
 
 @pytest.mark.parametrize(
@@ -140,9 +154,8 @@ def test_an_option_that_should_change_the_training_does(study, whole, tmp_path, 
 )
 def test_an_option_that_acts_only_beside_another_does(study, tmp_path, beside, option):
     """AdamW hardly sees the scale of gradients above eps, and what is decayed matters only with decay."""
-    run_train(*arguments(study, tmp_path / "without", "--keep", "1", *beside.split()))
-    run_train(*arguments(study, tmp_path / "with", "--keep", "1", *beside.split(), *option.split()))
-    assert losses(tmp_path / "with") != losses(tmp_path / "without")
+    without = brief_losses(study, tmp_path / "without", *beside.split())
+    assert brief_losses(study, tmp_path / "with", *beside.split(), *option.split()) != without
 
 
 def test_decay_ratio_is_where_wsd_leaves_the_peak(study, tmp_path):
@@ -154,50 +167,33 @@ def test_decay_ratio_is_where_wsd_leaves_the_peak(study, tmp_path):
 def test_warmup_ratio_is_a_share_of_the_steps(study, tmp_path):
     file = tmp_path / "p.toml"
     file.write_text("[train]\nwarmup_ratio = 0.45\n")
-    command = arguments(study, tmp_path / "run", "--preset", file)
-    at = command.index("--warmup-steps")
-    run_train(*command[:at], *command[at + 2 :])
+    run_train(*flag_removed(arguments(study, tmp_path / "run", "--preset", file), "--warmup-steps"))
     rates = [row["learning_rate"] for row in metrics(tmp_path / "run", "loss")]
     assert rates[:4] == pytest.approx([1.25e-4, 2.5e-4, 3.75e-4, 5e-4]) and rates[4] == pytest.approx(5e-4)
 
 
 def test_epochs_count_passes_over_the_data(study, tmp_path):
-    command = arguments(study, tmp_path / "run", "--epochs", 0.25, "--keep", 1)
-    at = command.index("--max-steps")
-    run_train(*command[:at], *command[at + 2 :])
+    run_train(*flag_removed(arguments(study, tmp_path / "run", "--epochs", 0.25, "--keep", 1), "--max-steps"))
     tokens = sum(len(file.read_bytes()) + 1 for file in (study / "data" / "train").iterdir())
     assert metrics(tmp_path / "run", "loss")[-1]["tokens"] == pytest.approx(tokens / 4, abs=16)
 
 
-@pytest.mark.parametrize(
-    "options",
-    [["--checkpoint-every", "all"], ["--checkpoint-every", "2"], ["--checkpoint-every", "2", "--keep-products-only"]],
-)
-def test_recomputation_changes_nothing_but_what_is_kept(study, whole, tmp_path, options, monkeypatch):
+@pytest.mark.parametrize(("every", "lean"), [("all", False), ("2", False), ("2", True)])
+def test_recomputation_changes_nothing_but_what_is_kept(study, brief, tmp_path, every, lean, monkeypatch):
     seen = []
     original = train.Job.step
     monkeypatch.setattr(train.Job, "step", lambda job, i: seen.append(job.model.backbone) or original(job, i))
-    run_train(*arguments(study, tmp_path / "run", *options))
-    assert losses(tmp_path / "run") == losses(whole)
-    assert seen[0].checkpoint_every == {"all": 1}.get(options[1], 2)
+    options = ["--checkpoint-every", every, *["--keep-products-only"] * lean]
+    assert brief_losses(study, tmp_path / "run", *options) == brief
+    assert seen[0].checkpoint_every == {"all": 1, "2": 2}[every]
     recomputed = [layer.keep_products_only for layer in seen[0].layers]
-    assert recomputed == [len(options) > 2 and i % 2 == 1 for i in range(len(recomputed))]
+    assert recomputed == [lean and i % 2 == 1 for i in range(len(recomputed))]
 
 
 def test_the_gpus_to_use_are_told_to_cuda(study, tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     run_train(*arguments(study, tmp_path / "run", "--dry-run", "--cuda-visible-devices", "2,3"))
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "2,3"
-
-
-@pytest.mark.slow
-def test_fused_training_is_the_same_training(study, whole, tmp_path, monkeypatch):
-    fused = []
-    monkeypatch.setattr(train.Job, "sample", lambda job: fused.append(is_fused()) or "")
-    run_train(*arguments(study, tmp_path / "run", "--compile", "fused", "--max-steps", 2, "--schedule", "constant"))
-    fuse(False)
-    assert fused and all(fused)
-    assert losses(tmp_path / "run") == pytest.approx(losses(whole)[:2], rel=1e-5)
 
 
 @pytest.mark.parametrize("what", ["fused", "blocks", "model"])
@@ -210,17 +206,33 @@ def test_compiling_without_a_compiler_ends_in_one_sentence(study, tmp_path, what
     assert not list((tmp_path / "run").glob("checkpoint-*"))
 
 
+# Windows that all have a boundary of documents: one form of each graph. Fused, one form of each function is compiled,
+# and the others run as they are written.
+ONE_FORM = ["--max-length", 64, "--max-steps", 2, "--schedule", "constant"]
+
+
+@pytest.fixture(scope="module")
+def one_form(study):
+    return brief_losses(study, study / "one-form", *ONE_FORM)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("what", ["blocks", "model"])
-def test_compiled_training_is_the_same_training(study, whole, tmp_path, what, monkeypatch):
-    compiled = []
-    monkeypatch.setattr(train.Job, "sample", lambda job: compiled.append(job.model) or "")
+@pytest.mark.parametrize("what", ["fused", "blocks", "model"])
+def test_compiled_training_is_the_same_training(study, one_form, tmp_path, what, monkeypatch):
+    seen = []
+    original = train.Job.step
+    monkeypatch.setattr(
+        train.Job, "step", lambda job, i: seen.append((job.model, fusion.is_fused())) or original(job, i)
+    )
+    monkeypatch.setattr(fusion, "SHAPES", 1)
+    monkeypatch.setattr(fusion, "_fused", False)
     torch.compiler.reset()
-    run_train(*arguments(study, tmp_path / "run", "--compile", what, "--max-steps", 2, "--schedule", "constant"))
-    model = compiled[0]
-    assert (model._compiled_call_impl is None) == (what == "blocks")
-    assert (model.backbone.layers[0]._compiled_call_impl is None) == (what == "model")
-    assert losses(tmp_path / "run") == pytest.approx(losses(whole)[:2], rel=1e-5)
+    compiled = brief_losses(study, tmp_path / "run", *ONE_FORM, "--compile", what)
+    assert compiled == pytest.approx(one_form, rel=1e-5)
+    model, fused = seen[-1]
+    assert fused == (what == "fused")
+    assert (model._compiled_call_impl is None) == (what != "model")
+    assert (model.backbone.layers[0]._compiled_call_impl is None) == (what != "blocks")
     assert not any("_orig_mod" in key for key in read_model(tmp_path / "run-final", SHAPES)[1])
 
 

@@ -25,7 +25,7 @@ def run(op: Callable, inputs: dict[str, torch.Tensor | None]) -> dict[str, torch
     leaves = {name: tensor.detach().requires_grad_() for name, tensor in inputs.items() if tensor is not None}
     outputs = op(**{**inputs, **leaves})
     outputs = {f"output {i}": y for i, y in enumerate(outputs if isinstance(outputs, tuple) else (outputs,))}
-    gradients = [normal(*y.shape, seed=7).to(y.dtype) for y in outputs.values()]
+    gradients = [normal(*y.shape, seed=7).to(y) for y in outputs.values()]
     results = torch.autograd.grad(list(outputs.values()), list(leaves.values()), gradients, allow_unused=True)
     gradients = {f"d{k}": torch.zeros_like(leaves[k]) if g is None else g for k, g in zip(leaves, results)}
     return {**outputs, **gradients}

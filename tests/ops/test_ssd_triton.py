@@ -55,26 +55,28 @@ def everything(shape=(1, 20, 1, 16, 1, 16)) -> tuple[dict, dict]:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "shape", "count"),
+    ("dtype", "shape", "count", "merged"),
     [
-        (torch.float32, (2, 1, 4, 16, 1, 16), 20),  # one token; of three programs that share 4 heads one has none
-        (torch.bfloat16, (5, 1, 3, 16, 1, 16), 1),
-        (torch.float32, (1, 37, 3, 40, 1, 40), 10),  # 3 heads in two parts; three tiles of channels, two of d_state
-        (torch.float32, (1, 260, 1, 16, 1, 24), 1),  # past the 256 tokens of a program of the decays
-        (torch.bfloat16, (1, 70, 2, 48, 2, 142), 1),  # chunks of 32, an odd number of them
-        (torch.bfloat16, (1, 150, 2, 80, 1, 128), 1),  # chunks of 64
-        (torch.bfloat16, (1, 33, 3, 16, 3, 256), 1),  # the widest state
-        (torch.float32, (1, 70, 2, 16, 1, 16), 3),  # segments of 2, 2 and 1 chunks
-        (torch.bfloat16, (2, 130, 2, 16, 1, 20), 10_000),  # one chunk a segment, one head a program
+        (torch.float32, (2, 1, 4, 16, 1, 16), 20, 1),  # one token; of three programs that share 4 heads one has none
+        (torch.bfloat16, (5, 1, 3, 16, 1, 16), 1, 1),
+        (torch.float32, (1, 37, 3, 40, 1, 40), 10, 4),  # 3 heads in two parts; 3 tiles of channels, two of d_state
+        (torch.float32, (1, 259, 1, 16, 1, 24), 1, 1),  # a boundary at the 256 tokens of a program of the decays
+        (torch.bfloat16, (1, 70, 2, 48, 2, 142), 1, 1),  # chunks of 32, an odd number of them
+        (torch.bfloat16, (1, 150, 2, 80, 1, 128), 1, 16),  # chunks of 64
+        (torch.bfloat16, (1, 33, 3, 16, 3, 256), 1, 4),  # the widest state
+        (torch.float32, (1, 70, 2, 16, 1, 16), 3, 10),  # segments of 2, 2 and 1 chunks
+        (torch.bfloat16, (2, 130, 2, 16, 1, 20), 10_000, 16),  # one chunk a segment, one head a program
     ],
 )
-def test_values_and_gradients_with_everything(monkeypatch, dtype, shape, count):
+def test_values_and_gradients_with_everything(monkeypatch, dtype, shape, count, merged):
     """Nothing divides anything. `count` is the multiprocessors that the launcher is told of: of one it cuts neither
     sequences into segments nor groups into parts, of very many all of them. Chunks of float32 are of 16 tokens, those
-    of bfloat16 of 64 or 32. A covering set: in the full product of shapes, dtypes and counts nothing else is walked."""
+    of bfloat16 of 64 or 32; where documents are `merged`, states flow through whole chunks. A covering set: in the full
+    product of shapes, dtypes and counts nothing else is walked."""
     inputs = make(*shape, dtype=dtype, D_per_channel=True)
+    seq_idx = (documents(*shape[:2]) // merged).to(DEVICE)
     with multiprocessors(count):
-        check(monkeypatch, inputs, seq_idx=documents(*shape[:2]).to(DEVICE), dt_limit=(0.01, 1.0))
+        check(monkeypatch, inputs, seq_idx=seq_idx, dt_limit=(0.01, 1.0))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -89,6 +91,8 @@ def test_equals_mamba_ssm(monkeypatch, case):
     """Values and all gradients of each backend against its Triton kernels, float32."""
     inputs, options = mamba_ssm_inputs(case)
     inputs = {name: tensor.to(DEVICE) for name, tensor in inputs.items()}
+    if options["seq_idx"] is not None:
+        options["seq_idx"] = options["seq_idx"].to(DEVICE)
     with mamba_ssm_environment():
         expected = run(mamba_ssm_scan(), inputs, **options)
     for backend in IMPLEMENTATIONS:
