@@ -6,9 +6,6 @@ form (`chunked.py`) in the same dtype (with a floor of a few roundings for quant
 
 import itertools
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 
 import pytest
@@ -293,14 +290,3 @@ def test_segments_are_as_many_as_shorten_the_longest_chain(monkeypatch):
         assert 1 <= segments <= chunks
         length = -(-chunks // segments)
         assert (segments - 1) * length < chunks  # none is empty
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("shape", ["study", "second"])
-def test_every_kernel_compiles_for_every_target(shape):
-    """No spills, no more shared memory than the device has, products by matrix instructions; in a process of its own,
-    since kernels decorated for the interpreter cannot be compiled."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "benchmarks.kernel_report", "--resources", shape]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
