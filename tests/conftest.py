@@ -8,6 +8,8 @@ that wait for work spin, and those of two processes would keep each other from i
 """
 
 import os
+from collections.abc import Callable
+from pathlib import Path
 
 if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
     share = (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
@@ -17,7 +19,7 @@ import pytest
 import torch
 
 # The files that take longest, which several processes begin with, so that they end together.
-LONGEST = ("test_scripts.py", "test_ssd_triton.py", "test_train.py", "test_gpu_benchmark.py", "test_decoding.py")
+LONGEST = ("test_train.py", "test_compilation.py", "test_scripts.py", "test_gpu_benchmark.py", "test_decoding.py")
 
 
 def pytest_collection_modifyitems(items: list) -> None:
@@ -28,6 +30,26 @@ def pytest_collection_modifyitems(items: list) -> None:
 def triton_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every op runs by its Triton kernels."""
     monkeypatch.setenv("MAMBA2_BACKEND", "triton")
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """See `tests.runs.make_study`."""
+    from tests.runs import make_study
+
+    return make_study(tmp_path_factory.mktemp("study"))
+
+
+@pytest.fixture
+def run(study: Path, tmp_path: Path) -> Callable[..., Path]:
+    """train.py on the study with these options, into run/ or another folder of the test's own; returns that."""
+    from tests.runs import arguments, run_train
+
+    def run(*options: object, into: str = "run") -> Path:
+        run_train(*arguments(study, tmp_path / into, *options))
+        return tmp_path / into
+
+    return run
 
 
 def patch_triton_once_a_launch() -> None:

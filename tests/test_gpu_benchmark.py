@@ -4,7 +4,6 @@ import json
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -84,22 +83,17 @@ for i in range(int(sys.argv[1]), 5):
             return subprocess.Popen(command, **pipes, start_new_session=True)
 
 
-def run_section(tmp_path: Path, seconds: float) -> list[tuple]:
+@pytest.mark.parametrize(
+    ("seconds", "ends"), [(60, ["ok", "crashed", "hung", "failed", "ok"]), (3, ["ok", "crashed", *["not run"] * 3])]
+)
+def test_a_case_that_crashes_hangs_or_loses_the_device_costs_itself_alone(tmp_path, monkeypatch, seconds, ends):
+    """And where there is no more time the cases that are left are named."""
+    monkeypatch.setattr(command, "CASE", 2 if seconds == 60 else command.CASE)
     report = command.Report(tmp_path, "gpu", {})
     FakeRun(tmp_path, tmp_path, rehearse=True).section("kernels", report, time.monotonic() + seconds)
-    return [(row["case"], row["status"]) for row in json.loads((tmp_path / "gpu.json").read_text())["rows"]]
-
-
-def test_a_case_that_crashes_hangs_or_loses_the_device_costs_itself_alone(tmp_path, monkeypatch):
-    monkeypatch.setattr(command, "CASE", 2)
-    ends = [("good", "ok"), ("crash", "crashed"), ("hang", "hung"), ("lost", "failed"), ("last", "ok")]
-    assert run_section(tmp_path, 60) == ends
+    rows = json.loads((tmp_path / "gpu.json").read_text())["rows"]
+    assert [(row["case"], row["status"]) for row in rows] == [*zip(("good", "crash", "hang", "lost", "last"), ends)]
     assert "the reason" in (tmp_path / "gpu.md").read_text()
-
-
-def test_cases_for_which_there_is_no_time_are_named(tmp_path):
-    ends = [("good", "ok"), ("crash", "crashed"), *((name, "not run") for name in ("hang", "lost", "last"))]
-    assert run_section(tmp_path, 3) == ends
 
 
 def test_a_kernel_that_leaves_other_values_is_wrong():

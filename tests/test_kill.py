@@ -9,14 +9,9 @@ import random
 
 import pytest
 
-from tests.runs import arguments, contents, make_study, metrics, run_train
+from tests.runs import arguments, contents, metrics, run_train
 
 STEPS = 40
-
-
-@pytest.fixture(scope="module")
-def study(tmp_path_factory):
-    return make_study(tmp_path_factory.mktemp("study"))
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,5 @@
 """The model against transformers' Mamba2ForCausalLM, and the promises that training and evaluation rest on."""
 
-import dataclasses
 from collections import Counter
 
 import pytest
@@ -83,16 +82,15 @@ def test_the_study_model_equals_transformers_at_length(study_pair, length):
     compare_with_transformers(*study_pair, length)
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_a_model_saved_by_transformers_opens_here(tmp_path, tied):
-    config = small_config(tie_word_embeddings=tied)
-    config.save(tmp_path)
+@pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": True}, {"n_groups": 8}])
+def test_a_model_saved_by_transformers_opens_here(tmp_path, changes):
+    """Of 8 groups each is normalised by itself: a norm over all channels would differ visibly."""
+    small_config(**changes).save(tmp_path)
     theirs = Mamba2ForCausalLM(TheirConfig.from_pretrained(tmp_path))
     theirs.save_pretrained(tmp_path)
     ours = Mamba2LM.from_pretrained(tmp_path)
-    ids = torch.arange(50).view(2, 25) % config.vocab_size
     with torch.no_grad():
-        assert relative_error(ours(ids), theirs(ids).logits) < 1e-5
+        assert relative_error(ours(IDS), theirs(IDS).logits) < 1e-5
 
 
 @pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": True}, {"use_bias": True}, {"use_conv_bias": False}])
@@ -156,15 +154,6 @@ def test_training_and_evaluation_run_the_same_network(n_groups):
         assert torch.equal(model.train()(IDS), model.eval()(IDS))
 
 
-def test_groups_are_normalised_by_themselves(tmp_path):
-    """transformers 5 normalises per group; a norm over all channels would differ from it visibly."""
-    model = Mamba2LM(small_config(n_groups=8))
-    theirs = Mamba2ForCausalLM.from_pretrained(model.save_pretrained(tmp_path))
-    ids = torch.arange(40).view(1, 40)
-    with torch.no_grad():
-        assert relative_error(model(ids), theirs(ids).logits) < 1e-5
-
-
 @pytest.mark.parametrize("cut", [1, 3, 16, 24])
 def test_a_carried_state_continues_the_sequence(cut):
     model = Mamba2LM(small_config()).double()
@@ -198,41 +187,38 @@ def test_the_loss_is_the_cross_entropy_of_the_logits():
     assert (losses[targets == -100] == 0).all()
 
 
+def gradients_and_calls(dtype: torch.dtype = torch.float32, every: int = 0, lean: bool = False, **changes):
+    """Of one backward pass: the gradients, how often each operation ran, and how often each layer's in_proj did."""
+    model, calls = Mamba2LM(small_config(**changes)), []
+    model.backbone.checkpoint_every = every
+    for layer in model.backbone.layers:
+        layer.keep_products_only = lean
+        layer.mixer.in_proj.register_forward_hook(lambda *_: calls.append(1))
+    with CountedOps() as ops:
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            loss = model(IDS, NEXT)
+        loss.backward()
+    return [p.grad for p in model.parameters()], ops.counts, len(calls)
+
+
 @pytest.mark.parametrize("every", [1, 2])
 def test_activation_checkpointing_changes_no_gradient_and_recomputes(every):
-    gradients, calls = [], []
-    for checkpoint_every in (0, every):
-        model = Mamba2LM(small_config())
-        model.backbone.checkpoint_every = checkpoint_every
-        count = [0]
-        for layer in model.backbone.layers:
-            layer.mixer.in_proj.register_forward_hook(lambda *_, count=count: count.__setitem__(0, count[0] + 1))
-        model(IDS, NEXT).backward()
-        gradients.append([p.grad for p in model.parameters()])
-        calls.append(count[0])
-    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
-    assert calls == [3, 3 + len(range(0, 3, every))]
+    (expected, _, once), (gradients, _, calls) = gradients_and_calls(), gradients_and_calls(every=every)
+    assert all(torch.equal(a, b) for a, b in zip(gradients, expected, strict=True))
+    assert (once, calls) == (3, 3 + len(range(0, 3, every)))
 
 
 @pytest.mark.parametrize("use_bias", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_keeping_products_only_changes_no_gradient_and_makes_no_product_again(use_bias, dtype):
-    gradients, calls = [], []
-    for keep_products_only in (False, True):
-        model = Mamba2LM(small_config(use_bias=use_bias))
-        for layer in model.backbone.layers:
-            layer.keep_products_only = keep_products_only
-        with CountedOps() as ops:
-            with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
-                loss = model(IDS, NEXT)
-            loss.backward()
-        gradients.append([p.grad for p in model.parameters()])
-        calls.append(ops.counts)
-    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
-    again = {name: calls[1][name] - calls[0][name] for name in calls[0] if "mm" in name or "mamba2" in name}
-    cheap = ("causal_conv1d", "rms_norm", "gated_rms_norm")
-    assert again == {name: 3 * (name in {f"mamba2.{op}_blocked.default" for op in cheap}) for name in again}
-    assert calls[0]["mamba2.ssd_blocked_forward.default"] == 3 and calls[0]["aten.mm.default"] > 3
+    (expected, plain, _), (gradients, counts, _) = (
+        gradients_and_calls(dtype, lean=lean, use_bias=use_bias) for lean in (False, True)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(gradients, expected, strict=True))
+    again = {name: counts[name] - plain[name] for name in plain if "mm" in name or "mamba2" in name}
+    cheap = {f"mamba2.{op}_blocked.default" for op in ("causal_conv1d", "rms_norm", "gated_rms_norm")}
+    assert again == {name: 3 * (name in cheap) for name in again}
+    assert plain["mamba2.ssd_blocked_forward.default"] == 3 and plain["aten.mm.default"] > 3
 
 
 def test_autocast_keeps_the_stream_the_state_and_the_loss_in_float32():
@@ -272,25 +258,10 @@ def test_the_record_names_the_range_that_was_used():
     assert torch.allclose(dt[0], torch.tensor(0.01).double()) and torch.allclose(dt[-1], torch.tensor(0.02).double())
 
 
-def test_a_repeated_step_gives_the_same_bits():
-    runs = []
-    for _ in range(2):
-        model = Mamba2LM(small_config(), seed=2)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-        for _ in range(3):
-            optimizer.zero_grad()
-            model(IDS, NEXT).backward()
-            optimizer.step()
-        runs.append(model.state_dict())
-    assert all(torch.equal(runs[0][key], runs[1][key]) for key in runs[0])
-
-
-def test_a_time_step_limit_reaches_the_computation(tmp_path):
-    model = Mamba2LM(dataclasses.replace(small_config(), time_step_limit=(0.02, 0.05)))
-    free = Mamba2LM(small_config())
-    ids = torch.arange(40).view(1, 40)
+def test_a_time_step_limit_reaches_the_computation():
+    model, free = Mamba2LM(small_config(time_step_limit=(0.02, 0.05))), Mamba2LM(small_config())
     with torch.no_grad():
-        assert relative_error(model(ids), free(ids)) > 1e-3
+        assert relative_error(model(IDS), free(IDS)) > 1e-3
 
 
 def test_a_forward_pass_on_a_gpu_mixes_no_devices_and_waits_for_nothing(monkeypatch):

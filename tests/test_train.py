@@ -22,12 +22,7 @@ from mamba2.study.runs import read_history
 from mamba2.tokenizer import get_tokenizer
 from mamba2.training import RunFolder
 from mamba2.training.plot import draw
-from tests.runs import arguments, make_study, metrics, run_train
-
-
-@pytest.fixture(scope="module")
-def study(tmp_path_factory):
-    return make_study(tmp_path_factory.mktemp("study"))
+from tests.runs import arguments, metrics, run_train
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +42,7 @@ def losses(output):
 
 
 def brief_losses(study, output, *options):
-    """Those of five steps, or fewer, with nothing between them."""
+    """Those of five steps with nothing between them."""
     brief = ["--max-steps", 5, "--sample-tokens", 0, "--save-steps", 9]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train.Job, "evaluate", lambda job: 1.0)
@@ -138,15 +133,14 @@ def test_several_models_train_one_after_another(study, tmp_path):
         "--eps 1e-2",
         "--seed 7",
         "--no-reset",
-        "--dtype bf16 --max-steps 1",
+        "--dtype bf16",
         "--batch-size 1",
         "--gradient-accumulation-steps 1",
         "--max-length 16",
     ],
 )
 def test_an_option_that_should_change_the_training_does(study, brief, tmp_path, options):
-    changed = brief_losses(study, tmp_path / "run", *options.split())
-    assert changed != brief[: len(changed)]
+    assert brief_losses(study, tmp_path / "run", *options.split()) != brief
 
 
 @pytest.mark.parametrize(
@@ -158,9 +152,9 @@ def test_an_option_that_acts_only_beside_another_does(study, tmp_path, beside, o
     assert brief_losses(study, tmp_path / "with", *beside.split(), *option.split()) != without
 
 
-def test_decay_ratio_is_where_wsd_leaves_the_peak(study, tmp_path):
-    run_train(*arguments(study, tmp_path / "run", "--schedule", "wsd", "--decay-ratio", 0.25, "--warmup-ratio", 0.5))
-    rates = [row["learning_rate"] for row in metrics(tmp_path / "run", "loss")]
+def test_decay_ratio_is_where_wsd_leaves_the_peak(run):
+    output = run("--schedule", "wsd", "--decay-ratio", 0.25, "--warmup-ratio", 0.5)
+    rates = [row["learning_rate"] for row in metrics(output, "loss")]
     assert rates == pytest.approx([2.5e-4, *[5e-4] * 6, 2.5e-4])
 
 
@@ -190,19 +184,19 @@ def test_recomputation_changes_nothing_but_what_is_kept(study, brief, tmp_path, 
     assert recomputed == [lean and i % 2 == 1 for i in range(len(recomputed))]
 
 
-def test_the_gpus_to_use_are_told_to_cuda(study, tmp_path, monkeypatch):
+def test_the_gpus_to_use_are_told_to_cuda(run, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
-    run_train(*arguments(study, tmp_path / "run", "--dry-run", "--cuda-visible-devices", "2,3"))
+    run("--dry-run", "--cuda-visible-devices", "2,3")
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "2,3"
 
 
 @pytest.mark.parametrize("what", ["fused", "blocks", "model"])
-def test_compiling_without_a_compiler_ends_in_one_sentence(study, tmp_path, what):
+def test_compiling_without_a_compiler_ends_in_one_sentence(run, tmp_path, what):
     with (
         config.patch({"cpp.cxx": (None, "no-such-compiler")}),
         pytest.raises(ValueError, match=r"needs a C\+\+ compiler"),
     ):
-        run_train(*arguments(study, tmp_path / "run", "--compile", what, "--max-steps", 2, "--schedule", "constant"))
+        run("--compile", what, "--max-steps", 2, "--schedule", "constant")
     assert not list((tmp_path / "run").glob("checkpoint-*"))
 
 
@@ -236,21 +230,20 @@ def test_compiled_training_is_the_same_training(study, one_form, tmp_path, what,
     assert not any("_orig_mod" in key for key in read_model(tmp_path / "run-final", SHAPES)[1])
 
 
-def test_schedules_of_evaluation_samples_dt_and_saves(study, tmp_path):
+def test_schedules_of_evaluation_samples_dt_and_saves(run):
     options = ["--eval-steps", 3, "--sample-steps", 5, "--dt-steps", 3, "--save-steps", 7, "--no-keep-best"]
-    run_train(*arguments(study, tmp_path / "run", *options))
-    assert [row["step"] for row in metrics(tmp_path / "run", "validation_loss")] == [0, 3, 6, 8]
-    assert [row["step"] for row in metrics(tmp_path / "run", "sample")] == [0, 5, 8]
-    assert [row["step"] for row in metrics(tmp_path / "run", "dt_min")] == [0, 1, 2, 3, 4, 6, 8]
-    assert checkpoints(tmp_path / "run") == [0, 7, 8]
-    run_train(*arguments(study, tmp_path / "b", "--sample-tokens", 0, "--no-save-final"))
-    assert metrics(tmp_path / "b", "sample") == [] and not (tmp_path / "b-final").exists()
+    output = run(*options)
+    steps = {"validation_loss": [0, 3, 6, 8], "sample": [0, 5, 8], "dt_min": [0, 1, 2, 3, 4, 6, 8]}
+    assert {key: [row["step"] for row in metrics(output, key)] for key in steps} == steps
+    assert checkpoints(output) == [0, 7, 8]
+    output = run("--sample-tokens", 0, "--no-save-final", into="b")
+    assert metrics(output, "sample") == [] and not output.with_name("b-final").exists()
 
 
-def test_eval_windows_is_how_many_are_evaluated(study, whole, tmp_path, monkeypatch):
+def test_eval_windows_is_how_many_are_evaluated(run, whole, monkeypatch):
     counts = []
     monkeypatch.setattr("mamba2.training.job.mean_loss", lambda *args, **_: counts.append(args[2]) or 1.0)
-    run_train(*arguments(study, tmp_path / "run", "--eval-windows", 3))
+    run("--eval-windows", 3)
     assert counts == [3, 3, 3]
 
 
@@ -263,51 +256,44 @@ def evaluations(monkeypatch, *values: float) -> None:
     monkeypatch.setattr(train.Job, "evaluate", lambda job: remaining.pop(0))
 
 
-def test_the_last_the_best_and_the_early_ones_are_kept(study, tmp_path, monkeypatch):
+def test_the_last_the_best_and_the_early_ones_are_kept(run, monkeypatch):
     losses = (5.0, 4.0, 3.0, 3.5, 3.6, 3.7, 3.8, 3.9, 4.0)
     every = ["--eval-steps", 1, "--save-steps", 1, "--keep", 2]
     evaluations(monkeypatch, *losses)
-    run_train(*arguments(study, tmp_path / "best", *every))
-    assert checkpoints(tmp_path / "best") == [2, 7, 8]
-    assert os.readlink(tmp_path / "best" / "best") == "checkpoint-2"
-    assert os.readlink(tmp_path / "best" / "latest") == "checkpoint-8"
+    best = run(*every, into="best")
+    assert checkpoints(best) == [2, 7, 8]
+    assert os.readlink(best / "best") == "checkpoint-2" and os.readlink(best / "latest") == "checkpoint-8"
     evaluations(monkeypatch, *losses)
-    run_train(*arguments(study, tmp_path / "last", *every, "--no-keep-best"))
-    assert checkpoints(tmp_path / "last") == [7, 8]
+    assert checkpoints(run(*every, "--no-keep-best", into="last")) == [7, 8]
     evaluations(monkeypatch, *losses)
-    run_train(*arguments(study, tmp_path / "early", *every, "--keep-early", "--save-steps", 5))
-    assert checkpoints(tmp_path / "early") == [0, 1, 2, 4, 5, 8]
+    assert checkpoints(run(*every, "--keep-early", "--save-steps", 5, into="early")) == [0, 1, 2, 4, 5, 8]
 
 
-def test_a_best_evaluation_is_saved_between_the_saves(study, tmp_path, monkeypatch):
+def test_a_best_evaluation_is_saved_between_the_saves(run, monkeypatch):
     evaluations(monkeypatch, 5.0, 4.0, 4.5, 4.6, 4.7)
-    run_train(*arguments(study, tmp_path / "run", "--eval-steps", 2, "--save-steps", 8))
-    assert checkpoints(tmp_path / "run") == [0, 2, 8]
+    assert checkpoints(run("--eval-steps", 2, "--save-steps", 8)) == [0, 2, 8]
 
 
 # -------------------------------------------------------------------------------------------------------- early ends
 
 
-def test_patience_stops_after_evaluations_that_are_not_the_best(study, tmp_path, monkeypatch, capsys):
+def test_patience_stops_after_evaluations_that_are_not_the_best(run, tmp_path, monkeypatch, capsys):
     evaluations(monkeypatch, 5.0, 4.0, 4.5, 4.6)
-    run_train(*arguments(study, tmp_path / "run", "--eval-steps", 1, "--patience", 2, "--save-steps", 8))
+    output = run("--eval-steps", 1, "--patience", 2, "--save-steps", 8)
     assert "stopped at step 3 of 8" in capsys.readouterr().out
-    assert checkpoints(tmp_path / "run") == [0, 1, 3]
-    assert len(metrics(tmp_path / "run", "loss")) == 3
-    assert (tmp_path / "run-final").is_dir()
     (tmp_path / "run-final").rename(tmp_path / "away")
-    run_train(*arguments(study, tmp_path / "run", "--eval-steps", 1, "--patience", 2, "--save-steps", 8))
+    run("--eval-steps", 1, "--patience", 2, "--save-steps", 8)
     assert (tmp_path / "run-final").is_dir()
-    assert len(metrics(tmp_path / "run", "loss")) == 3
+    assert checkpoints(output) == [0, 1, 3] and len(metrics(output, "loss")) == 3
 
 
-def test_patience_without_a_validation_split_is_refused(study, tmp_path):
+def test_patience_without_a_validation_split_is_refused(run, study):
     data = ["--dataset-path", study / "data" / "train"]
     with pytest.raises(ValueError, match="--patience 2 needs evaluations"):
-        run_train(*arguments(study, tmp_path / "run", *data, "--patience", 2))
+        run(*data, "--patience", 2)
 
 
-def test_steps_without_a_finite_gradient_are_skipped_counted_and_bounded(study, tmp_path, monkeypatch, capsys):
+def test_steps_without_a_finite_gradient_are_skipped_counted_and_bounded(run, tmp_path, monkeypatch, capsys):
     poisoned = {3, 4}
     original = train.Job.step
 
@@ -320,7 +306,7 @@ def test_steps_without_a_finite_gradient_are_skipped_counted_and_bounded(study, 
         return original(job, index)
 
     monkeypatch.setattr(train.Job, "step", step)
-    run_train(*arguments(study, tmp_path / "run", "--keep", 9, "--save-steps", 1, "--max-skipped", 3))
+    run("--keep", 9, "--save-steps", 1, "--max-skipped", 3)
     rows = metrics(tmp_path / "run", "loss")
     assert [row["skipped"] for row in rows] == [0, 0, 0, 1, 2, 2, 2, 2]
     assert [row["gradient_norm"] is None for row in rows] == [i in (3, 4) for i in range(8)]
@@ -329,44 +315,44 @@ def test_steps_without_a_finite_gradient_are_skipped_counted_and_bounded(study, 
     assert "step 4: no finite gradient" in capsys.readouterr().out
     poisoned.add(5)
     with pytest.raises(ValueError, match="3 steps in a row had no finite gradient"):
-        run_train(*arguments(study, tmp_path / "other", "--max-skipped", 3))
+        run("--max-skipped", 3, into="other")
 
 
 @pytest.mark.parametrize("data", [[], ["--dataset-path", "data/train"]], ids=["validated", "not validated"])
-def test_a_loss_that_is_not_finite_at_the_end_of_a_short_run_is_no_result(study, tmp_path, data):
+def test_a_loss_that_is_not_finite_at_the_end_of_a_short_run_is_no_result(run, study, tmp_path, data):
     data = [study / part if "/" in part else part for part in data]
     options = ("--learning-rate", 1e6, "--max-steps", 5, "--eval-steps", 2, *data)
     for _ in range(2):  # nor when the same command goes on
         with pytest.raises(ValueError, match="the loss is nan at the end, step 5 of 5; lower --learning-rate"):
-            run_train(*arguments(study, tmp_path / "run", *options))
+            run(*options)
     assert not (tmp_path / "run-final").exists()
 
 
-def test_weights_that_are_not_finite_are_not_trained(study, tmp_path):
+def test_weights_that_are_not_finite_are_not_trained(run, study, tmp_path):
     model = Mamba2LM.from_pretrained(arguments(study, tmp_path)[1])
     model.lm_head.weight.data[0, 0] = torch.nan
     model.save_pretrained(tmp_path / "model")
     with pytest.raises(ValueError, match=r"lm_head\.weight holds NaN or infinity in float32; nothing can be computed"):
-        run_train(*arguments(study, tmp_path / "run", "--model-path", tmp_path / "model", "--max-steps", 1))
+        run("--model-path", tmp_path / "model", "--max-steps", 1)
 
 
-def test_a_dry_run_makes_one_step_and_writes_nothing(study, whole, tmp_path, capsys, monkeypatch):
+def test_a_dry_run_makes_one_step_and_writes_nothing(run, study, whole, tmp_path, capsys, monkeypatch):
     indices = []
     original = train.Job.step
     monkeypatch.setattr(train.Job, "step", lambda job, index: indices.append(index) or original(job, index))
     before = sorted(study.rglob("*"))
-    run_train(*arguments(study, tmp_path / "run", "--dry-run"))
+    run("--dry-run")
     run_train(*arguments(study, whole, "--dry-run"))
     output = capsys.readouterr().out
     assert indices == [0, 0] and "parameters" in output and "half-life" in output and "loss 5." in output
     assert not list(tmp_path.iterdir()) and sorted(study.rglob("*")) == before
 
 
-def test_the_plan_says_which_files_are_trained_on(study, tmp_path, capsys):
+def test_the_plan_says_which_files_are_trained_on(run, tmp_path, capsys):
     for name in ("wiki.train.txt", "wiki.valid.txt", "wiki.test.txt"):
         (tmp_path / "data" / name).parent.mkdir(exist_ok=True)
         (tmp_path / "data" / name).write_text(name * 75)
-    run_train(*arguments(study, tmp_path / "run", "--dry-run", "--dataset-path", tmp_path / "data"))
+    run("--dry-run", "--dataset-path", tmp_path / "data")
     output = capsys.readouterr().out
     assert (
         f"data         {tmp_path / 'data'}: 1,051 tokens, 1 documents\n             1,051 tokens, 1 documents held"
@@ -389,16 +375,16 @@ def test_the_plan_says_where_an_earlier_version_did_not_record_the_files(study, 
     assert "tokens.json does not say of which files" in capsys.readouterr().out
 
 
-def test_running_out_of_memory_says_what_takes_less(study, tmp_path, monkeypatch):
+def test_running_out_of_memory_says_what_takes_less(run, monkeypatch):
     def fails(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
     monkeypatch.setattr("mamba2.training.job.accumulate_gradients", fails)
     advice = r"--checkpoint-every 1 .*, or --batch-size 1 --gradient-accumulation-steps 4"
     with pytest.raises(MemoryError, match=advice):
-        run_train(*arguments(study, tmp_path / "run"))
+        run()
     with pytest.raises(MemoryError, match="a shorter --max-length"):
-        run_train(*arguments(study, tmp_path / "run", "--batch-size", 1, "--gradient-accumulation-steps", 4))
+        run("--batch-size", 1, "--gradient-accumulation-steps", 4)
 
 
 # -------------------------------------------------------------------------------------------------------------- wandb
@@ -428,57 +414,57 @@ def fake_wandb(monkeypatch, fail_at: int | None = None) -> list[tuple[FakeRun, d
     return started
 
 
-def test_wandb_gets_every_row_and_a_resumed_run_goes_on_in_its_own(study, whole, tmp_path, monkeypatch):
+def test_wandb_gets_every_row_and_a_resumed_run_goes_on_in_its_own(run, whole, tmp_path, monkeypatch):
     started = fake_wandb(monkeypatch)
     monkeypatch.setenv("WANDB_API_KEY", "")
     options = ["--wandb", "offline", "--wandb-project", "p", "--wandb-token", "secret"]
-    run_train(*arguments(study, tmp_path / "run", *options))
-    run, how = started[0]
+    run(*options)
+    first, how = started[0]
     assert how["mode"] == "offline" and how["project"] == "p" and how["name"] == "run" and how["id"] is None
     assert "secret" not in str(how) and "secret" not in (tmp_path / "run" / "train.toml").read_text()
-    assert run.finished and len(run.rows) == len(metrics(whole))
-    assert any("dt_median/layer 1" in row for _, row in run.rows)
+    assert first.finished and len(first.rows) == len(metrics(whole))
+    assert any("dt_median/layer 1" in row for _, row in first.rows)
     (tmp_path / "run-final").rename(tmp_path / "away")
-    run_train(*arguments(study, tmp_path / "run", *options))
+    run(*options)
     assert started[1][1]["id"] == "new"
 
 
-def test_wandb_that_fails_in_the_middle_is_said_once_and_costs_nothing(study, whole, tmp_path, monkeypatch, capsys):
+def test_wandb_that_fails_in_the_middle_is_said_once_and_costs_nothing(run, whole, tmp_path, monkeypatch, capsys):
     started = fake_wandb(monkeypatch, fail_at=3)
-    run_train(*arguments(study, tmp_path / "run", "--wandb", "online"))
+    run("--wandb", "online")
     assert capsys.readouterr().out.count("warning: wandb no longer takes values (connection lost)") == 1
     assert len(started[0][0].rows) == 3
     assert metrics(tmp_path / "run") == metrics(whole)
 
 
-def test_wandb_is_off_without_a_key_and_on_with_one(study, tmp_path, monkeypatch):
+def test_wandb_is_off_without_a_key_and_on_with_one(run, monkeypatch):
     started = fake_wandb(monkeypatch)
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    run_train(*arguments(study, tmp_path / "a", "--max-steps", 1))
+    run("--max-steps", 1, into="a")
     assert started == []
     monkeypatch.setenv("WANDB_API_KEY", "x")
-    run_train(*arguments(study, tmp_path / "b", "--max-steps", 1))
+    run("--max-steps", 1, into="b")
     assert started[0][1]["mode"] == "online"
-    run_train(*arguments(study, tmp_path / "c", "--max-steps", 1, "--wandb", "disabled"))
+    run("--max-steps", 1, "--wandb", "disabled", into="c")
     assert len(started) == 1
 
 
 @pytest.mark.slow
-def test_the_real_wandb_offline_and_unreachable(study, whole, tmp_path, monkeypatch, capsys):
-    run_train(*arguments(study, tmp_path / "offline", "--wandb", "offline"))
+def test_the_real_wandb_offline_and_unreachable(run, whole, tmp_path, monkeypatch, capsys):
+    run("--wandb", "offline", into="offline")
     assert list((tmp_path / "offline" / "wandb").glob("offline-run-*/*.wandb"))
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
     monkeypatch.setattr("mamba2.training.metrics.WANDB_SECONDS", 2.0)
-    run_train(*arguments(study, tmp_path / "run", "--wandb", "online"))
+    run("--wandb", "online")
     assert "warning: wandb does not start" in capsys.readouterr().out
     assert metrics(tmp_path / "run") == metrics(whole)
 
 
-def test_a_run_that_blows_up_records_null_and_ends_with_its_own_sentence(study, tmp_path, capsys):
+def test_a_run_that_blows_up_records_null_and_ends_with_its_own_sentence(run, tmp_path, capsys):
     options = ("--learning-rate", 1e6, "--max-steps", 40, "--eval-steps", 3, "--sample-steps", 3, "--dt-steps", 1)
     with pytest.raises(ValueError, match="10 steps in a row had no finite gradient; lower --learning-rate"):
-        run_train(*arguments(study, tmp_path / "run", *options))
+        run(*options)
     rows = metrics(tmp_path / "run")  # of JSON, which has no word for NaN
     for key in ("loss", "validation_loss", "gradient_norm", "sample"):
         values = [row[key] for row in rows if key in row]

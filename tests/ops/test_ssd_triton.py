@@ -56,7 +56,7 @@ def everything(shape=(1, 20, 1, 16, 1, 16)) -> tuple[dict, dict]:
     [
         (torch.float32, (2, 1, 4, 16, 1, 16), 20, 1),  # one token; of three programs that share 4 heads one has none
         (torch.bfloat16, (5, 1, 3, 16, 1, 16), 1, 1),
-        (torch.float32, (1, 37, 3, 40, 1, 40), 10, 4),  # 3 heads in two parts; 3 tiles of channels, two of d_state
+        (torch.float32, (1, 37, 3, 40, 1, 40), 10, 5),  # 3 heads in two parts; 3 tiles of channels, two of d_state
         (torch.float32, (1, 259, 1, 16, 1, 24), 1, 1),  # a boundary at the 256 tokens of a program of the decays
         (torch.bfloat16, (1, 70, 2, 48, 2, 142), 1, 1),  # chunks of 32, an odd number of them
         (torch.bfloat16, (1, 150, 2, 80, 1, 128), 1, 16),  # chunks of 64
@@ -131,12 +131,6 @@ def test_any_strides_give_the_same(monkeypatch):
 def test_float64_is_refused():
     with pytest.raises(ValueError, match="or float16, not torch"):
         ssd(**make(1, 3, 2, 16, 1, 16, dtype=torch.float64), chunk_size=8)
-
-
-def test_no_graph_break():
-    inputs = make(1, 20, 2, 16, 1, 16)
-    compiled = torch.compile(op(), fullgraph=True, backend="aot_eager")
-    checks.assert_close(checks.run(compiled, inputs), checks.run(op(), inputs), 1e-6)
 
 
 @pytest.mark.parametrize("states", [True, False])
