@@ -74,7 +74,7 @@ def test_gated_norm(monkeypatch, shape, ngroups, dtype):
     checks.check_accuracy(monkeypatch, gated(ngroups), make_gated(*shape, dtype=dtype))
 
 
-@pytest.mark.parametrize("d", [2560, *(pytest.param(d, marks=pytest.mark.slow) for d in (5120, 5121))])
+@pytest.mark.parametrize("d", [2560, 5120, 5121])
 def test_wide_rows_in_pieces(monkeypatch, d):
     checks.check_accuracy(monkeypatch, add, make_add(3, d, dtype=torch.bfloat16))
     checks.check_accuracy(monkeypatch, gated(), make_gated(3, d, dtype=torch.bfloat16))

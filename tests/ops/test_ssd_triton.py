@@ -284,3 +284,17 @@ def test_segments_are_as_many_as_shorten_the_longest_chain(monkeypatch):
         assert 1 <= segments <= chunks
         length = -(-chunks // segments)
         assert (segments - 1) * length < chunks  # none is empty
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="the interpreter runs these kernels, but one program after the other")
+@pytest.mark.parametrize("shape", [(16, 1024, 24, 32, 8, 142), (1, 16384, 24, 64, 1, 128)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_long_sequences_agree_with_torch_and_with_themselves(monkeypatch, shape, dtype):
+    """Enough programs for one segment, and one long sequence for many; side by side."""
+    inputs = make(*shape, dtype=dtype, optional=("D", "dt_bias"))
+    first, second = (checks.run(op(), inputs) for _ in range(2))
+    checks.assert_same_bits(first, second)
+    monkeypatch.setenv("MAMBA2_BACKEND", "torch")
+    expected = checks.run(op(), {name: tensor.double() for name, tensor in inputs.items()})
+    checks.assert_close(first, expected, {torch.bfloat16: 2e-2, torch.float16: 4e-3, torch.float32: 1e-4}[dtype])
