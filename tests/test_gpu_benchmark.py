@@ -152,6 +152,7 @@ def test_arguments_inside_tuples_survive_the_file():
     assert len(tensors_of(back)) == 3 and all(t.stride() == (1, 3) for t in tensors_of(back))
 
 
+@pytest.mark.slow
 def test_a_list_of_the_cases_writes_nothing(tmp_path):
     said = run_command("--rehearse", "--list", "--only", "compile", "fast", "--output", tmp_path / "new").stdout
     assert said.startswith("compile\n  all kernels\nfast\n") and "mamba-ssm" in said
