@@ -70,7 +70,7 @@ def test_values_and_gradients_with_everything(monkeypatch, dtype, shape, count, 
     sequences into segments nor groups into parts, of very many all of them. Chunks of float32 are of 16 tokens, those
     of bfloat16 of 64 or 32; where documents are `merged`, states flow through whole chunks. A covering set: in the full
     product of shapes, dtypes and counts nothing else is walked."""
-    inputs = make(*shape, dtype=dtype, D_per_channel=True)
+    inputs = make(*shape, dtype=dtype, D_per_channel=dtype == torch.bfloat16)
     seq_idx = (documents(*shape[:2]) // merged).to(DEVICE)
     with multiprocessors(count):
         check(monkeypatch, inputs, seq_idx=seq_idx, dt_limit=(0.01, 1.0))
