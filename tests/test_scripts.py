@@ -44,6 +44,7 @@ def run_script(folder: Path, command: str, code: int = 0, apart: bool = False) -
 
 def _run_here(folder: Path, script: str, arguments: list[str]) -> subprocess.CompletedProcess:
     streams, code = [io.TextIOWrapper(io.BytesIO(), "utf-8", write_through=True) for _ in range(2)], 0
+    digits = sys.get_int_max_str_digits()  # which a script changes for its process
     with (
         contextlib.chdir(folder),
         mock.patch.object(sys, "argv", arguments),
@@ -55,6 +56,8 @@ def _run_here(folder: Path, script: str, arguments: list[str]) -> subprocess.Com
             runpy.run_path(script, run_name="__main__")
         except SystemExit as end:
             code = end.code
+        finally:
+            sys.set_int_max_str_digits(digits)
     texts = [stream.buffer.getvalue().decode() for stream in streams]
     return subprocess.CompletedProcess(arguments, code, *texts)
 
