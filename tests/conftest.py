@@ -8,19 +8,70 @@ that wait for work spin, and those of two processes would keep each other from i
 """
 
 import os
+from collections.abc import Callable
+from pathlib import Path
 
 if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
     share = (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, share)))
 
+import pytest
 import torch
 
 # The files that take longest, which several processes begin with, so that they end together.
-LONGEST = ("test_scripts.py", "test_ssd_triton.py", "test_train.py", "test_gpu_benchmark.py", "test_decoding.py")
+LONGEST = ("test_train.py", "test_compilation.py", "test_scripts.py", "test_gpu_benchmark.py", "test_decoding.py")
 
 
 def pytest_collection_modifyitems(items: list) -> None:
     items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+
+
+@pytest.fixture
+def triton_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every op runs by its Triton kernels."""
+    monkeypatch.setenv("MAMBA2_BACKEND", "triton")
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """See `tests.runs.make_study`."""
+    from tests.runs import make_study
+
+    return make_study(tmp_path_factory.mktemp("study"))
+
+
+@pytest.fixture
+def run(study: Path, tmp_path: Path) -> Callable[..., Path]:
+    """train.py on the study with these options, into run/ or another folder of the test's own; returns that."""
+    from tests.runs import arguments, run_train
+
+    def run(*options: object, into: str = "run") -> Path:
+        run_train(*arguments(study, tmp_path / into, *options))
+        return tmp_path / into
+
+    return run
+
+
+def patch_triton_once_a_launch() -> None:
+    """Triton's interpreter replaces the functions of `triton.language` by its own in every call of a device function,
+    which takes half of its time. Once in a launch, for each module that has such functions, is enough."""
+    from triton.runtime import interpreter
+
+    plain_patch, plain_launch = interpreter._patch_lang, interpreter.GridExecutor.__call__
+    patched: set[int] = set()
+
+    def patch(function):
+        module = id(function.__globals__)
+        if module in patched:
+            return interpreter._LangPatchScope()
+        patched.add(module)
+        return plain_patch(function)
+
+    def launch(self, *args, **kwargs):
+        patched.clear()  # the launch before has put some of them back
+        return plain_launch(self, *args, **kwargs)
+
+    interpreter._patch_lang, interpreter.GridExecutor.__call__ = patch, launch
 
 
 if not torch.cuda.is_available():
@@ -28,3 +79,4 @@ if not torch.cuda.is_available():
     from benchmarks.interpreter import use_exact_bfloat16
 
     use_exact_bfloat16()
+    patch_triton_once_a_launch()

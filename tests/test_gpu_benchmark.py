@@ -4,7 +4,6 @@ import json
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +11,8 @@ import torch
 from benchmarks.gpu import __main__ as command
 from benchmarks.gpu import kernels, second
 from benchmarks.gpu.record import decoded, encoded, tensors_of
-from benchmarks.gpu.worker import Bench, Wrong, run_cases
+from benchmarks.gpu.stand_in import pretend_gpu
+from benchmarks.gpu.worker import Bench, Wrong, cases_of, run_cases
 from mamba2.ops.kernel import constant
 from mamba2.ops.ssd.forward import Edges
 from mamba2.ops.ssd.tiles import Sizes, view
@@ -20,28 +20,45 @@ from mamba2.ops.ssd.tiles import Sizes, view
 WITHOUT_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="looks at what is said and done without a GPU")
 
 
+def run_command(*options: object, code: int = 0) -> subprocess.CompletedProcess:
+    whole = [sys.executable, "-m", "benchmarks.gpu", *map(str, options)]
+    result = subprocess.run(whole, capture_output=True, text=True)
+    assert result.returncode == code, result.stderr[-2000:]
+    return result
+
+
 @WITHOUT_GPU
 def test_without_a_gpu_one_sentence_says_so_and_what_a_rehearsal_is():
-    result = subprocess.run([sys.executable, "-m", "benchmarks.gpu"], capture_output=True, text=True)
-    assert result.returncode == 1 and len(result.stderr.splitlines()) == 1
-    assert "torch sees no GPU here" in result.stderr and "--rehearse" in result.stderr
+    said = run_command(code=1).stderr
+    assert "torch sees no GPU here" in said and "--rehearse" in said and len(said.splitlines()) == 1
 
 
 @WITHOUT_GPU
 @pytest.mark.slow
-def test_the_rehearsal_runs_every_section(tmp_path):
-    options = ["--rehearse", "--output", str(tmp_path), "--seconds", "900"]
-    result = subprocess.run([sys.executable, "-m", "benchmarks.gpu", *options], capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr[-2000:]
+def test_a_rehearsal_compiles_and_runs_sections_in_processes_of_their_own(tmp_path):
+    run_command("--rehearse", "--only", "compile", "tuned", "--output", tmp_path, "--seconds", 600)
     rows = json.loads((tmp_path / "gpu.json").read_text())["rows"]
-    bad = [row for row in rows if row["status"] != "ok"]
-    assert not bad, (tmp_path / "gpu.log").read_text()[-3000:]
-    assert {row["section"] for row in rows} == set(command.LIMITS)
-    kernel_cases = {row["case"].split(",")[0] for row in rows if row["section"] == "kernels"}
-    ours = {"_decays_kernel", "_decays_gradient_kernel", "_walk_kernel", "_pass_kernel", "_gradient_kernel"}
-    assert {*ours, "_step_kernel"} <= kernel_cases
+    assert {row["section"]: row["status"] for row in rows} == {"compile": "ok", "tuned": "ok"}, rows
     page = (tmp_path / "gpu.md").read_text()
     assert all(f"| {row['case']} | ok |" in page for row in rows)
+
+
+@WITHOUT_GPU
+@pytest.mark.slow
+@pytest.mark.parametrize("section", [name for name in command.LIMITS if name not in ("compile", "tuned")])
+def test_a_rehearsal_runs_every_case(section, tmp_path, monkeypatch):
+    """In this process, where the interpreter is faster."""
+    for name, value in (("MAMBA2_BACKEND", "triton"), ("MAMBA2_CACHE", str(tmp_path / "cache"))):
+        monkeypatch.setenv(name, value)
+    said = []
+    with pretend_gpu():
+        cases = cases_of(section, Bench(tmp_path, tmp_path, rehearse=True))
+        run_cases(cases, 0, lambda **event: said.append(event))
+    ends = [event for event in said if "status" in event]
+    assert len(ends) == len(cases) and [end for end in ends if end["status"] != "ok"] == []
+    if section == "kernels":
+        ours = {"_decays_kernel", "_decays_gradient_kernel", "_walk_kernel", "_pass_kernel", "_gradient_kernel"}
+        assert {*ours, "_step_kernel"} <= {case.split(",")[0] for case in cases}
 
 
 class FakeRun(command.Run):
@@ -61,36 +78,22 @@ for i in range(int(sys.argv[1]), 5):
 
     def start(self, section: str, start: int, mode: str = "run", of: int = 1) -> subprocess.Popen:
         with open(self.output / "gpu.log", "a") as log:
-            return subprocess.Popen(
-                [sys.executable, "-c", self.SCRIPT, str(start)],
-                stdout=subprocess.PIPE,
-                stderr=log,
-                text=True,
-                start_new_session=True,
-            )
+            pipes = {"stdout": subprocess.PIPE, "stderr": log, "text": True}
+            command = [sys.executable, "-c", self.SCRIPT, str(start)]
+            return subprocess.Popen(command, **pipes, start_new_session=True)
 
 
-def run_section(tmp_path: Path, seconds: float) -> list[tuple]:
+@pytest.mark.parametrize(
+    ("seconds", "ends"), [(60, ["ok", "crashed", "hung", "failed", "ok"]), (3, ["ok", "crashed", *["not run"] * 3])]
+)
+def test_a_case_that_crashes_hangs_or_loses_the_device_costs_itself_alone(tmp_path, monkeypatch, seconds, ends):
+    """And where there is no more time the cases that are left are named."""
+    monkeypatch.setattr(command, "CASE", 2 if seconds == 60 else command.CASE)
     report = command.Report(tmp_path, "gpu", {})
     FakeRun(tmp_path, tmp_path, rehearse=True).section("kernels", report, time.monotonic() + seconds)
-    return [(row["case"], row["status"]) for row in json.loads((tmp_path / "gpu.json").read_text())["rows"]]
-
-
-def test_a_case_that_crashes_hangs_or_loses_the_device_costs_itself_alone(tmp_path, monkeypatch):
-    monkeypatch.setattr(command, "CASE", 2)
-    ends = [("good", "ok"), ("crash", "crashed"), ("hang", "hung"), ("lost", "failed"), ("last", "ok")]
-    assert run_section(tmp_path, 60) == ends
+    rows = json.loads((tmp_path / "gpu.json").read_text())["rows"]
+    assert [(row["case"], row["status"]) for row in rows] == [*zip(("good", "crash", "hang", "lost", "last"), ends)]
     assert "the reason" in (tmp_path / "gpu.md").read_text()
-
-
-def test_cases_for_which_there_is_no_time_are_named(tmp_path):
-    assert run_section(tmp_path, 3) == [
-        ("good", "ok"),
-        ("crash", "crashed"),
-        ("hang", "not run"),
-        ("lost", "not run"),
-        ("last", "not run"),
-    ]
 
 
 def test_a_kernel_that_leaves_other_values_is_wrong():
@@ -149,9 +152,8 @@ def test_arguments_inside_tuples_survive_the_file():
     assert len(tensors_of(back)) == 3 and all(t.stride() == (1, 3) for t in tensors_of(back))
 
 
+@pytest.mark.slow
 def test_a_list_of_the_cases_writes_nothing(tmp_path):
-    options = ["--rehearse", "--list", "--only", "compile", "fast", "--output", str(tmp_path / "new")]
-    result = subprocess.run([sys.executable, "-m", "benchmarks.gpu", *options], capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.startswith("compile\n  all kernels\nfast\n") and "mamba-ssm" in result.stdout
+    said = run_command("--rehearse", "--list", "--only", "compile", "fast", "--output", tmp_path / "new").stdout
+    assert said.startswith("compile\n  all kernels\nfast\n") and "mamba-ssm" in said
     assert not (tmp_path / "new").exists()

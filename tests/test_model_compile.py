@@ -19,7 +19,7 @@ def loss_and_gradients(model, function, ids: torch.Tensor, seq_idx: torch.Tensor
 def compare(monkeypatch, implementation: str, compiler: str, keep_products_only: bool = False) -> None:
     monkeypatch.setenv("MAMBA2_BACKEND", implementation)
     torch.compiler.reset()
-    model = Mamba2LM(small_config(num_hidden_layers=1), seed=1).to(DEVICE)
+    model = Mamba2LM(small_config(num_hidden_layers=1, num_heads=4, head_dim=16), seed=1).to(DEVICE)
     model.backbone.layers[0].keep_products_only = keep_products_only
     ids = torch.randint(0, model.config.vocab_size, (2, 15), generator=torch.Generator().manual_seed(0)).to(DEVICE)
     seq_idx = (torch.arange(14, device=DEVICE) >= 9).int().expand(2, 14)

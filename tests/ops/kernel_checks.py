@@ -25,7 +25,7 @@ def run(op: Callable, inputs: dict[str, torch.Tensor | None]) -> dict[str, torch
     leaves = {name: tensor.detach().requires_grad_() for name, tensor in inputs.items() if tensor is not None}
     outputs = op(**{**inputs, **leaves})
     outputs = {f"output {i}": y for i, y in enumerate(outputs if isinstance(outputs, tuple) else (outputs,))}
-    gradients = [normal(*y.shape, seed=7).to(y.dtype) for y in outputs.values()]
+    gradients = [normal(*y.shape, seed=7).to(y) for y in outputs.values()]
     results = torch.autograd.grad(list(outputs.values()), list(leaves.values()), gradients, allow_unused=True)
     gradients = {f"d{k}": torch.zeros_like(leaves[k]) if g is None else g for k, g in zip(leaves, results)}
     return {**outputs, **gradients}
@@ -33,18 +33,27 @@ def run(op: Callable, inputs: dict[str, torch.Tensor | None]) -> dict[str, torch
 
 def relative_errors(actual: dict, expected: dict) -> dict[str, float]:
     return {
-        name: ((actual[name].double() - value).norm() / value.norm().clamp(min=1e-12)).item()
+        name: ((actual[name].double() - value.double()).norm() / value.double().norm().clamp(min=1e-12)).item()
         for name, value in expected.items()
     }
 
 
+def assert_close(actual: dict, expected: dict, tolerance: float) -> None:
+    worse = {name: error for name, error in relative_errors(actual, expected).items() if not error < tolerance}
+    assert not worse, worse
+
+
 def accuracy(
-    monkeypatch, op: Callable, inputs: dict[str, torch.Tensor | None]
+    monkeypatch, op: Callable, inputs: dict[str, torch.Tensor | None], exact: str = "torch"
 ) -> dict[str, tuple[float, float, float]]:
-    """For each value and gradient of the kernels: its error, that of the torch form in the same dtype, the bound."""
+    """For each value and gradient of the kernels: its error, that of the torch form in the same dtype, the bound.
+
+    `exact` is the backend that gives the values in float64.
+    """
+    monkeypatch.setenv("MAMBA2_BACKEND", exact)
+    expected = run(op, {name: None if tensor is None else tensor.double() for name, tensor in inputs.items()})
     monkeypatch.setenv("MAMBA2_BACKEND", "torch")
-    wide = {name: None if tensor is None else tensor.double() for name, tensor in inputs.items()}
-    expected, plain = run(op, wide), run(op, inputs)
+    plain = run(op, inputs)
     monkeypatch.setenv("MAMBA2_BACKEND", "triton")
     actual = run(op, inputs)
     assert {k: (v.dtype, v.shape) for k, v in actual.items()} == {k: (v.dtype, v.shape) for k, v in plain.items()}
@@ -52,22 +61,24 @@ def accuracy(
     return {name: (ours[name], theirs[name], max(2 * theirs[name], FLOOR[plain[name].dtype])) for name in ours}
 
 
-def check_accuracy(monkeypatch, op: Callable, inputs: dict[str, torch.Tensor | None]) -> None:
-    found = accuracy(monkeypatch, op, inputs)
+def check_accuracy(monkeypatch, op: Callable, inputs: dict[str, torch.Tensor | None], exact: str = "torch") -> None:
+    found = accuracy(monkeypatch, op, inputs, exact)
     worse = {name: errors for name, errors in found.items() if not errors[0] <= errors[2]}
-    assert not worse
+    assert not worse, worse
 
 
-def check_memory(monkeypatch, op: Callable, inputs: dict[str, torch.Tensor | None]) -> None:
-    """The same bits with all new memory filled with NaN; no address stored by two programs of a launch."""
+def check_memory(monkeypatch, op: Callable, inputs: dict[str, torch.Tensor | None]) -> int | None:
+    """Two runs give the same bits, in the second one all new memory filled with NaN or a large integer; no address is
+    stored by two programs of a launch. Returns the number of launches, which a GPU does not tell."""
     monkeypatch.setenv("MAMBA2_BACKEND", "triton")
+    launches = None
     expected = run(op, inputs)
     plain = {(owner, name): getattr(owner, name) for owner, name in ((torch.Tensor, "new_empty"), (torch, "empty"))}
 
     def poison(make: Callable) -> Callable:
         def poisoned(*args, **kwargs):
             tensor = make(*args, **kwargs)
-            return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
+            return tensor.fill_(float("nan") if tensor.is_floating_point() else 1 << 30)
 
         return poisoned
 
@@ -81,8 +92,9 @@ def check_memory(monkeypatch, op: Callable, inputs: dict[str, torch.Tensor | Non
 
             with record(keep_stores=True) as launches:
                 actual = run(op, inputs)
-            assert launches and not any(launch.shared_stores() for launch in launches)
+            assert launches and [launch.name for launch in launches if launch.shared_stores()] == []
     assert_same_bits(actual, expected)
+    return None if launches is None else len(launches)
 
 
 def assert_same_bits(actual: dict, expected: dict) -> None:

@@ -4,18 +4,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mamba2.ops import (
-    add_rms_norm,
-    causal_conv1d,
-    gated_rms_norm,
-    linear_cross_entropy,
-    linear_token_losses,
-)
+from mamba2.ops import add_rms_norm, causal_conv1d, fusion, gated_rms_norm, linear_cross_entropy, linear_token_losses
 from mamba2.ops import cross_entropy as chunked
+from tests.ops import kernel_checks as checks
 
 
 def randn(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).requires_grad_()
+
+
+def assert_same_gradients(actual: torch.Tensor, expected: torch.Tensor, tensors: tuple[torch.Tensor, ...]) -> None:
+    for ours, wanted in zip(torch.autograd.grad(actual, tensors), torch.autograd.grad(expected, tensors)):
+        torch.testing.assert_close(ours, wanted)
 
 
 @pytest.mark.parametrize("width", [1, 2, 4, 8])
@@ -27,10 +27,7 @@ def test_convolution_equals_torch(width, length):
     actual, final = causal_conv1d(x, weight, bias, return_final_state=True)
     torch.testing.assert_close(actual, expected)
     torch.testing.assert_close(final, padded.transpose(1, 2)[:, length:])
-    for a, b in zip(
-        torch.autograd.grad(actual.sum(), (x, weight, bias)), torch.autograd.grad(expected.sum(), (x, weight, bias))
-    ):
-        torch.testing.assert_close(a, b)
+    assert_same_gradients(actual.sum(), expected.sum(), (x, weight, bias))
 
 
 def test_convolution_gradcheck_with_documents_and_windows():
@@ -45,14 +42,13 @@ def test_convolution_gradcheck_with_documents_and_windows():
 
 @pytest.mark.parametrize("cut", [1, 2, 5, 9])
 def test_convolution_continues_from_its_window(cut):
+    """The second part begins inside the document that the first one ended in."""
     x, weight = randn(2, 12, 3).detach(), randn(3, 4).detach()
-    seq_idx = torch.tensor([[0] * 4 + [1] * 8, [3] * 9 + [3] * 3])
+    seq_idx = torch.tensor([[0] * 4 + [1] * 8, [3] * 12])
     whole = causal_conv1d(x, weight, seq_idx=seq_idx)
     first, window = causal_conv1d(x[:, :cut], weight, seq_idx=seq_idx[:, :cut], return_final_state=True)
-    # the second half begins inside the document that the first one ended in, except where the cut is a boundary
-    if cut != 4:
-        second = causal_conv1d(x[:, cut:], weight, seq_idx=seq_idx[:, cut:], initial_state=window)
-        torch.testing.assert_close(torch.cat([first, second], dim=1), whole)
+    second = causal_conv1d(x[:, cut:], weight, seq_idx=seq_idx[:, cut:], initial_state=window)
+    torch.testing.assert_close(torch.cat([first, second], dim=1), whole)
 
 
 def test_convolution_sees_nothing_of_earlier_documents():
@@ -85,10 +81,8 @@ def test_gated_norm_normalises_each_group(ngroups):
 
 @pytest.mark.parametrize("tokens_per_chunk", [3, 100])
 def test_cross_entropy_equals_torch(monkeypatch, tokens_per_chunk):
-    def chunks(hidden, weight):
-        return [slice(i, i + tokens_per_chunk) for i in range(0, len(hidden), tokens_per_chunk)]
-
-    monkeypatch.setattr(chunked, "_chunks", chunks)
+    n = tokens_per_chunk
+    monkeypatch.setattr(chunked, "_chunks", lambda h, _: [slice(i, i + n) for i in range(0, len(h), n)])
     hidden, weight = randn(2, 7, 5), randn(11, 5, seed=1)
     targets = torch.arange(14).view(2, 7) % 11
     targets[1, 2:5] = -100
@@ -96,10 +90,7 @@ def test_cross_entropy_equals_torch(monkeypatch, tokens_per_chunk):
     expected = F.cross_entropy(logits, targets.flatten(), reduction="sum")
     actual = linear_cross_entropy(hidden, weight, targets)
     torch.testing.assert_close(actual, expected)
-    for a, b in zip(
-        torch.autograd.grad(3 * actual, (hidden, weight)), torch.autograd.grad(3 * expected, (hidden, weight))
-    ):
-        torch.testing.assert_close(a, b)
+    assert_same_gradients(3 * actual, 3 * expected, (hidden, weight))
     losses = linear_token_losses(hidden, weight, targets)
     torch.testing.assert_close(losses.flatten(), F.cross_entropy(logits, targets.flatten(), reduction="none"))
 
@@ -140,52 +131,45 @@ def test_cross_entropy_of_bfloat16_scales_both_gradients_alike():
 
 
 @pytest.mark.parametrize(
-    ("message", "call"),
+    ("message", "op", "shapes", "options"),
     [
-        ("x must have shape", lambda: causal_conv1d(torch.zeros(3, 4), torch.zeros(4, 2))),
-        ("weight must have shape", lambda: causal_conv1d(torch.zeros(1, 3, 4), torch.zeros(3, 2))),
-        ("bias must have shape", lambda: causal_conv1d(torch.zeros(1, 3, 4), torch.zeros(4, 2), torch.zeros(3))),
-        ("splits must be", lambda: causal_conv1d(torch.zeros(1, 3, 4), torch.zeros(4, 2), splits=(1, 2))),
-        ("splits must be", lambda: causal_conv1d(torch.zeros(1, 3, 4), torch.zeros(4, 2), splits=(4, 0))),
-        ("weight must have shape", lambda: add_rms_norm(torch.zeros(2, 4), None, torch.zeros(3), 1e-5)),
-        ("residual must have", lambda: add_rms_norm(torch.zeros(2, 4), torch.zeros(1, 4), torch.zeros(4), 1e-5)),
-        ("z must have", lambda: gated_rms_norm(torch.zeros(2, 4), torch.zeros(2, 3), torch.zeros(4), 1e-5)),
-        ("ngroups must divide", lambda: gated_rms_norm(*[torch.zeros(2, 4)] * 2, torch.zeros(4), 1e-5, 3)),
-        ("weight must have", lambda: linear_cross_entropy(torch.zeros(2, 4), torch.zeros(5, 3), torch.zeros(2).long())),
-        (
-            "targets must have",
-            lambda: linear_cross_entropy(torch.zeros(2, 4), torch.zeros(5, 4), torch.zeros(3).long()),
-        ),
+        ("x must have shape", causal_conv1d, [(3, 4), (4, 2)], {}),
+        ("weight must have shape", causal_conv1d, [(1, 3, 4), (3, 2)], {}),
+        ("bias must have shape", causal_conv1d, [(1, 3, 4), (4, 2), (3,)], {}),
+        ("splits must be", causal_conv1d, [(1, 3, 4), (4, 2)], {"splits": (1, 2)}),
+        ("splits must be", causal_conv1d, [(1, 3, 4), (4, 2)], {"splits": (4, 0)}),
+        ("weight must have shape", add_rms_norm, [(2, 4), (2, 4), (3,)], {"eps": 1e-5}),
+        ("residual must have", add_rms_norm, [(2, 4), (1, 4), (4,)], {"eps": 1e-5}),
+        ("z must have", gated_rms_norm, [(2, 4), (2, 3), (4,)], {"eps": 1e-5}),
+        ("ngroups must divide", gated_rms_norm, [(2, 4), (2, 4), (4,)], {"eps": 1e-5, "ngroups": 3}),
+        ("weight must have", linear_cross_entropy, [(2, 4), (5, 3)], {"targets": torch.tensor([0, 0])}),
+        ("targets must have", linear_cross_entropy, [(2, 4), (5, 4)], {"targets": torch.tensor([0, 0, 0])}),
         (
             "ignore_index 1 is a valid target",
-            lambda: linear_cross_entropy(torch.zeros(2, 4), torch.zeros(5, 4), torch.zeros(2).long(), ignore_index=1),
+            linear_cross_entropy,
+            [(2, 4), (5, 4)],
+            {"targets": torch.tensor([0, 0]), "ignore_index": 1},
         ),
     ],
 )
-def test_a_bad_argument_is_named(message, call):
+def test_a_bad_argument_is_named(message, op, shapes, options):
     with pytest.raises(ValueError, match=message):
-        call()
-
-
-def values_and_gradients(function, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
-    outputs = function(*tensors)
-    weights = [torch.arange(t.numel(), dtype=torch.float64).view(t.shape).sin().to(t.dtype) for t in outputs]
-    loss = sum((t * w).sum() for t, w in zip(outputs, weights))
-    return [*outputs, *torch.autograd.grad(loss, tensors)]
+        op(*map(torch.zeros, shapes), **options)
 
 
 def assert_forms_agree(monkeypatch, function, tensors: list[torch.Tensor], dtype: torch.dtype) -> None:
     """The fast form in `dtype` against the readable one in float64 on the same values, in blocks of few rows."""
-    from mamba2.ops import fusion
-
     monkeypatch.setattr(fusion, "CACHED_ELEMENTS", 40)
-    narrow = [t.to(dtype).requires_grad_() for t in tensors]
-    monkeypatch.setenv("MAMBA2_BACKEND", "reference")
-    expected = values_and_gradients(function, [t.detach().double().requires_grad_() for t in narrow])
-    monkeypatch.setenv("MAMBA2_BACKEND", "torch")
+    inputs = {f"argument {i}": t.to(dtype) for i, t in enumerate(tensors)}
     tolerance = {torch.bfloat16: 2e-2, torch.float32: 1e-5, torch.float64: 1e-12}[dtype]
-    for actual, exact in zip(values_and_gradients(function, narrow), expected, strict=True):
-        assert (actual.double() - exact).norm() <= tolerance * exact.norm().clamp(min=1e-12)
+
+    def op(**inputs):
+        return function(*inputs.values())
+
+    monkeypatch.setenv("MAMBA2_BACKEND", "reference")
+    expected = checks.run(op, {name: t.double() for name, t in inputs.items()})
+    monkeypatch.setenv("MAMBA2_BACKEND", "torch")
+    checks.assert_close(checks.run(op, inputs), expected, tolerance)
 
 
 FAST_DTYPES = [torch.bfloat16, torch.float32, torch.float64]
@@ -237,8 +221,6 @@ def test_fast_norms_equal_the_readable_forms(monkeypatch, ngroups, dtype):
 
 
 def test_cross_entropy_in_blocks_equals_one_block(monkeypatch):
-    from mamba2.ops import fusion
-
     generator = torch.Generator().manual_seed(0)
     hidden, weight = torch.randn(40, 8, generator=generator), torch.randn(50, 8, generator=generator)
     targets = torch.randint(50, (40,), generator=generator)

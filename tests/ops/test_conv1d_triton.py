@@ -10,6 +10,7 @@ from mamba2.ops import causal_conv1d, conv1d
 from tests.ops import kernel_checks as checks
 
 DTYPES = checks.HALF_PRECISIONS_AND_SINGLE
+pytestmark = pytest.mark.usefixtures("triton_backend")
 
 
 def make_inputs(b, l, d, width, dtype=torch.float32, optional=("bias", "initial_state")):
@@ -29,16 +30,22 @@ def documents(b: int, l: int) -> torch.Tensor:
     return torch.tensor(ids, dtype=torch.int32, device=checks.DEVICE).view(b, l)
 
 
-def op(seq_idx=None, activation=True):
+def op(seq_idx=None, activation=True, splits=None):
+    """y, or its pieces, and the final state."""
+
     def function(**inputs):
-        return causal_conv1d(**inputs, seq_idx=seq_idx, activation=activation, return_final_state=True)
+        y, final = causal_conv1d(
+            **inputs, seq_idx=seq_idx, activation=activation, return_final_state=True, splits=splits
+        )
+        return (*y, final) if splits else (y, final)
 
     return function
 
 
 @pytest.mark.parametrize("width", range(1, 9))
 def test_every_width(monkeypatch, width):
-    checks.check_accuracy(monkeypatch, op(documents(1, 35)), make_inputs(1, 35, 20, width))
+    """A document begins in the window that the second program, from token 32 on, finds before it."""
+    checks.check_accuracy(monkeypatch, op(documents(1, 99)[:, 64:]), make_inputs(1, 35, 20, width))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -47,25 +54,27 @@ def test_values_and_gradients(monkeypatch, shape, dtype):
     checks.check_accuracy(monkeypatch, op(documents(*shape[:2])), make_inputs(*shape, 4, dtype))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("shape", "width", "dtype"),
+    ("shape", "width", "dtype", "multiprocessors"),
     [
-        ((2, 257, 142), 4, torch.bfloat16),
-        ((1, 257, 300), 3, torch.float32),
-        ((1, 257, 5), 8, torch.float16),
-        ((1, 257, 5), 1, torch.float32),
+        ((2, 67, 142), 4, torch.bfloat16, 10_000),
+        ((1, 67, 300), 3, torch.float32, 10_000),
+        ((1, 67, 5), 8, torch.float16, 10_000),
+        ((1, 67, 5), 1, torch.float32, 10_000),
+        ((8, 67, 3), 2, torch.float32, 1),
     ],
 )
-def test_values_and_gradients_across_programs(monkeypatch, shape, width, dtype):
-    checks.check_accuracy(monkeypatch, op(documents(*shape[:2])), make_inputs(*shape, width, dtype))
+def test_values_and_gradients_across_programs(monkeypatch, shape, width, dtype, multiprocessors):
+    """With very many multiprocessors a program takes 32 tokens, with one 64 of the last shape's. A document begins
+    shortly before token 64."""
+    monkeypatch.setattr(conv1d, "multiprocessors", lambda device: multiprocessors)
+    checks.check_accuracy(monkeypatch, op(documents(shape[0], 99)[:, 32:]), make_inputs(*shape, width, dtype))
 
 
 @pytest.mark.parametrize("optional", [(), ("bias",), ("initial_state",)])
 @pytest.mark.parametrize("activation", [False, True])
 def test_what_is_not_given_is_left_out(monkeypatch, optional, activation):
-    inputs = make_inputs(1, 37, 20, 4, optional=optional)
-    checks.check_accuracy(monkeypatch, op(activation=activation), inputs)
+    checks.check_accuracy(monkeypatch, op(activation=activation), make_inputs(1, 37, 20, 4, optional=optional))
 
 
 @pytest.mark.parametrize("length", [1, 2, 3, 7])
@@ -77,20 +86,14 @@ def test_sequences_shorter_than_the_window(monkeypatch, length):
 @pytest.mark.parametrize("splits", [(1, 19), (64, 40, 38), (257, 3, 4)])
 def test_pieces_of_the_result(monkeypatch, splits):
     inputs, seq_idx = make_inputs(1, 9, sum(splits), 4, torch.bfloat16), documents(1, 9)
-
-    def function(**tensors):
-        ys, final = causal_conv1d(**tensors, seq_idx=seq_idx, return_final_state=True, splits=splits)
-        return *ys, final
-
-    checks.check_accuracy(monkeypatch, function, inputs)
-    checks.check_memory(monkeypatch, function, inputs)
-    whole, pieces = checks.run(op(seq_idx), inputs), checks.run(function, inputs)
+    checks.check_accuracy(monkeypatch, op(seq_idx, splits=splits), inputs)
+    checks.check_memory(monkeypatch, op(seq_idx, splits=splits), inputs)
+    whole, pieces = checks.run(op(seq_idx), inputs), checks.run(op(seq_idx, splits=splits), inputs)
     joined = torch.cat([pieces[f"output {i}"] for i in range(len(splits))], dim=-1)
     assert torch.equal(joined, whole["output 0"])
 
 
-def test_gradients_of_pieces_are_not_joined(monkeypatch):
-    monkeypatch.setenv("MAMBA2_BACKEND", "triton")
+def test_gradients_of_pieces_are_not_joined():
     called = []
 
     class Watch(TorchDispatchMode):
@@ -100,45 +103,31 @@ def test_gradients_of_pieces_are_not_joined(monkeypatch):
 
     x, weight = checks.normal(1, 9, 20).requires_grad_(), checks.normal(20, 4).requires_grad_()
     with Watch():
-        x_piece, B, C = causal_conv1d(x, weight, splits=(8, 6, 6))
-        torch.autograd.backward((x_piece, B, C), (x_piece.detach(), B.detach(), C.detach()))
+        pieces = causal_conv1d(x, weight, splits=(8, 6, 6))
+        torch.autograd.backward(pieces, [piece.detach() for piece in pieces])
     assert "mamba2::causal_conv1d_backward" in called and "aten::cat" not in called
 
 
-def test_a_piece_may_carry_no_gradient(monkeypatch):
-    inputs = make_inputs(1, 9, 20, 4)
-    checks.check_accuracy(monkeypatch, lambda **t: causal_conv1d(**t, splits=(8, 7, 5))[1], inputs)
-
-
-@pytest.mark.parametrize("gradient_of", [0, 1])
-def test_one_result_alone_can_carry_the_gradient(monkeypatch, gradient_of):
-    checks.check_accuracy(monkeypatch, lambda **t: op(documents(1, 9))(**t)[gradient_of], make_inputs(1, 9, 6, 4))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("multiprocessors", [1, 10_000])
-def test_few_and_many_tokens_per_program_agree(monkeypatch, multiprocessors):
-    """With one multiprocessor a program takes 128 of these tokens, with very many 32."""
-    monkeypatch.setattr(conv1d, "multiprocessors", lambda device: multiprocessors)
-    checks.check_accuracy(monkeypatch, op(documents(8, 130)), make_inputs(8, 130, 3, 2))
+@pytest.mark.parametrize(("splits", "gradient_of"), [(None, 0), (None, 1), ((3, 2, 1), 1)])
+def test_one_result_alone_can_carry_the_gradient(monkeypatch, splits, gradient_of):
+    function = op(documents(1, 9), splits=splits)
+    checks.check_accuracy(monkeypatch, lambda **t: function(**t)[gradient_of], make_inputs(1, 9, 6, 4))
 
 
 @pytest.mark.parametrize("width", [1, 4])
 def test_memory_that_nobody_wrote_is_not_read_and_none_is_written_twice(monkeypatch, width):
-    checks.check_memory(monkeypatch, op(documents(2, 35)), make_inputs(2, 35, 20, width))
+    inputs = make_inputs(2, 35, 20, width, torch.bfloat16 if width == 4 else torch.float32)
+    checks.check_memory(monkeypatch, op(documents(2, 35)), inputs)
 
 
 def test_any_strides_give_the_same(monkeypatch):
-    names = ("x", "weight", "initial_state")
-    checks.check_strides(monkeypatch, op(documents(2, 19)), make_inputs(2, 19, 20, 4), names)
-    seq_idx = documents(2, 19)
+    seq_idx, inputs = documents(2, 19), make_inputs(2, 19, 20, 4)
+    checks.check_strides(monkeypatch, op(seq_idx), inputs, ("x", "weight", "initial_state"))
     apart = torch.stack([seq_idx, seq_idx + 5], dim=-1)[..., 0]
-    expected, actual = (checks.run(op(ids), make_inputs(2, 19, 20, 4)) for ids in (seq_idx, apart))
-    checks.assert_same_bits(actual, expected)
+    checks.assert_same_bits(checks.run(op(apart), inputs), checks.run(op(seq_idx), inputs))
 
 
-def test_an_expanded_gradient(monkeypatch):
-    monkeypatch.setenv("MAMBA2_BACKEND", "triton")
+def test_an_expanded_gradient():
     x, weight = checks.normal(2, 9, 6).requires_grad_(), checks.normal(6, 4)
     (actual,) = torch.autograd.grad(causal_conv1d(x, weight).sum(), x)
     y = causal_conv1d(x, weight)
@@ -147,23 +136,14 @@ def test_an_expanded_gradient(monkeypatch):
 
 
 @pytest.mark.parametrize("dim", [0, 1, 2])
-def test_strides_past_the_range_of_int32(monkeypatch, dim):
-    monkeypatch.setenv("MAMBA2_BACKEND", "triton")
+def test_strides_past_the_range_of_int32(dim):
     inputs = make_inputs(2, 5, 3, 4, torch.bfloat16)
-    expected = checks.run(op(), inputs)
-    checks.assert_same_bits(checks.run(op(), {**inputs, "x": checks.far_apart(inputs["x"], dim)}), expected)
+    apart = {**inputs, "x": checks.far_apart(inputs["x"], dim)}
+    checks.assert_same_bits(checks.run(op(), apart), checks.run(op(), inputs))
 
 
-def test_repeated_runs_give_the_same_bits(monkeypatch):
-    monkeypatch.setenv("MAMBA2_BACKEND", "triton")
-    inputs = make_inputs(2, 35, 20, 4, torch.bfloat16)
-    first, second = (checks.run(op(documents(2, 35)), inputs) for _ in range(2))
-    checks.assert_same_bits(second, first)
-
-
-def test_a_document_does_not_see_what_is_broken_in_another(monkeypatch):
+def test_a_document_does_not_see_what_is_broken_in_another():
     """Infinities and NaN before a boundary stay there, in values and gradients."""
-    monkeypatch.setenv("MAMBA2_BACKEND", "triton")
     seq_idx = torch.tensor([[0] * 4 + [1] * 6], device=checks.DEVICE)
     inputs = make_inputs(1, 10, 6, 4, optional=())
     healthy = checks.run(op(seq_idx), inputs)
@@ -176,24 +156,24 @@ def test_a_document_does_not_see_what_is_broken_in_another(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("message", "arguments"),
+    ("message", "x", "weight"),
     [
         (
             "takes x in float32, bfloat16 or float16, not torch.float64",
-            (torch.zeros(1, 3, 4).double(), torch.zeros(4, 2)),
+            torch.zeros(1, 3, 4).double(),
+            torch.zeros(4, 2),
         ),
-        ("takes weight in float32", (torch.zeros(1, 3, 4), torch.zeros(4, 2).double())),
-        ("weight of width 1 to 8, not 9", (torch.zeros(1, 3, 4), torch.zeros(4, 9))),
+        ("takes weight in float32", torch.zeros(1, 3, 4), torch.zeros(4, 2).double()),
+        ("weight of width 1 to 8, not 9", torch.zeros(1, 3, 4), torch.zeros(4, 9)),
     ],
 )
-def test_what_the_kernels_cannot_take_is_named(monkeypatch, message, arguments):
-    monkeypatch.setenv("MAMBA2_BACKEND", "triton")
+def test_what_the_kernels_cannot_take_is_named(message, x, weight):
     with pytest.raises(ValueError, match=message):
-        causal_conv1d(*(tensor.to(checks.DEVICE) for tensor in arguments))
+        causal_conv1d(x.to(checks.DEVICE), weight.to(checks.DEVICE))
 
 
 def test_registration():
-    tensors = [None if t is None else t.requires_grad_() for t in make_inputs(1, 9, 6, 4).values()]
+    tensors = [t.requires_grad_() for t in make_inputs(1, 9, 6, 4).values()]
     x, weight, bias, initial = tensors
     seq_idx = documents(1, 9)
     checks.check_registration(conv1d._forward_op, x, weight, bias, seq_idx, initial, True, (2, 4))

@@ -1,10 +1,14 @@
 """The compiled form of the arithmetic between products gives what it gives as written."""
 
+import itertools
+
 import pytest
 import torch
 
-from mamba2.ops import causal_conv1d, fusion, gated_rms_norm, linear_cross_entropy, ssd
+from mamba2.ops import fusion
 from mamba2.ops.fusion import fusable, fuse, is_fused
+from tests.ops import kernel_checks as checks
+from tests.ops.test_gradient import OPS, normals
 
 
 @pytest.fixture
@@ -14,70 +18,27 @@ def fused():
     fuse(False)
 
 
-def tensors(*shapes: tuple[int, ...], dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    return [torch.randn(shape, generator=generator).to(dtype).requires_grad_() for shape in shapes]
+def values_and_gradients(name: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    op, shapes = OPS[name]
+    inputs = dict(zip("abcdefgh", normals(*shapes, dtype=dtype)))
+    return checks.run(lambda **tensors: op(*tensors.values()), inputs)
 
 
-def documents(length: int) -> torch.Tensor:
-    return (torch.arange(length) // 19)[None].expand(2, -1)
-
-
-def run_conv(dtype: torch.dtype):
-    x, window, weight, bias = (*tensors((2, 70, 24), (2, 3, 24), dtype=dtype), *tensors((24, 4), (24,)))
-    y, final = causal_conv1d(x, weight, bias, documents(70), window, return_final_state=True)
-    return (y, final), (x, window, weight, bias)
-
-
-def run_gated_norm(dtype: torch.dtype):
-    x, z, weight = (*tensors((2, 9, 24), (2, 9, 24), dtype=dtype), *tensors((24,)))
-    return (gated_rms_norm(x, z, weight, 1e-5, ngroups=3),), (x, z, weight)
-
-
-def run_loss(dtype: torch.dtype):
-    hidden, weight = (*tensors((2, 9, 24), dtype=dtype), *tensors((101, 24)))
-    targets = torch.arange(18).view(2, 9)
-    targets[0, 3] = -100
-    return (linear_cross_entropy(hidden, weight, targets),), (hidden, weight)
-
-
-def run_ssd(dtype: torch.dtype):
-    x, B, C = tensors((2, 70, 4, 8), (2, 70, 2, 12), (2, 70, 2, 12), dtype=dtype)
-    dt, D, initial = tensors((2, 70, 4), (4,), (2, 4, 8, 12))
-    A = torch.tensor([-1.0, -2.0, -8.0, -40.0], requires_grad=True)
-    y, final = ssd(
-        x,
-        dt,
-        A,
-        B,
-        C,
-        16,
-        D=D,
-        initial_states=initial,
-        seq_idx=documents(70),
-        dt_softplus=True,
-        return_final_states=True,
-    )
-    return (y, final), (x, dt, A, B, C, D, initial)
-
-
-RUNS = {"conv": run_conv, "gated norm": run_gated_norm, "loss": run_loss, "ssd": run_ssd}
-
-
-def values_and_gradients(run, dtype: torch.dtype) -> list[torch.Tensor]:
-    outputs, inputs = run(dtype)
-    seeds = [torch.linspace(-1.0, 1.0, y.numel()).view(y.shape).to(y.dtype) for y in outputs]
-    return [*(y.detach() for y in outputs), *torch.autograd.grad(outputs, inputs, seeds)]
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        *itertools.product(("gated_rms_norm", "linear_cross_entropy"), (torch.float32, torch.bfloat16)),
+        *(pytest.param(name, torch.bfloat16, marks=pytest.mark.slow) for name in ("causal_conv1d", "ssd")),
+    ],
+)
 def test_the_fused_form_equals_the_one_as_written(name: str, dtype: torch.dtype, request):
-    expected = values_and_gradients(RUNS[name], dtype)
+    """The two that take longest to compile are in float32 in tests/test_train.py, in a compiled training."""
+    expected = values_and_gradients(name, dtype)
     request.getfixturevalue("fused")
     tolerance = 1e-5 if dtype == torch.float32 else 1e-2
-    for ours, wanted in zip(values_and_gradients(RUNS[name], dtype), expected, strict=True):
-        torch.testing.assert_close(ours, wanted, rtol=tolerance, atol=tolerance * wanted.abs().max().item())
+    for key, actual in values_and_gradients(name, dtype).items():
+        bound = tolerance * expected[key].abs().max().item()
+        torch.testing.assert_close(actual, expected[key], rtol=tolerance, atol=bound, msg=key)
 
 
 def test_functions_run_compiled_only_between_fuse_and_its_end_and_without_gradients():
@@ -99,8 +60,29 @@ def test_functions_run_compiled_only_between_fuse_and_its_end_and_without_gradie
     assert seen == [False, True, False]
 
 
+@pytest.fixture
+def compiled(fused, monkeypatch) -> list[tuple]:
+    """Arguments of what would be compiled, which takes no others."""
+    examples = []
+
+    def describe(args: tuple) -> list:
+        return [(a.shape, a.stride(), a.dtype) if isinstance(a, torch.Tensor) else a for a in args]
+
+    def compile_like(function, *example):
+        examples.append(example)
+
+        def form(*args):
+            assert describe(args) == describe(example)
+            return function(*args)
+
+        return form
+
+    monkeypatch.setattr(fusion, "compile_like", compile_like)
+    return examples
+
+
 @torch.no_grad()
-def test_every_layout_dtype_and_constant_has_its_own_form(fused):
+def test_every_layout_dtype_and_constant_has_its_own_form(compiled):
     """Nothing is checked when a form is called: the wrong one would read the wrong memory."""
 
     @fusable
@@ -123,15 +105,13 @@ def test_every_layout_dtype_and_constant_has_its_own_form(fused):
     for x, shift, factor, y in calls + calls:
         wanted = (factor * x + (0 if shift is None else shift)).to(y.dtype)
         assert torch.equal(affine(x, shift, factor, y), wanted.sum(dim=0)) and torch.equal(y, wanted)
+    assert len(compiled) == len(calls)
 
 
 @torch.no_grad()
-def test_after_so_many_forms_others_run_as_written(fused, monkeypatch):
+def test_after_so_many_forms_others_run_as_written(compiled, monkeypatch):
     monkeypatch.setattr(fusion, "SHAPES", 2)
-    compiled = []
-    compile_like = fusion.compile_like
-    monkeypatch.setattr(fusion, "compile_like", lambda *args: compiled.append(args[1]) or compile_like(*args))
     double = fusable(lambda x: 2 * x)
     for length in (1, 2, 3, 1, 2, 3):
         assert torch.equal(double(torch.ones(length)), torch.full((length,), 2.0))
-    assert [len(x) for x in compiled] == [1, 2]
+    assert [len(x) for (x,) in compiled] == [1, 2]

@@ -1,12 +1,17 @@
 """SSD: the recurrence and the chunked form, against each other, float64 differences, and mamba-ssm's own kernels."""
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
 
-from mamba2.ops import ssd
-from tests.oracles import mamba_ssm_environment, mamba_ssm_scan
+from mamba2.ops import fusion, ssd
+from mamba2.ops.ssd import IMPLEMENTATIONS
+from mamba2.ops.ssd.blocked import forward_op
+from mamba2.ops.ssd.chunked import ssd_chunked
+from tests.ops import kernel_checks as checks
 
 NAMES = ("x", "dt", "A", "B", "C", "D", "z", "dt_bias", "initial_states")
 
@@ -31,19 +36,14 @@ def make_inputs(b, l, h, p, g, n, dtype=torch.float64, optional=NAMES[5:], D_per
     return {name: inputs[name].requires_grad_() for name in NAMES if name in NAMES[:5] or name in optional}
 
 
-def run(function, inputs: dict, **options) -> dict[str, torch.Tensor]:
-    """Result, final states and all gradients, of a fixed weighted sum of both."""
-    y, states = function(**inputs, dt_softplus=True, return_final_states=True, **options)
-    weights = [torch.arange(t.numel(), dtype=torch.float64).view(t.shape).sin().to(t.dtype) for t in (y, states)]
-    loss = (y * weights[0]).sum() + (states * weights[1]).sum()
-    gradients = torch.autograd.grad(loss, list(inputs.values()))
-    return {"y": y, "states": states, **{f"d{name}": g for name, g in zip(inputs, gradients)}}
+def run(function: Callable, inputs: dict[str, torch.Tensor], **options) -> dict[str, torch.Tensor]:
+    """Result, final states and all gradients."""
+    return checks.run(partial(function, dt_softplus=True, return_final_states=True, **options), inputs)
 
 
-def assert_close(actual: dict, expected: dict, tolerance: float) -> None:
-    for name, tensor in expected.items():
-        error = (actual[name].double() - tensor.double()).norm() / tensor.double().norm().clamp(min=1e-12)
-        assert error < tolerance, f"{name}: relative error {error:.1e}"
+def part(inputs: dict[str, torch.Tensor], start: int, stop: int) -> dict[str, torch.Tensor]:
+    """The inputs of some of the tokens."""
+    return {name: t[:, start:stop] if name in ("x", "dt", "B", "C") else t for name, t in inputs.items()}
 
 
 def documents(b: int, l: int) -> torch.Tensor:
@@ -51,17 +51,19 @@ def documents(b: int, l: int) -> torch.Tensor:
     return changes.cumsum(dim=1)
 
 
+@pytest.mark.parametrize("form", [ssd_chunked, IMPLEMENTATIONS["torch"]])
 @pytest.mark.parametrize("with_documents", [False, True])
 @pytest.mark.parametrize("shape", [(2, 17, 6, 4, 3, 5), (1, 1, 2, 3, 1, 2), (2, 37, 4, 8, 2, 142), (1, 33, 3, 5, 3, 1)])
 @pytest.mark.parametrize("chunk_size", [1, 8, 64])
-def test_chunks_equal_the_recurrence_in_float64(monkeypatch, shape, chunk_size, with_documents):
+def test_chunks_equal_the_recurrence_in_float64(monkeypatch, shape, chunk_size, with_documents, form):
     options = {"chunk_size": chunk_size, "dt_limit": (0.05, 1.5)}
     if with_documents:
         options["seq_idx"] = documents(*shape[:2])
     inputs = make_inputs(*shape, D_per_channel=True)
+    monkeypatch.setitem(IMPLEMENTATIONS, "torch", form)
     actual = run(ssd, inputs, **options)
     monkeypatch.setenv("MAMBA2_BACKEND", "reference")
-    assert_close(actual, run(ssd, inputs, **options), 1e-12)
+    checks.assert_close(actual, run(ssd, inputs, **options), 1e-12)
 
 
 @pytest.mark.parametrize("shape", [(2, 65, 4, 16, 2, 16), (1, 257, 3, 48, 1, 142)])
@@ -69,10 +71,9 @@ def test_chunks_in_float32_stay_close_to_the_float64_recurrence(monkeypatch, sha
     inputs = make_inputs(*shape)
     with torch.no_grad():
         inputs["dt_bias"] -= 3.0  # steps of about 0.02, where models live
-    narrow = {name: tensor.detach().float().requires_grad_() for name, tensor in inputs.items()}
-    actual = run(ssd, narrow, chunk_size=64)
+    actual = run(ssd, {name: tensor.float() for name, tensor in inputs.items()}, chunk_size=64)
     monkeypatch.setenv("MAMBA2_BACKEND", "reference")
-    assert_close(actual, run(ssd, inputs, chunk_size=64), 1e-5)
+    checks.assert_close(actual, run(ssd, inputs, chunk_size=64), 1e-5)
 
 
 @pytest.mark.parametrize("backend", ["reference", "torch"])
@@ -110,36 +111,21 @@ def mamba_ssm_inputs(case: str) -> tuple[dict, dict]:
     return inputs, options
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("backend", ["reference", "torch"])
-@pytest.mark.parametrize("case", MAMBA_SSM_CASES)
-def test_equals_mamba_ssm(monkeypatch, case, backend):
-    """Values and all gradients against its Triton kernels in the interpreter, float32."""
-    inputs, options = mamba_ssm_inputs(case)
-    with mamba_ssm_environment():
-        expected = run(mamba_ssm_scan(), inputs, **options)
-    monkeypatch.setenv("MAMBA2_BACKEND", backend)
-    assert_close(run(ssd, inputs, **options), expected, 1e-4)
-
-
 def test_documents_equal_sequences_run_one_by_one():
     inputs = {k: v.detach() for k, v in make_inputs(1, 30, 2, 4, 1, 6, optional=("D", "dt_bias")).items()}
     seq_idx = torch.tensor([[4] * 3 + [7] * 1 + [4] * 18 + [5] * 8])
     together = ssd(**inputs, chunk_size=8, seq_idx=seq_idx)
-    parts = []
-    for start, stop in ((0, 3), (3, 4), (4, 22), (22, 30)):
-        cut = {k: v[:, start:stop] if k in ("x", "dt", "B", "C") else v for k, v in inputs.items()}
-        parts.append(ssd(**cut, chunk_size=8))
+    cuts = ((0, 3), (3, 4), (4, 22), (22, 30))
+    parts = [ssd(**part(inputs, start, stop), chunk_size=8) for start, stop in cuts]
     torch.testing.assert_close(together, torch.cat(parts, dim=1), rtol=1e-12, atol=1e-12)
 
 
 def test_the_final_state_of_one_half_starts_the_other():
     inputs = {k: v.detach() for k, v in make_inputs(2, 41, 2, 4, 1, 6, optional=("D",)).items()}
-    whole, last = ssd(**inputs, chunk_size=8, return_final_states=True, dt_softplus=True)
-    first = {k: v[:, :19] if k in ("x", "dt", "B", "C") else v for k, v in inputs.items()}
-    second = {k: v[:, 19:] if k in ("x", "dt", "B", "C") else v for k, v in inputs.items()}
-    y1, state = ssd(**first, chunk_size=8, return_final_states=True, dt_softplus=True)
-    y2, end = ssd(**second, chunk_size=8, initial_states=state, return_final_states=True, dt_softplus=True)
+    options = {"chunk_size": 8, "return_final_states": True, "dt_softplus": True}
+    whole, last = ssd(**inputs, **options)
+    y1, state = ssd(**part(inputs, 0, 19), **options)
+    y2, end = ssd(**part(inputs, 19, 41), **options, initial_states=state)
     torch.testing.assert_close(torch.cat([y1, y2], dim=1), whole, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(end, last, rtol=1e-12, atol=1e-12)
 
@@ -159,7 +145,7 @@ def test_extreme_steps_stay_finite(step):
 def test_any_strides_give_the_same():
     inputs = {k: v.detach() for k, v in make_inputs(2, 19, 4, 6, 2, 5).items()}
     expected = ssd(**inputs, chunk_size=8)
-    strange = {k: v.transpose(0, -1).contiguous().transpose(0, -1) for k, v in inputs.items()}
+    strange = {k: checks.transposed(v) for k, v in inputs.items()}
     assert not strange["x"].is_contiguous()
     torch.testing.assert_close(ssd(**strange, chunk_size=8), expected, rtol=0, atol=0)
 
@@ -202,12 +188,6 @@ def test_a_bad_argument_is_named(message):
         ssd(**(arguments | BAD[message]))
 
 
-def test_an_unknown_backend_is_named(monkeypatch):
-    monkeypatch.setenv("MAMBA2_BACKEND", "cuda")
-    with pytest.raises(ValueError, match="MAMBA2_BACKEND='cuda' is unknown; choose one of reference, torch, triton"):
-        ssd(**make_inputs(1, 3, 2, 2, 1, 2), chunk_size=2)
-
-
 FAST_SHAPES = [(2, 70, 6, 4, 3, 5), (1, 1, 2, 3, 1, 2), (1, 129, 4, 8, 4, 142), (3, 33, 3, 5, 1, 1)]
 FAST_CASES = {
     "plain": {"optional": ()},
@@ -220,45 +200,28 @@ FAST_CASES = {
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("shape", FAST_SHAPES)
 @pytest.mark.parametrize("case", FAST_CASES)
-def test_the_fast_form_equals_the_readable_one(monkeypatch, case, shape, dtype):
+def test_the_fast_form_equals_the_recurrence(monkeypatch, case, shape, dtype):
     """Values and all gradients, in several blocks of chunks, the last of them partly padding."""
-    from mamba2.ops import fusion
-    from mamba2.ops.ssd import SSDInputs
-    from mamba2.ops.ssd.chunked import ssd_chunked
-
     monkeypatch.setattr(fusion, "CACHED_ELEMENTS", 3 * shape[2] * 16 * 16)
     settings = dict(FAST_CASES[case])
     options = {"chunk_size": 16, "dt_limit": (0.01, 1.5)}
     if settings.pop("documents", False):
         options["seq_idx"] = documents(*shape[:2])
-    exact = make_inputs(*shape, **settings)
-    inputs = {name: t.detach().to(dtype).requires_grad_() for name, t in exact.items()}
-
-    def readable(chunk_size, seq_idx=None, return_final_states=True, dt_softplus=True, dt_limit=None, **tensors):
-        optional = [tensors.get(name) for name in ("D", "z", "dt_bias", "initial_states")]
-        five = [tensors[name] for name in NAMES[:5]]
-        options = (seq_idx, dt_softplus, dt_limit, return_final_states)
-        return ssd_chunked(SSDInputs(*five, chunk_size, *optional, *options))
-
-    # In 16 bits both forms round: each is compared with the exact result for the same inputs.
-    expected = run(readable, {name: t.detach().double().requires_grad_() for name, t in inputs.items()}, **options)
-    tolerance = {torch.bfloat16: 3e-2, torch.float32: 2e-5, torch.float64: 1e-12}[dtype]
-    assert_close(run(ssd, inputs, **options), expected, tolerance)
+    inputs = {name: t.to(dtype) for name, t in make_inputs(*shape, **settings).items()}
+    actual = run(ssd, inputs, **options)
+    monkeypatch.setenv("MAMBA2_BACKEND", "reference")
+    expected = run(ssd, {name: t.double() for name, t in inputs.items()}, **options)
+    checks.assert_close(actual, expected, {torch.bfloat16: 3e-2, torch.float32: 2e-5, torch.float64: 1e-12}[dtype])
 
 
 def test_the_fast_form_repeats_its_bits():
     inputs = make_inputs(1, 200, 4, 8, 2, 16, dtype=torch.float32)
     first, second = (run(ssd, inputs, chunk_size=64) for _ in range(2))
-    assert all(torch.equal(first[name], second[name]) for name in first)
+    checks.assert_same_bits(first, second)
 
 
-def test_the_registered_ops_have_the_outputs_they_announce():
-    from mamba2.ops.ssd.blocked import forward_op
-
-    inputs = make_inputs(1, 20, 4, 3, 2, 5)
-    D = inputs["D"].detach()[:, None].expand(-1, 3).contiguous().requires_grad_()
-    seq_idx = documents(1, 20)
-    x, dt, B, C, initial = (inputs[name] for name in ("x", "dt", "B", "C", "initial_states"))
-    torch.library.opcheck(
-        forward_op, (x, dt, dt.detach().neg().requires_grad_(), B, C, D, initial, seq_idx, 16), raise_exception=True
-    )
+def test_the_registered_op_has_the_outputs_it_announces():
+    inputs = make_inputs(1, 20, 4, 3, 2, 5, D_per_channel=True)
+    x, dt, B, C, D, initial = (inputs[name] for name in ("x", "dt", "B", "C", "D", "initial_states"))
+    logarithms = dt.detach().neg().requires_grad_()
+    torch.library.opcheck(forward_op, (x, dt, logarithms, B, C, D, initial, documents(1, 20), 16))

@@ -1,13 +1,10 @@
 """One token at a time: the state update against the sequence op in float64, and against mamba-ssm's kernel."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 
 from mamba2.ops import causal_conv1d, causal_conv1d_step, ssd, ssd_step
+from mamba2.ops.ssd.step import _ssd_step_op
 from tests.ops.kernel_checks import DEVICE, FLOOR, normal, sliced, transposed
 from tests.oracles import mamba_ssm_state_update
 
@@ -116,9 +113,8 @@ def test_any_strides_give_the_same_bits_and_only_the_state_changes(monkeypatch):
         assert all(torch.equal(other[name], t) for name, t in before.items() if name != "state")
 
 
+@pytest.mark.skipif(DEVICE == "cuda", reason="addresses are seen in the interpreter")
 def test_no_address_is_written_by_two_programs(monkeypatch):
-    if DEVICE == "cuda":
-        pytest.skip("addresses are seen in the interpreter")
     from benchmarks.interpreter import record
 
     monkeypatch.setenv("MAMBA2_BACKEND", "triton")
@@ -129,8 +125,6 @@ def test_no_address_is_written_by_two_programs(monkeypatch):
 
 def test_the_op_is_registered_as_torch_compile_needs_it(monkeypatch):
     monkeypatch.setenv("MAMBA2_BACKEND", "triton")
-    from mamba2.ops.ssd.step import _ssd_step_op
-
     inputs = make_inputs(2, 4, 8, 2, 16, D=2)
     args = (*inputs.values(), True, 0.0, 1.0)
     torch.library.opcheck(_ssd_step_op, args, test_utils=("test_schema", "test_faketensor"))
@@ -158,19 +152,3 @@ def test_the_window_moves_on_as_in_a_sequence(width, dtype):
     assert torch.allclose(plain.float(), x[:, 0].float() * weight[:, -1], atol=FLOOR[dtype], rtol=FLOOR[dtype])
     with pytest.raises(ValueError, match="window must have shape"):
         causal_conv1d_step(x.new_zeros(2, width, 6), x[:, 0], weight)
-
-
-SCRIPT = """
-from benchmarks.kernel_report import step_resources
-for row, c in step_resources(["study", "second"]):
-    print(row, c.registers, c.spills)
-    assert c.fits and c.registers <= 128, row
-"""
-
-
-@pytest.mark.slow
-def test_the_kernel_compiles_for_every_target_without_spills():
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    result = subprocess.run([sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout[-200:] + result.stderr[-2000:]
-    assert "gfx942" in result.stdout
