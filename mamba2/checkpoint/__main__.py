@@ -1,6 +1,6 @@
 """Describe a model folder, convert it to another project's layout, or export a checkpoint's optimizer state.
 
-    python -m mamba2.checkpoint inspect MODEL
+    python -m mamba2.checkpoint inspect MODEL [--strict]
     python -m mamba2.checkpoint convert SOURCE TARGET --to transformers
     python -m mamba2.checkpoint convert SOURCE TARGET --to mamba-ssm --dtype bfloat16
     python -m mamba2.checkpoint export-optimizer OUT/checkpoint-2000 moments.safetensors
@@ -9,6 +9,7 @@ MODEL and SOURCE can be folders of this project, transformers, mamba-ssm (state-
 """
 
 import argparse
+import sys
 from pathlib import Path
 
 import torch
@@ -22,8 +23,9 @@ from mamba2.cli import run
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    inspect = commands.add_parser("inspect", help="config, parameters, dt and half-lives")
+    inspect = commands.add_parser("inspect", help="config, parameters, dt and half-lives, and what looks wrong")
     inspect.add_argument("model", help="model folder")
+    inspect.add_argument("--strict", action="store_true", help="exit code 1 if dt_bias or A_log looks wrong")
     conversion = commands.add_parser("convert", help="write a folder that another project loads")
     conversion.add_argument("source", help="model folder of any layout")
     conversion.add_argument("target", help="folder to write; must not exist")
@@ -39,7 +41,10 @@ def main() -> None:
     moments.add_argument("file", type=Path, help="safetensors file to write; must not exist")
     args = parser.parse_args()
     if args.command == "inspect":
-        print(report(args.model))
+        text, found = report(args.model)
+        print(text)
+        if found and args.strict:
+            sys.exit(1)
         return
     if args.command == "export-optimizer":
         print(f"wrote {export_optimizer(args.checkpoint, args.file)} tensors to {args.file}")

@@ -7,16 +7,19 @@ import re
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 from mamba2.checkpoint.foreign import read_config
 from mamba2.checkpoint.model_folder import check_tensors
 from mamba2.checkpoint.weights import EMBEDDINGS, HEAD, StoredTensor, find_weights, list_tensors, read_tensors
-from mamba2.initializers import dt_table
+from mamba2.config import Mamba2Config
+from mamba2.initializers import dt_bias_sha256, dt_table
 from mamba2.model import SHAPES, num_parameters
 
 
-def report(path: str | os.PathLike) -> str:
-    """The config, a table of the parameters, and one of dt and half-lives. Raises what `read_model` raises."""
+def report(path: str | os.PathLike) -> tuple[str, list[str]]:
+    """The config, a table of the parameters, one of dt and half-lives, and what `suspicions` found; then that alone.
+    Raises what `read_model` raises."""
     folder = Path(path)
     if not folder.is_dir():
         raise FileNotFoundError(f"no model folder at {folder}")
@@ -29,8 +32,9 @@ def report(path: str | os.PathLike) -> str:
     dt_bias, A_log = (
         torch.stack([values[f"backbone.layers.{i}.mixer.{name}"] for i in layers]) for name in ("dt_bias", "A_log")
     )
+    found = suspicions(config, dt_bias, A_log)
     origin = config.dt_bias_init["name"] if config.dt_bias_init else "not recorded"
-    return "\n".join(
+    text = "\n".join(
         [
             f"{folder}: {num_parameters(config):,} parameters, {', '.join(file.name for file in files)}",
             json.dumps(config.to_dict(), indent=2),
@@ -38,9 +42,57 @@ def report(path: str | os.PathLike) -> str:
             parameter_table(stored, config.tie_word_embeddings),
             "",
             f"dt_bias initialised by: {origin}",
-            dt_table(dt_bias, A_log.double().exp()),
+            dt_table(dt_bias, A_log.double().exp()) if dt_bias.isfinite().all() and A_log.isfinite().all() else "",
+            "",
+            *(f"suspicious: {what}" for what in found or ["nothing"]),
         ]
     )
+    return text, found
+
+
+def suspicions(config: Mamba2Config, dt_bias: torch.Tensor, A_log: torch.Tensor) -> list[str]:
+    """What in dt_bias and A_log, (L, h), looks as if an initialisation had not reached it, or twice, or loading had
+    reset it. What the config records as intended (`ones`, a factor of A) is not."""
+    found = []
+    dt, A = F.softplus(dt_bias.double()), A_log.double().exp()
+    low, high = config.time_step_min, config.time_step_max
+    record, factors = config.dt_bias_init or {}, config.factors_init or {}
+    if not dt_bias.isfinite().all():
+        found.append(
+            "dt_bias is not finite: softplus was inverted for numbers that are not positive, as when done twice"
+        )
+    elif (dt_bias == 1).all() and record.get("name") != "ones":
+        found.append("dt_bias is 1 everywhere, as torch.ones left it: no initialisation reached it, and dt is 1.31")
+    elif (dt_bias == 0).all():
+        found.append("dt_bias is 0 everywhere: no initialisation reached it, and dt is 0.69")
+    elif ((dt_bias >= 0.99 * low) & (dt_bias <= 1.01 * high)).all():
+        found.append(
+            f"dt_bias is in the range of dt, {low:g} to {high:g}: softplus was not inverted, and dt is near 0.7"
+        )
+    elif not low / 10 <= dt.median() <= 10 * high and record.get("name") not in UNBOUNDED:
+        found.append(f"the median of dt is {dt.median():.3g}, far from time_step_min and max, {low:g} to {high:g}")
+    heads = torch.arange(1.0, dt_bias.shape[1] + 1)
+    if not A_log.isfinite().all():
+        found.append("A_log is not finite")
+    elif (A_log == 0).all() and "A" not in factors:
+        found.append("A_log is 0 everywhere, so A is 1: no initialisation reached it")
+    elif len(heads) > 1 and torch.allclose(A_log, heads.expand_as(A_log)):
+        found.append("A_log is 1, 2, 3, …: the logarithm was not taken, and A grows to e^nheads")
+    elif (
+        not found
+        and "A" not in factors
+        and len(heads) > 1
+        and torch.allclose(A, heads.double().expand_as(A), rtol=1e-6)
+        and record.get("sha256", dt_bias_sha256(dt_bias)) != dt_bias_sha256(dt_bias)
+    ):
+        found.append(
+            "A is 1, 2, 3, … as initialised, but dt_bias is not: A_log was reset after training, or had no rate"
+        )
+    return found
+
+
+# dt of these is rate / A, or 1.31, and knows no range.
+UNBOUNDED = ("ones", "halflife", "retnet", "rwkv", "chrono", "hgrn", "lightning", "constant")
 
 
 def parameter_table(stored: dict[str, StoredTensor], tied: bool) -> str:
