@@ -268,10 +268,10 @@ def resources() -> Iterator[tuple[str, list]]:
 
 
 def print_traffic() -> None:
-    from benchmarks.interpreter import use_exact_bfloat16
+    from benchmarks.interpreter import prepare_interpreter
     from tests.oracles import mamba_ssm_scan
 
-    use_exact_bfloat16()
+    prepare_interpreter()
     gated, plain = mamba_ssm_norms()
     columns = f"{'launches':>8} {'requested':>10} {'DRAM':>9} {'floor':>9} {'torch':>7} {'kept':>7}"
     print(f"{'bytes per token':44} {columns}")

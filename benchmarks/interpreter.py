@@ -1,6 +1,6 @@
 """Triton's interpreter made fit to judge kernels: bfloat16 as hardware has it, and every memory access counted.
 
-`use_exact_bfloat16` repairs two things in Triton's interpreter, which keeps bfloat16 as the bits of a uint16: casts
+`prepare_interpreter` repairs two things in Triton's interpreter, which keeps bfloat16 as the bits of a uint16: casts
 truncate where hardware rounds to nearest even, and `tl.dot` multiplies the bits as integers. And one in that of 3.6.0:
 NumPy from 2.4 on makes no number of an array of one, which scalars are there.
 
@@ -23,8 +23,9 @@ from triton.runtime import interpreter
 SECTOR = 32
 
 
-def use_exact_bfloat16() -> None:
-    """Patch the interpreter for the rest of the process. Harmless when done twice."""
+def prepare_interpreter() -> None:
+    """Patch the interpreter for the rest of the process: bfloat16 as devices round it, and half the time. Harmless when
+    done twice."""
     builder = interpreter.InterpreterBuilder
     if getattr(builder, "exact_bfloat16", False):
         return
@@ -58,6 +59,27 @@ def use_exact_bfloat16() -> None:
 
     interpreter._patch_lang_tensor = patch_scalars
     builder.exact_bfloat16 = True
+    _patch_once_a_launch()
+
+
+def _patch_once_a_launch() -> None:
+    """The interpreter replaces the functions of `triton.language` by its own in every call of a device function, which
+    takes half of its time. Once in a launch, for each module that has such functions, is enough."""
+    plain_patch, plain_launch = interpreter._patch_lang, interpreter.GridExecutor.__call__
+    patched: set[int] = set()
+
+    def patch(function):
+        module = id(function.__globals__)
+        if module in patched:
+            return interpreter._LangPatchScope()
+        patched.add(module)
+        return plain_patch(function)
+
+    def launch(self, *args, **kwargs):
+        patched.clear()  # the launch before has put some of them back
+        return plain_launch(self, *args, **kwargs)
+
+    interpreter._patch_lang, interpreter.GridExecutor.__call__ = patch, launch
 
 
 def _to_bfloat16(values: np.ndarray) -> np.ndarray:

@@ -128,12 +128,12 @@ def floor(l: int, h: int, p: int, g: int, n: int) -> tuple[int, int]:
 def print_traffic(shapes: list[str]) -> None:
     import torch
 
-    from benchmarks.interpreter import record, torch_operations, use_exact_bfloat16
+    from benchmarks.interpreter import prepare_interpreter, record, torch_operations
     from benchmarks.pretend import multiprocessors
     from mamba2.ops import ssd
     from tests.oracles import mamba_ssm_environment, mamba_ssm_scan
 
-    use_exact_bfloat16()
+    prepare_interpreter()
     estimates = []
     columns = f"{'launches':>8} {'torch':>5} {'bytes':>7} {'requested':>10} {'DRAM':>8} {'floor':>7} {'kFLOP':>7}"
     print(f"{'per token':44} {columns}")
@@ -178,9 +178,9 @@ def write_counts(path: Path) -> None:
     """
     from benchmarks.gpu.fast import SHAPES as MEASURED
     from benchmarks.gpu.right import FORMS as WALKS
-    from benchmarks.interpreter import use_exact_bfloat16
+    from benchmarks.interpreter import prepare_interpreter
 
-    use_exact_bfloat16()
+    prepare_interpreter()
     rows = []
     for h, p, g, n in dict.fromkeys(shape[2:] for shape in MEASURED):
         for form in ("plain", "documents"):

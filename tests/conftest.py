@@ -52,31 +52,8 @@ def run(study: Path, tmp_path: Path) -> Callable[..., Path]:
     return run
 
 
-def patch_triton_once_a_launch() -> None:
-    """Triton's interpreter replaces the functions of `triton.language` by its own in every call of a device function,
-    which takes half of its time. Once in a launch, for each module that has such functions, is enough."""
-    from triton.runtime import interpreter
-
-    plain_patch, plain_launch = interpreter._patch_lang, interpreter.GridExecutor.__call__
-    patched: set[int] = set()
-
-    def patch(function):
-        module = id(function.__globals__)
-        if module in patched:
-            return interpreter._LangPatchScope()
-        patched.add(module)
-        return plain_patch(function)
-
-    def launch(self, *args, **kwargs):
-        patched.clear()  # the launch before has put some of them back
-        return plain_launch(self, *args, **kwargs)
-
-    interpreter._patch_lang, interpreter.GridExecutor.__call__ = patch, launch
-
-
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
-    from benchmarks.interpreter import use_exact_bfloat16
+    from benchmarks.interpreter import prepare_interpreter
 
-    use_exact_bfloat16()
-    patch_triton_once_a_launch()
+    prepare_interpreter()

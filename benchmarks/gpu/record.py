@@ -17,7 +17,7 @@ import triton.language as tl
 from triton.runtime.interpreter import GridExecutor
 
 from benchmarks import pretend
-from benchmarks.interpreter import use_exact_bfloat16
+from benchmarks.interpreter import prepare_interpreter
 from mamba2.ops import causal_conv1d, linear_cross_entropy, ssd, ssd_step
 from tests.ops import test_conv1d_triton, test_cross_entropy_triton, test_norm_triton, test_ssd_step
 from tests.ops.test_ssd import documents, make_inputs
@@ -105,7 +105,7 @@ CALLS: dict[str, Callable[[], None]] = {
 
 def main() -> None:
     path, target, *tiny = sys.argv[1:]
-    use_exact_bfloat16()
+    prepare_interpreter()
     for module in [m for name, m in sys.modules.items() if name.startswith("mamba2.ops") and hasattr(m, "target_of")]:
         module.target_of = lambda device: target
     launches, call = [], GridExecutor.__call__

@@ -143,9 +143,9 @@ def main() -> None:
     with contextlib.ExitStack() as stack:
         if bench.rehearse:
             from benchmarks.gpu.stand_in import pretend_gpu
-            from benchmarks.interpreter import use_exact_bfloat16
+            from benchmarks.interpreter import prepare_interpreter
 
-            use_exact_bfloat16()
+            prepare_interpreter()
             stack.enter_context(pretend_gpu())
         else:
             quick_autotuners()

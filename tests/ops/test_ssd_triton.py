@@ -82,6 +82,18 @@ def test_values_and_gradients_in_one_document(monkeypatch, dtype):
     check(monkeypatch, make(1, 70, 3, 16, 1, 40, dtype=dtype, optional=("D", "dt_bias")))
 
 
+@pytest.mark.parametrize("count", [1, 64])
+def test_values_and_gradients_of_transposed_products(monkeypatch, count):
+    """What an A100 runs: tiles of 64 channels forward, two of 32 backward. As one segment, and as several."""
+    monkeypatch.setattr(ssd_op, "target_of", lambda _: "sm_80")
+    seq_idx = (documents(1, 420) // 16).to(DEVICE)
+    inputs = make(1, 420, 2, 64, 1, 20, dtype=torch.bfloat16)
+    with multiprocessors(count):
+        plan = ssd_op._plan(*ssd_op._sizes(inputs["x"], inputs["B"], seq_idx))
+        assert plan.table("walk").transposed and (plan.segments > 1) == (count == 64)
+        check(monkeypatch, inputs, seq_idx=seq_idx)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("case", MAMBA_SSM_CASES)
 def test_equals_mamba_ssm(monkeypatch, case):
@@ -254,9 +266,10 @@ def test_autotuning_measures_once_and_remembers(monkeypatch, tmp_path):
     monkeypatch.setattr(autotune, "_seconds", lambda *a: measured.append(a[0]) or plain(*a))
     for _ in range(2):
         checks.assert_close(checks.run(op(), inputs), expected, 1e-5)
-    assert len(measured) == 4 + 2 * 5  # walk, states and gradient, each with its neighbours, in the first run only
+    # walk, reverse, states and gradient, each with its neighbours, in the first run only
+    assert len(measured) == 2 * 4 + 2 * 5
     kept = json.loads((tmp_path / "autotune.json").read_text())
-    assert sorted(key.split(",")[0] for key in kept) == ["ssd gradient", "ssd states", "ssd walk"]
+    assert sorted(key.split(",")[0] for key in kept) == ["ssd gradient", "ssd reverse", "ssd states", "ssd walk"]
     (tmp_path / "autotune.json").write_text("{")
     with pytest.raises(ValueError, match=r"autotune.json is not the JSON .* delete it"):
         ssd(**inputs, chunk_size=8)

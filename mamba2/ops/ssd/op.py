@@ -136,6 +136,7 @@ class Launch:
     num_stages: int  # of the loop over chunks or heads
     registers: int = 255  # at most, per thread; CUDA only
     whole: bool = False  # d_state in one tile
+    transposed: bool = False  # products as their transposes
 
     def options(self, target: str) -> dict[str, int]:
         options = {"num_warps": self.num_warps, "num_stages": 1}  # of loops that say nothing
@@ -163,19 +164,23 @@ def chunk_for(target: str, itemsize: int, n: int, documents: bool) -> int:
 
 @functools.cache
 def launch_for(kernel: str, target: str, itemsize: int, p: int, n: int, documents: bool) -> Launch:
-    """The table. `kernel` is walk, states (a walk without outputs) or gradient."""
+    """The table. `kernel` is walk, reverse (the walk from the end), states (either without outputs) or gradient."""
     widest = max(16, triton.next_power_of_2(p))
     if itemsize == 4:
         return Launch(16, 4, 1)
+    few = chunk_for(target, itemsize, n, documents) == 32
     if target.startswith("gfx"):
-        return Launch(min(32 if documents and kernel == "walk" else 64, widest), 4, 1)
+        return Launch(min(32 if documents and kernel in ("walk", "reverse") else 64, widest), 4, 1)
     if kernel == "gradient":
-        return Launch(min(64, widest), 8, 2, whole=chunk_for(target, itemsize, n, documents) == 32)
+        return Launch(min(64, widest), 4 if few else 8, 2, whole=few)
     if n > 160:
         return Launch(min(16, widest), 8, 2)
-    p_tile = 64 if chunk_for(target, itemsize, n, documents) == 64 else 32
     # Loads ahead go through shared memory, whose addresses take registers as well.
-    return Launch(min(p_tile, widest), 4, 2 if target in ("sm_80", "sm_90", "sm_100") else 1)
+    stages = 2 if target in ("sm_80", "sm_90", "sm_100") else 1
+    if target == "sm_80" and widest >= 64 and kernel != "reverse":
+        # Products that take their first operand from registers: the state, transposed, is one as it is.
+        return Launch(64, 4, stages, transposed=True)
+    return Launch(min(32 if few else 64, widest), 4, stages)
 
 
 FEW_CHUNKS = 12  # of one walk take about as long as two launches more
@@ -203,8 +208,9 @@ class _Plan:
         self.Q = chunk_for(target, dtype.itemsize, self.n, documents)
         self.chunks = cdiv(l, self.Q)
         self.spans = cdiv(self.chunks, 2)  # of two chunks
-        self.tiles = cdiv(self.p, self.table("walk").p_tile)
-        self.segments = choose_segments(b * self.h * self.tiles, self.chunks, 2 * multiprocessors)
+        self.tiles = cdiv(self.p, self.table("reverse").p_tile)
+        walks = b * self.h * cdiv(self.p, self.table("walk").p_tile)
+        self.segments = choose_segments(walks, self.chunks, 2 * multiprocessors)
         self.segment_chunks = cdiv(self.chunks, self.segments)
         # torch's setting for float32 products holds here, too. The device kernels round 16-bit operands not at all.
         self.precision = "tf32" if tf32 and target.startswith("sm") else "ieee"
@@ -214,7 +220,9 @@ class _Plan:
 
     def sizes(self, launch: Launch) -> Sizes:
         tiles = (1 << (self.n - 1).bit_length(), 0) if launch.whole else n_tiles(self.n)
-        return Sizes(self.h, self.p, self.n, self.h // self.g, self.Q, launch.p_tile, *tiles, self.precision)
+        return Sizes(
+            self.h, self.p, self.n, self.h // self.g, self.Q, launch.p_tile, *tiles, self.precision, launch.transposed
+        )
 
 
 _plan = functools.lru_cache(1024)(_Plan)
@@ -308,7 +316,7 @@ class _Run:
                 **launch.options(plan.target),
             )
 
-        self.launch("states" if outputs is None else "walk", start)
+        self.launch("states" if outputs is None else "reverse" if reverse else "walk", start)
 
     def backward(self, dout, dfinal, edges, grads) -> None:
         dx, ddt, dA, dB, dC, dD, dbias, dinitial = grads
@@ -383,7 +391,7 @@ def neighbours(kernel: str, launch: Launch, target: str) -> list[Launch]:
         replace(launch, num_stages=3 - launch.num_stages),
         replace(launch, num_warps=12 - launch.num_warps),
     ]
-    if kernel != "walk":  # whose sums lie one plane for each tile
+    if kernel in ("states", "gradient"):  # not reverse, whose sums lie one plane for each tile
         others.append(replace(launch, p_tile=32 if launch.p_tile == 16 else 16))
     if not target.startswith("gfx"):
         others.append(replace(launch, registers=168 if launch.registers == 255 else 255))  # spills show in the time

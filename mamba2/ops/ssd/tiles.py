@@ -37,6 +37,7 @@ class Sizes(NamedTuple):
     N1: int
     N2: int
     PRECISION: str  # how float32 operands are multiplied; 16-bit ones are exact
+    TRANSPOSED: bool = False  # whether products are computed as their transposes
 
 
 def view(tensor: torch.Tensor | None) -> View | None:
@@ -156,8 +157,13 @@ def zero_state(Z):
 
 @triton.jit
 def dot(a, b, acc, Z):
-    """a @ b + acc in float32."""
-    return tl.dot(a, b, acc=acc, input_precision=Z.PRECISION)
+    """a @ b + acc in float32; transposed as bᵀ aᵀ + accᵀ, which leaves a result's channels to the warps as rows."""
+    if Z.TRANSPOSED:
+        turned = None if acc is None else tl.trans(acc)
+        product = tl.trans(tl.dot(tl.trans(b), tl.trans(a), acc=turned, input_precision=Z.PRECISION))
+    else:
+        product = tl.dot(a, b, acc=acc, input_precision=Z.PRECISION)
+    return product
 
 
 @triton.jit
