@@ -71,6 +71,7 @@ def parse() -> argparse.Namespace:
     add("--baseline", metavar="NAME", help="what the report compares with [log_uniform if it is there, else the first]")
     study = add_study(parser, "eval")
     args = parse_arguments(parser, "eval", required=("model_base_path",))
+    args.study_file = study
     args.evaluations = study and study.output / "evaluations"
     for name in ("context", "stride", "batch_size", "max_tokens"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
@@ -142,7 +143,10 @@ def main() -> None:
         runs = {key: Evaluated(histories[key], records[key]) for key in keys}
         measured = f"{args.evaluations}/*.json" if args.evaluations else args.output_file
         sources = {"metrics": f"{base}/seed-*/metrics.jsonl", "evaluations": measured}
-        print(f"wrote {write_report(folder, runs, args.baseline, sources)}")
+        hypothesis = []
+        if args.study_file:
+            hypothesis, sources["study"] = args.study_file.hypothesis, args.study_file.registered
+        print(f"wrote {write_report(folder, runs, args.baseline, sources, hypothesis)}")
 
 
 def identify(path: Path, corpora: list[Corpus], args: argparse.Namespace) -> dict:

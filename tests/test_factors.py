@@ -7,9 +7,9 @@ import re
 
 import pytest
 import torch
-from mamba2.factors import FACTORS, parse_initialization
 
 from mamba2.evaluation.diagnostics import initial_model
+from mamba2.factors import FACTORS, parse_initialization
 from mamba2.initializers import seed_stream
 from mamba2.model import Mamba2LM
 from tests.runs import small_config

@@ -6,7 +6,8 @@
     python -m mamba2.study configs/study-tiny.toml        what there is to do, and what is done
 
 Each script leaves out what is finished, so giving a command again costs nothing. The file has a table [study]: seeds,
-initializations, baseline (what the others are compared with), output (a folder); and the tables [init], [train], [eval]
+initializations, baseline (what the others are compared with), output (a folder), and if wanted hypothesis, the order of
+loss that is expected, which the report tests under the file's sha256; and the tables [init], [train], [eval]
 with flags of the scripts, as presets have them. What lies where:
 
     OUTPUT/models/seed-S-NAME           from init.py
@@ -24,6 +25,7 @@ from typing import Any
 
 from mamba2 import cli
 from mamba2.factors import parse_initialization
+from mamba2.files import sha256
 
 # What the study decides, and its tables must not.
 DECIDED = {
@@ -31,7 +33,7 @@ DECIDED = {
     "train": ("model_path", "output_dir"),
     "eval": ("model_base_path", "seeds", "initializations", "output_file", "baseline", "checkpoint"),
 }
-KEYS = ("seeds", "initializations", "baseline", "output")
+KEYS = ("seeds", "initializations", "baseline", "output")  # and, if there is one, hypothesis
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,7 @@ class Study:
     seeds: list[int]
     initializations: list[str]
     baseline: str
+    hypothesis: list[str]  # initialisations in the order of loss that is expected, or none
     output: Path
     tables: dict[str, dict[str, Any]]
 
@@ -78,6 +81,11 @@ class Study:
                 evaluation = self.output / "evaluations" / f"{label}.json"
                 runs.append(StudyRun(seed, name, model, output, evaluation, arguments))
         return runs
+
+    @property
+    def registered(self) -> str:
+        """Where the hypothesis stands, for the report."""
+        return f"{self.path}, sha256 {sha256(self.path)}"
 
     def options(self, section: str) -> dict[str, Any]:
         """What the study decides for a script."""
@@ -104,8 +112,8 @@ def read_study(path: str | Path) -> Study:
     if unknown := sorted(content.keys() - {"study", *DECIDED}):
         raise ValueError(f"{path}: the table {unknown[0]} is unknown; a study has study, init, train, eval")
     values = content.get("study", {})
-    if unknown := sorted(values.keys() - set(KEYS)):
-        raise ValueError(f"{path}, [study]: the key {unknown[0]} is unknown; choose {', '.join(KEYS)}")
+    if unknown := sorted(values.keys() - {*KEYS, "hypothesis"}):
+        raise ValueError(f"{path}, [study]: the key {unknown[0]} is unknown; choose {', '.join(KEYS)}, hypothesis")
     if missing := [key for key in KEYS if key not in values]:
         raise ValueError(f"{path}, [study]: {missing[0]} is missing")
     tables = {section: content.get(section, {}) for section in DECIDED}
@@ -122,12 +130,18 @@ def read_study(path: str | Path) -> Study:
             parse_initialization(name)
         except ValueError as error:
             raise ValueError(f"{path}, [study]: {error}") from None
-    for key, items in (("seeds", seeds), ("initializations", names)):
+    hypothesis = values.get("hypothesis", [])
+    if not isinstance(hypothesis, list) or len(hypothesis) == 1 or any(name not in names for name in hypothesis):
+        raise ValueError(
+            f"{path}, [study]: hypothesis is {hypothesis!r}, and must be two or more of {', '.join(names)}, the lowest "
+            "loss expected first"
+        )
+    for key, items in (("seeds", seeds), ("initializations", names), ("hypothesis", hypothesis)):
         if len(set(items)) < len(items):
             raise ValueError(f"{path}, [study]: {key} names one twice")
     if baseline not in names:
         raise ValueError(f"{path}, [study]: baseline is {baseline!r}, and must be one of {', '.join(names)}")
-    return Study(path, seeds, names, baseline, Path(values["output"]), tables)
+    return Study(path, seeds, names, baseline, hypothesis, Path(values["output"]), tables)
 
 
 def study_runs(path: str | Path) -> list[StudyRun]:

@@ -5,7 +5,7 @@ It begins with the answer in words, made from the statistics (`mamba2.study.stat
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -36,12 +36,19 @@ class Evaluated:
     record: dict
 
 
-def write_report(folder: Path, runs: dict[Key, Evaluated], baseline: str, sources: dict[str, str]) -> Path:
+def write_report(
+    folder: Path,
+    runs: dict[Key, Evaluated],
+    baseline: str,
+    sources: dict[str, str],
+    hypothesis: Sequence[str] = (),
+) -> Path:
     """Write report.html, report.md, figures/ and statistics.json into `folder`. Returns the HTML file.
 
-    `sources` says where the numbers are from: "metrics" and "evaluations". Raises ValueError naming two runs that
-    cannot be compared, because data, tokenizer, steps or another setting differ. Runs that diverged are named on the
-    page and left out of every mean, each with its pair.
+    `sources` says where the numbers are from, "metrics" and "evaluations". `hypothesis`: initialisations in the order
+    of loss that was expected, registered in sources["study"]. Raises ValueError naming two runs that cannot be
+    compared, because data, tokenizer, steps or another setting differ. Runs that diverged are named on the page and
+    left out of every mean, each with its pair.
     """
     bad = {key: reason for key, run in runs.items() if (reason := _diverged(run))}
     good = {key: run for key, run in runs.items() if key not in bad}
@@ -54,7 +61,7 @@ def write_report(folder: Path, runs: dict[Key, Evaluated], baseline: str, source
     page.heading("What the initialisation of dt_bias does", 1)
     primary, name = _primary(good)
     comparisons = compare(primary, baseline)
-    _answer(page, comparisons, name, primary, good, bad)
+    _answer(page, comparisons, name, primary, good, bad, sources, hypothesis)
     _comparison(page, comparisons, name, primary, sources)
     _secondary(page, good, baseline, sources)
     _learning(page, good, baseline, sources)
@@ -130,20 +137,27 @@ def _primary(runs: dict[Key, Evaluated]) -> tuple[Values, str]:
 
 
 def _answer(
-    page: Page, comparisons: list[Paired], name: str, primary: Values, good: dict[Key, Evaluated], bad: dict[Key, str]
+    page: Page,
+    comparisons: list[Paired],
+    name: str,
+    primary: Values,
+    good: dict[Key, Evaluated],
+    bad: dict[Key, str],
+    sources: dict[str, str],
+    hypothesis: Sequence[str],
 ) -> None:
     first, *rest = answer(comparisons, name)
     page.text(first)
     page.items(rest)
     if bad:
         page.text(f"Left out, because they diverged: {_listed(bad)}. Of their seeds only complete pairs are compared.")
-    order = ("linear_decay_reverse", "uniform", "linear_decay")
-    if all(n in primary for n in order):
-        seeds = set.intersection(*(set(primary[n]) for n in order))
-        holds = sum(primary[order[0]][s] <= primary[order[1]][s] <= primary[order[2]][s] for s in seeds)
+    if hypothesis and all(n in primary for n in hypothesis):
+        seeds = set.intersection(*(set(primary[n]) for n in hypothesis))
+        losses = [[primary[n][seed] for n in hypothesis] for seed in seeds]
+        holds = sum(of_seed == sorted(of_seed) for of_seed in losses)
         page.text(
-            f"The hypothesis registered beforehand, {order[0]} ≤ {order[1]} ≤ {order[2]} in loss, holds in {holds} of "
-            f"{len(seeds)} seeds; by chance alone it would in one of six."
+            f"The hypothesis registered in {sources['study']}, {' ≤ '.join(hypothesis)} in loss, holds in {holds} of "
+            f"{len(seeds)} seeds; by chance alone it would in one of {math.factorial(len(hypothesis))}."
         )
     settings = next(iter(good.values())).history.settings
     config = next(iter(good.values())).record["settings"]
@@ -153,7 +167,7 @@ def _answer(
         f"{len(good)} runs: {len(_names(good))} initialisations, seeds {seeds_used}. "
         f"Each: {config['parameters']:,} parameters, {settings['steps']:,} steps, {settings['tokens']:,} "
         f"{_unit(good)}s{kind}. "
-        "For one seed, all weights but dt_bias and the order of the data are the same in every initialisation. The "
+        "For one seed, all weights but those that an initialisation names and the order of the data are the same. The "
         "conclusions hold for this size, this budget and these data."
     )
 

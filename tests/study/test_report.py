@@ -146,8 +146,14 @@ def test_the_registered_order_is_counted(diagnostics, tmp_path):
     for seed, losses in ((1, (3.0, 3.1, 3.2)), (2, (3.2, 3.1, 3.0))):
         for name, loss in zip(("linear_decay_reverse", "uniform", "linear_decay"), losses):
             runs[name, seed] = make_run({name: diagnostics["constant"]}, name, loss)
+    sources = SOURCES | {"study": "s.toml, sha256 abc"}
+    write_report(tmp_path, runs, "uniform", sources, ("linear_decay_reverse", "uniform", "linear_decay"))
+    text = (tmp_path / "report.md").read_text()
+    assert "registered in s.toml, sha256 abc, linear_decay_reverse ≤ uniform ≤ linear_decay in loss" in text
+    assert "holds in 1 of 2 seeds" in text
+    assert "by chance alone it would in one of 6" in text
     write_report(tmp_path, runs, "uniform", SOURCES)
-    assert "holds in 1 of 2 seeds; by chance alone it would in one of six" in (tmp_path / "report.md").read_text()
+    assert "hypothesis" not in (tmp_path / "report.md").read_text()
 
 
 def write_run(folder, rows, toml="", identity=None):
