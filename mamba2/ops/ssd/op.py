@@ -171,12 +171,14 @@ def launch_for(kernel: str, target: str, itemsize: int, p: int, n: int, document
     few = chunk_for(target, itemsize, n, documents) == 32
     if target.startswith("gfx"):
         return Launch(min(32 if documents and kernel in ("walk", "reverse") else 64, widest), 4, 1)
+    roomy = target in ("sm_80", "sm_90", "sm_100")  # 160 KiB of shared memory and more
     if kernel == "gradient":
-        return Launch(min(64, widest), 4 if few else 8, 2, whole=few)
+        # With 4 warps operands are loaded by half as many, where two such programs share a multiprocessor.
+        return Launch(min(64, widest), 4 if few and roomy else 8, 2, whole=few)
     if n > 160:
         return Launch(min(16, widest), 8, 2)
     # Loads ahead go through shared memory, whose addresses take registers as well.
-    stages = 2 if target in ("sm_80", "sm_90", "sm_100") else 1
+    stages = 2 if roomy else 1
     if target == "sm_80" and widest >= 64 and kernel != "reverse":
         # Products that take their first operand from registers: the state, transposed, is one as it is.
         return Launch(64, 4, stages, transposed=True)
