@@ -9,8 +9,8 @@
     python eval.py --study configs/study-tiny.toml --report     every run of a study; what is measured stays measured
 
 Prints a table by initialisation and seed, and writes JSON: {initialization: {"mean": [one perplexity per model],
-"all_perplexities": [[one per document] per model], "model_paths": [...], "details": [all results per model]}}; the
-first two of the first data set, split and protocol.
+"all_perplexities": [[one per document] per model], "model_paths": [...], "details": [all results per model]}};
+"mean" and "all_perplexities" are of the first data set, split and protocol.
 """
 
 import argparse
@@ -131,7 +131,7 @@ def main() -> None:
         for result in record["recall"]:
             print(f"{path}: {result['source']}, {result['split']}: {result['accuracy']:.4f} right", flush=True)
 
-    # 3. Say and write.
+    # 3. Print and write.
     results = {key: record["results"] for key, record in records.items()}
     for number, first in enumerate(next(iter(results.values()))):
         print(f"\n{first['protocol']}, {first['dataset']['label']}")
@@ -150,7 +150,7 @@ def main() -> None:
 
 
 def identify(path: Path, corpora: list[Corpus], args: argparse.Namespace) -> dict:
-    """All that a measurement depends on: one that was made with the same is not made again."""
+    """All that a measurement depends on; a stored one with the same identity is used again."""
     with open(path / WEIGHTS, "rb") as file:
         weights = hashlib.file_digest(file, "sha256").hexdigest()
     options = ("dataset_name", "dataset_split", "protocol", "context", "stride", "max_tokens")
@@ -178,7 +178,7 @@ def stored(file: Path | None, identity: dict) -> dict | None:
 def measure(
     path: Path, tokenizer: Tokenizer | None, corpora: list[Corpus], tasks: list[str], args: argparse.Namespace
 ) -> dict:
-    """Everything about one model, JSON-ready."""
+    """Evaluate one model: results, recall, diagnostics and settings, JSON-ready."""
     device = choose_device()
     model = Mamba2LM.from_pretrained(path, device, finite=True).eval()
     results = [
@@ -254,7 +254,7 @@ def load_corpora(args: argparse.Namespace, tokenizer: Tokenizer | None) -> list[
 
 
 def described(result: Perplexity, corpus: Corpus) -> dict:
-    """A result with all that it takes to name it, JSON-ready."""
+    """A result with its protocol and data set, JSON-ready."""
     dataset = {key: getattr(corpus, key) for key in ("label", "name", "config", "split", "revision")}
     return {"protocol": result.protocol, "dataset": dataset, **result.summary(), "per_document": result.per_document}
 
@@ -270,12 +270,12 @@ def summary_line(result: dict) -> str:
 
 
 def sample(model: Mamba2LM, tokenizer: Tokenizer, tokens: int) -> str:
-    """Text that a model writes from nothing, the same at every call."""
+    """Text sampled after one end-of-text token, with a fixed seed."""
     device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(0)
     start = torch.tensor([[tokenizer.eot_id]], device=device)
     ids = generate(model, start, tokens, temperature=0.8, generator=generator)[0, 1:].tolist()
-    known = [i for i in ids if i < tokenizer.vocab_size]  # rows that only fill up the vocabulary have no text
+    known = [i for i in ids if i < tokenizer.vocab_size]  # ids that only pad the vocabulary have no text
     return tokenizer.decode(known)
 
 
@@ -301,7 +301,7 @@ def number(value: float | None) -> str:
 
 
 def write_json(file: Path, records: dict[Key, dict], paths: dict[Key, Path]) -> None:
-    """The replaced pipeline's schema, and beside it everything under "details"."""
+    """Write the schema of the module's docstring; all results are under "details"."""
     content: dict[str, dict[str, list]] = {}
     for (name, seed), record in records.items():
         entry = content.setdefault(name, {"mean": [], "all_perplexities": [], "model_paths": [], "details": []})

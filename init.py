@@ -1,4 +1,4 @@
-"""Create models that differ in nothing but the initialisation of dt_bias, or of other parameters that set memory.
+"""Create models that differ only in the initialisation of dt_bias, or also of factors named with it.
 
     python init.py                                              the tiny study, into runs/tiny/models
     python init.py --config-path configs --seeds 1 2 3          the study's 40M model, 3 seeds x 3 initialisations
@@ -120,7 +120,7 @@ def main() -> None:
 def read_parameters(
     args: argparse.Namespace, study: Study | None, config: Mamba2Config, used: dict[str, Initializer]
 ) -> DtParams:
-    """What the flags say of dt. Raises ValueError where one has no effect on any of the initialisations."""
+    """The DtParams that the flags give. Raises ValueError where one has no effect on any of the initialisations."""
     length = args.length or (study and study.tables["train"].get("max_length"))
     defaults = {"t_min": args.t_min, "t_max": args.t_max, "dt_floor": config.time_step_floor}
     parameters = DtParams.read(args.set, length, **defaults)
@@ -168,7 +168,7 @@ def preview(config: Mamba2Config, seed: int, names: list[str], parameters: DtPar
 
 
 def summary(name: str) -> str:
-    """First lines of what the documentation of an initialisation and its factors says."""
+    """First lines of the docstrings of an initialisation and its factors."""
     name, factors = parse_initialization(name)
     of_factors = (FACTORS[factor][choice] for factor, choice in factors.items())
     return " ".join(first_line(function) for function in (INITIALIZERS[name].function, *of_factors))

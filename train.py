@@ -6,7 +6,7 @@
     python train.py --study configs/study-tiny.toml                            every run of a grid (mamba2/study)
 
 Writes {output-dir}/checkpoint-N while training, {output-dir}/metrics.jsonl, and {output-dir}-final at the end. The same
-command again goes on from the last checkpoint, to the bit; a model whose -final folder is there is not trained again.
+command again resumes from the last checkpoint, bit for bit; a model whose -final folder exists is not trained again.
 SIGTERM, SIGINT or SIGUSR1: a checkpoint after the step under way, and exit code 128 + the signal's number.
 Without --dataset-path the corpus is the Python standard library.
 """
@@ -129,7 +129,7 @@ def checkpoint_interval(text: str) -> int:
 
 
 def check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
-    """End with a sentence that names the flag whose value is out of its domain."""
+    """Exit with an error that names a flag whose value is out of its domain."""
     limits = {
         "at least 1": lambda value: value >= 1,
         "at least 0": lambda value: value >= 0,
@@ -193,7 +193,7 @@ def main() -> None:
 
 
 def train(job: Job, folder: RunFolder) -> int:
-    """One model, from where its folder has got to, to its results. Returns the signal that stopped it, or 0."""
+    """Train one model, from its last checkpoint if there is one. Returns the signal that stopped it, or 0."""
     args, world = job.args, job.world
     identity = world.first(job.identity)
     lock = world.first(folder.lock)
@@ -251,7 +251,7 @@ def starting_point(job: Job, folder: RunFolder, identity: dict[str, Any]) -> tup
 
 
 def resolved_options(job: Job, folder: RunFolder) -> dict[str, Any]:
-    """What was asked for or taken by default, for this model; not what only tells how to start."""
+    """The options of this model's run, defaults included, without those that only say how to start."""
     starting = ("preset", "study", "resume", "overwrite", "dry_run", "wandb_token")
     options = {name: value for name, value in vars(job.args).items() if name not in starting}
     return {**options, "model_path": [str(job.model_path)], "output_dir": str(folder.path)}
@@ -266,9 +266,9 @@ def loop(
     identity: dict[str, Any],
     resumed: bool,
 ) -> int:
-    """steps + 1 times: look at the model, save it, and train it once more but the last time.
+    """The training loop: before each step, and after the last, evaluate, sample and save where due.
 
-    Every process runs this; rank 0 has `metrics` and `tracker`, and speaks. Returns the signal that stopped it, or 0.
+    Every process runs this; rank 0 has `metrics` and `tracker`, and prints. Returns the signal that stopped it, or 0.
     """
     args, steps, world = job.args, job.steps, job.world
     progress = Progress(steps, job.flops, job.peak(), metrics.seconds if metrics else 0.0)
@@ -302,7 +302,7 @@ def loop(
     loss = 0.0  # of the last step, or of the validation split after it
     with Stop() as stop:
         while True:
-            # 1. Look at the model. A resumed run did that before it was stopped, and saved afterwards.
+            # 1. Evaluate, sample and save. A resumed run did that at this step before it was stopped.
             step, is_best = counters.step, False
             if job.validation and due(args.eval_steps) and not resumed:
                 loss = job.evaluate()
@@ -332,7 +332,7 @@ def loop(
                 say(f"stopped by {signal.Signals(stops).name} at step {step} of {steps}; the same command goes on")
                 return stops
 
-            # 2. Train it.
+            # 2. Take one step.
             progress.pause()
             row = job.step(step)
             loss = row["loss"]

@@ -1,4 +1,4 @@
-"""What the scripts share: presets, errors as one sentence, numbers that JSON can hold."""
+"""Shared by the scripts: presets, errors printed as one sentence, values that JSON can hold."""
 
 import argparse
 import difflib
@@ -26,10 +26,10 @@ def parse_arguments(
     """Parse the command line over a preset.
 
     `--preset NAME` reads the table `section` of configs/NAME.toml, or of a .toml file by its path; its keys are the
-    script's flags with underscores, and its values are checked like theirs. What the command line says wins. No
+    script's flags with underscores, and its values are checked like theirs. The command line overrides the preset. No
     arguments at all mean `--preset tiny`.
     """
-    parser.allow_abbrev = False  # half a flag would win over the preset here and lose there
+    parser.allow_abbrev = False  # else `--pres` would pass here and be missed by `only_preset`
     parser.add_argument("--preset", help="defaults from configs/PRESET.toml or a .toml file; with no arguments: tiny")
     arguments = sys.argv[1:] or ["--preset", "tiny"]
     only_preset = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -69,8 +69,8 @@ def switches(parser: argparse.ArgumentParser) -> set[str]:
 def flags(table: dict[str, Any], known: set[str] | None = None) -> list[str]:
     """A table as command-line arguments: true is --flag, false --no-flag, a list several values.
 
-    `known`: the parser's `switches`, where it is at hand: true and false are for them alone, and a false that the
-    parser cannot be told is what it takes for granted.
+    `known`: the parser's `switches`, if available: only they are written so, and a false is left out where the parser
+    has no --no-flag, because it is the default.
     """
     arguments = []
     for key, value in table.items():
@@ -81,7 +81,7 @@ def flags(table: dict[str, Any], known: set[str] | None = None) -> list[str]:
         elif isinstance(value, list) and len(value) != 1:
             arguments += [flag, *map(str, value)]
         else:
-            arguments.append(f"{flag}={value[0] if isinstance(value, list) else value}")  # which may begin with a dash
+            arguments.append(f"{flag}={value[0] if isinstance(value, list) else value}")  # may begin with a dash
     return arguments
 
 
@@ -93,14 +93,14 @@ def _refuse_unknown(given: Iterable[str], known: Iterable[str], what: str, parse
 
 
 def write_preset(file: Path, section: str, values: dict[str, object], comment: str) -> None:
-    """Write `values` so that `--preset file` gives them again; None, which TOML has not, is left out."""
+    """Write `values` so that `--preset file` gives them again; None, which TOML does not have, is left out."""
     text = "".join(f"# {line}\n" for line in comment.splitlines())
     text += "\n" + tomli_w.dumps({section: {key: value for key, value in values.items() if value is not None}})
     write_text(file, text)
 
 
 def json_ready(value: Any) -> Any:
-    """`value` with None for every number that JSON has no word for."""
+    """`value` with None for every nan and infinity, which JSON does not have."""
     if isinstance(value, dict):
         return {key: json_ready(v) for key, v in value.items()}
     if isinstance(value, list):
@@ -109,10 +109,10 @@ def json_ready(value: Any) -> Any:
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run a script's `main`. What the user can mend ends as one sentence and exit code 1; MAMBA2_DEBUG=1 shows all."""
+    """Run a script's `main`. User errors end as one sentence and exit code 1; MAMBA2_DEBUG=1 raises them."""
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # what a terminal cannot show must not end a run
-    sys.set_int_max_str_digits(0)  # a number in a file that is far too large is refused where its value is known
+        stream.reconfigure(errors="backslashreplace")  # a character that a terminal cannot show must not end a run
+    sys.set_int_max_str_digits(0)  # a huge integer in a file is refused by the check of its key
     try:
         for argument in sys.argv[1:]:
             if any("\ud800" <= character <= "\udfff" for character in argument):

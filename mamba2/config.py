@@ -1,10 +1,9 @@
-"""The shape of a model: one frozen dataclass, `config.json` in and out, every rule checked in `Mamba2Config._check`.
+"""Hyper-parameters of a model: a frozen dataclass, read from and written to `config.json`, checked in `_check`.
 
 The file is Hugging Face's: the same keys and, where a key is absent, the same default as `transformers.Mamba2Config`,
 so that a folder written by either opens in the other. Keys that this code does not use stay in `extra` and are written
-back unchanged and in their place. Keys that appear in a file only when they say something: three of our own,
-`weight_init`, `dt_bias_init`, `factors_init`; and two of mamba-ssm's, for layers of attention: `attn_layer_idx` and
-`attn_cfg`.
+back unchanged and in their place. Five more keys are written only when they are set: `weight_init`, `dt_bias_init` and
+`factors_init` of this package, and mamba-ssm's `attn_layer_idx` and `attn_cfg` for attention layers.
 """
 
 import dataclasses
@@ -18,7 +17,7 @@ from typing import Any, ClassVar, Self
 from mamba2.files import write_text
 
 NO_LIMIT = (0.0, math.inf)
-# The least number that float32 holds with all its digits, and the largest.
+# The smallest normal number of float32, and the largest.
 FLOAT32 = (2.0**-126, (2 - 2.0**-23) * 2.0**127)
 INT64 = 2**63 - 1
 
@@ -258,16 +257,16 @@ class Mamba2Config:
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionConfig:
-    """`attn_cfg`: shape and options of the mixers that are attention, under the names of mamba-ssm's `MHA` and with its
-    defaults; what is not implemented has the one value that is."""
+    """`attn_cfg`: shape and options of the attention mixers, with the names and defaults of mamba-ssm's `MHA`. Options
+    that are not implemented accept one value only (see `of`)."""
 
     num_heads: int
-    num_heads_kv: int | None = None  # of keys and values, which heads share; None: as many
+    num_heads_kv: int | None = None  # heads of keys and values; None: num_heads
     head_dim: int | None = None  # None: hidden_size / num_heads
     qkv_proj_bias: bool = True
     out_proj_bias: bool = True
     d_conv: int = 0  # width of a convolution over q, k and v; 0: none
-    rotary_emb_dim: int = 0  # of head_dim, how many are rotated
+    rotary_emb_dim: int = 0  # how many channels of a head are rotated
     rotary_emb_base: float = 10000.0
     softmax_scale: float | None = None  # None: 1 / √head_dim
     causal: bool = False
@@ -276,7 +275,7 @@ class AttentionConfig:
 
     @classmethod
     def of(cls, config: Mamba2Config) -> Self:
-        """What a config's attn_cfg says. Raises ValueError naming a key, its value and what would be accepted."""
+        """The attn_cfg of a config, with defaults. Raises ValueError naming key, value and what would be accepted."""
         values = config.attn_cfg
         if not isinstance(values, dict) or "num_heads" not in values:
             raise ValueError(f"attn_cfg is {values!r}, and must be an object with num_heads, for attn_layer_idx")

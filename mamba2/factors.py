@@ -2,14 +2,14 @@
 
 An initialisation is written `log_uniform`, or as a product with these, `log_uniform+A=ones+conv=identity`. Each
 function takes what the model drew, for all layers at once, and a generator of the stream (seed, factor); it gives the
-values to use. So all other tensors are the same to the bit, and a model that names no factor is as before.
+values to use. All other tensors stay bit-identical.
 
     A          log of A, (L, h)
     D          (L, h)
-    conv       weights (L, channels, k) of x, B and C, the last tap that of the token itself, and their biases
+    conv       weights (L, channels, k) of x, B and C, the last tap for the current token, and their biases
     BC         the rows of in_proj that make B and those that make C, (L, g n, d) each
     out_proj   weight (L, d, d_inner)
-    embedding  weight (v, d); of the logits, too, where they are tied
+    embedding  weight (v, d), shared with lm_head if tied
 """
 
 import hashlib
@@ -47,7 +47,7 @@ def uniform_1_16(A_log: Tensor, generator: Generator) -> Tensor:
 
 @_register("A")
 def A_ones(A_log: Tensor, generator: Generator) -> Tensor:
-    """A = 1 everywhere: memory is then dt's alone."""
+    """A = 1 everywhere: memory then depends on dt alone."""
     return torch.zeros_like(A_log)
 
 
@@ -59,19 +59,19 @@ def slow(A_log: Tensor, generator: Generator) -> Tensor:
 
 @_register("D")
 def D_ones(D: Tensor, generator: Generator) -> Tensor:
-    """D = 1: every head passes its input on."""
+    """D = 1: every head adds its input to its output."""
     return torch.ones_like(D)
 
 
 @_register("D")
 def zeros(D: Tensor, generator: Generator) -> Tensor:
-    """D = 0: what a head gives comes from its state alone."""
+    """D = 0: a head's output comes from its state alone."""
     return torch.zeros_like(D)
 
 
 @_register("conv")
 def identity(weight: Tensor, bias: Tensor | None, generator: Generator) -> tuple[Tensor, Tensor | None]:
-    """A tenth of what was drawn, and 1 for the token itself: nearly no convolution (Trockman et al. 2024)."""
+    """A tenth of the drawn weights, plus 1 at the last tap: nearly no convolution (Trockman et al. 2024)."""
     weight = weight / 10
     weight[..., -1] += 1
     return weight, None if bias is None else bias / 10
@@ -79,8 +79,8 @@ def identity(weight: Tensor, bias: Tensor | None, generator: Generator) -> tuple
 
 @_register("BC")
 def tied(B: Tensor, C: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
-    """C's rows are B's and a tenth of their own: alike tokens find each other, as in linear attention (Trockman et al.
-    2024, arXiv:2410.11135, "mimetic", with conv=identity and A=slow)."""
+    """Rows of C = rows of B + C/10: a token reads what similar tokens wrote, as in linear attention.
+    Trockman et al. 2024, arXiv:2410.11135 ("mimetic"), with conv=identity and A=slow."""
     return B, B + C / 10
 
 
@@ -106,7 +106,7 @@ def small(weight: Tensor, generator: Generator) -> Tensor:
 
 
 def parse_initialization(text: str) -> tuple[str, dict[str, str]]:
-    """`log_uniform+A=ones+D=zeros` as dt_bias's name and the factors. Raises ValueError naming what is unknown."""
+    """Split `log_uniform+A=ones+D=zeros` into dt_bias's name and factors. Raises ValueError naming an unknown one."""
     name, *products = text.split("+")
     if name not in INITIALIZERS:
         raise ValueError(f"unknown initialization {name!r}: choose from {', '.join(INITIALIZERS)}")
@@ -124,8 +124,8 @@ def parse_initialization(text: str) -> tuple[str, dict[str, str]]:
 
 @torch.no_grad()
 def apply_factor(factor: str, choice: str, seed: int, layers: list[tuple[Tensor | None, ...]]) -> dict[str, Any]:
-    """Set one factor of all layers, whose tensors (views of them, or None) are `layers`; the record of it: name,
-    seed and sha256 of the values, float32, layer by layer."""
+    """Set one factor in place; `layers` holds the tensors of each layer (views, or None). Returns its record: name,
+    seed and sha256 of the float32 values, layer by layer."""
     drawn = [None if parts[0] is None else torch.stack(parts).float().cpu() for parts in zip(*layers)]
     made = FACTORS[factor][choice](*drawn, seed_stream(seed, factor))
     digest = hashlib.sha256()

@@ -1,10 +1,10 @@
-"""dt_bias: how fast each head forgets before training has said anything.
+"""Initialisations of dt_bias, which sets how fast each head forgets before training.
 
 A head steps by `dt = softplus(W_dt x + dt_bias)`, keeps `exp(-dt·A)` of its state per token and writes `dt·B x` to it:
 its half-life is `ln 2 / (dt·A)` tokens. Each function below gives dt for all layers and heads at once; `make_dt_bias`
 turns a name into the dt_bias tensor and a record of what was applied.
 
-Every one is `(shape, A, p, generator) -> dt`:
+Each is a function `(shape, A, p, generator) -> dt`:
     shape      (n_layers, nheads)
     A          float64, broadcastable to shape, positive: exp(A_log)
     p          DtParams; each initializer names the ones it reads, and those go into the record
@@ -43,8 +43,8 @@ class DtParams:
 
     @classmethod
     def read(cls, settings: list[str], length: int | None = None, **defaults: float) -> "DtParams":
-        """From texts such as half_life_max=256, over `defaults`. With `length`, that of the windows trained on, a half
-        life or chrono_max may be a share of it: half_life_max=0.5L. Raises ValueError naming what it cannot read."""
+        """Parse settings such as half_life_max=256, over `defaults`. With `length`, the tokens of a training window, a
+        half-life or chrono_max may be a share of it: half_life_max=0.5L. Raises ValueError naming a wrong setting."""
         values: dict[str, float] = {}
         for setting in settings:
             key, _, text = setting.partition("=")
@@ -106,7 +106,7 @@ class Initializer:
 
     @property
     def reads(self) -> set[str]:
-        """The fields of DtParams that change what it gives."""
+        """The fields of DtParams that change its result."""
         return {"value", "t_min", "t_max"} if "constant" in self.parameters else set(self.parameters)
 
 
@@ -122,7 +122,7 @@ def _register(*parameters: str, stream: str = "dt_bias") -> Callable:
 
 
 def seed_stream(seed: int, name: str) -> Generator:
-    """A CPU generator that depends on (seed, name) alone: what one stream draws cannot move another."""
+    """A CPU generator that depends on (seed, name) alone: draws from one stream do not change another."""
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)  # 63 bits: manual_seed is signed
 
@@ -154,7 +154,7 @@ def _depth(shape: Shape) -> Tensor:
 
 
 def _shuffled_heads(shape: Shape, generator: Generator) -> Tensor:
-    """0..nheads-1 in an order of its own for each layer: int64 (n_layers, nheads)."""
+    """A random order of 0..nheads-1 for each layer: int64 (n_layers, nheads)."""
     return torch.stack([torch.randperm(shape[1], generator=generator) for _ in range(shape[0])])
 
 
@@ -198,7 +198,7 @@ def log_uniform(shape: Shape, A: Tensor, p: DtParams, generator: Generator) -> T
 
 @_register("t_min", "t_max", stream="dt_bias_shuffle")
 def log_linspace(shape: Shape, A: Tensor, p: DtParams, generator: Generator) -> Tensor:
-    """t_min (t_max/t_min)^η, heads shuffled per layer: log_uniform without its luck (S4's `deterministic` option)."""
+    """t_min (t_max/t_min)^η, heads shuffled per layer: log_uniform, evenly spaced (S4's `deterministic` option)."""
     return p.t_min * (p.t_max / p.t_min) ** _shuffled_eta(shape, generator)
 
 
@@ -236,7 +236,7 @@ def constant(shape: Shape, A: Tensor, p: DtParams, generator: Generator) -> Tens
 def ones(shape: Shape, A: Tensor, p: DtParams, generator: Generator) -> Tensor:
     """dt_bias = 1, so dt = softplus(1) = 1.31: a negative control, and what a model left uninitialised gets.
 
-    transformers and flash-linear-attention both shipped it: a parameter created as ones that no initialisation reached.
+    transformers and flash-linear-attention both shipped it: dt_bias was created as ones and never initialised.
     """
     return F.softplus(torch.ones(shape, dtype=torch.float64))
 
@@ -283,7 +283,7 @@ def hgrn(shape: Shape, A: Tensor, p: DtParams, generator: Generator) -> Tensor:
 
 @_register(stream="dt_bias_shuffle")
 def lightning(shape: Shape, A: Tensor, p: DtParams, generator: Generator) -> Tensor:
-    """2^(-8(h+1)/H) (1 - λ + 1e-5) / A: ALiBi's slopes, all but zero in the last layer (Lightning attention)."""
+    """2^(-8(h+1)/H) (1 - λ + 1e-5) / A: ALiBi's slopes, close to 0 in the last layer (Lightning attention)."""
     slope = 2 ** (-8 * (_shuffled_heads(shape, generator) + 1).double() / shape[1])
     return slope * (1 - _depth(shape) + 1e-5) / A
 
@@ -335,8 +335,7 @@ def make_dt_bias(
 
 
 def require_normal(name: str, tensor: Tensor, positive: bool = False) -> None:
-    """Raise ValueError where a value is not finite, or so small that float32 holds only some of its digits; zero is
-    fine unless all must be `positive`."""
+    """Raise ValueError where a value is not finite or is subnormal in float32; zero is allowed unless `positive`."""
     limits = torch.finfo(torch.float32)
     for part in tensor.detach().flatten().split(2**20):
         wrong = ~part.isfinite() | ((part.abs() < limits.tiny) & (positive | (part != 0)))
@@ -360,7 +359,7 @@ def dt_table(dt_bias: Tensor, A: Tensor) -> str:
     """
     dt = F.softplus(dt_bias.detach().cpu().double())
     tau = half_life(dt, A.detach().cpu().double())
-    # dt_bias is float32, which moves a half-life by 1e-6 of itself: a head set to 1024 tokens must not count as above.
+    # float32 dt_bias changes a half-life by a relative 1e-6: a head set to 1024 tokens must not count as above.
     remembers = [(tau > tokens * (1 + 1e-5)).double().mean(1) for tokens in (16, 128, 1024)]
     lines = [
         f"{'':5} | {'dt':^26} | {'half-life, tokens':^26} | {'heads that remember':^20}",
@@ -375,5 +374,5 @@ def dt_table(dt_bias: Tensor, A: Tensor) -> str:
 
 
 def _short(value: Tensor) -> str:
-    """Three digits, or the whole number where that is shorter, in 8 columns."""
+    """In 8 columns: a whole number from 1000 to 1e7, else three significant digits."""
     return f"{value:8.0f}" if 1000 <= value < 1e7 else f"{value:8.3g}"

@@ -36,8 +36,8 @@ def build_mixer(config: Mamba2Config, layer: int) -> Mamba2Mixer | AttentionMixe
     return AttentionMixer(config) if layer in config.attn_layer_idx else Mamba2Mixer(config)
 
 
-# For the backward pass: keeps results of products and, on a processor, of SSD, which is made of products there. SSD's
-# kernels run again: their result and the states that they keep would be a quarter of all that is kept.
+# What keep_products_only saves for the backward pass: results of matrix products and, on a CPU, of SSD, which consists
+# of products there. On a GPU SSD's kernels run again: their result and states would be a quarter of all that is saved.
 _keep_products = functools.partial(
     create_selective_checkpoint_contexts,
     [
@@ -52,10 +52,10 @@ NOT_RECOMPUTED = "does not go with keep_products_only or checkpoint_every: turn 
 
 
 def _recompute(block: nn.Module, function: Callable, *arguments: object, **options: object) -> tuple:
-    """Run the block's `function` and keep its arguments alone; run it again in the backward pass.
+    """Run the block's `function`, save its arguments only (and what `context_fn` says), run it again in backward.
 
-    Raises ValueError where that would be with other weights, those that `functional_call` had replaced, or where torch
-    does not have it.
+    Raises ValueError in the second run if `functional_call` had replaced the weights, which it would not see, and in
+    gradients by `torch.func`, which torch does not support here.
     """
     calls = itertools.count()
 
@@ -66,7 +66,7 @@ def _recompute(block: nn.Module, function: Callable, *arguments: object, **optio
 
     replaced = not all(isinstance(parameter, nn.Parameter) for parameter in block.parameters())
     try:
-        # Nothing in a block is random; asking a GPU's generator for its state would not go into a CUDA graph.
+        # Nothing in a block is random, and reading the state of a GPU's generator cannot be part of a CUDA graph.
         options = {"use_reentrant": False, "preserve_rng_state": False, **options}
         return checkpoint(once if replaced else function, *arguments, **options)
     except RuntimeError as error:
@@ -143,8 +143,8 @@ class Mamba2Backbone(nn.Module):
         state: list[State] | None = None,
         return_state: bool = True,
     ) -> tuple[torch.Tensor, list[State | None]]:
-        """Returns hidden (b, l, d) after the last norm, and the state of each layer after the last token, which costs
-        something: without `return_state` it is None."""
+        """Returns hidden (b, l, d) after the last norm, and a list with the state of each layer after the last token.
+        Without `return_state` the states are None and are not computed."""
         x, residual = self._embed(input_ids), None  # (b, l, d)
         new_state = []
         for i, layer in enumerate(self.layers):
@@ -175,9 +175,9 @@ class Mamba2LM(nn.Module):
         config: the Mamba2Config, which also records how dt_bias was initialised.
         backbone.checkpoint_every: activation checkpointing. 0 keeps all activations; k recomputes every k-th block in
             the backward pass (1: every block), which trades time for memory.
-        backbone.layers[i].keep_products_only: keep the results of that block's products alone and compute norms,
-            convolution and gate, and on a GPU SSD, again in the backward pass: half of the activations, for a few
-            percent of the time. For blocks that checkpoint_every leaves alone.
+        backbone.layers[i].keep_products_only: save only the results of that block's matrix products; norms,
+            convolution and gate, and on a GPU SSD, are computed again in the backward pass. This halves the activations
+            for a few percent more time. For blocks that checkpoint_every does not recompute.
     """
 
     def __init__(
@@ -187,15 +187,15 @@ class Mamba2LM(nn.Module):
         initialization: str = "log_uniform",
         dt_parameters: DtParams | None = None,
     ):
-        """Build and initialise. All weights but dt_bias and the factors named depend on `seed` alone, and nothing does
-        on the global generator.
+        """Build and initialise. For one config, all weights but dt_bias and the named factors depend on `seed` alone.
+        The global generator is not used.
 
         Arguments: `initialization` is a name from `mamba2.initializers`, or a product with factors of `mamba2.factors`,
-        "log_uniform+A=ones"; `dt_parameters` are its parameters, by default
-        the config's time_step_min, time_step_max and time_step_floor. On the meta device nothing is initialised.
+        "log_uniform+A=ones"; `dt_parameters` are its parameters, by default the config's time_step_min, time_step_max
+        and time_step_floor. On the meta device nothing is initialised.
 
         Raises MemoryError, before anything is allocated, when the machine cannot hold so many parameters; ValueError
-        when a weight would be no normal number of its dtype.
+        when a weight would be infinite, nan, or subnormal in float32.
         """
         super().__init__()
         if torch.get_default_device().type == "cpu":
@@ -226,13 +226,13 @@ class Mamba2LM(nn.Module):
         """Logits of the next token, or with `targets` the summed loss.
 
         Arguments:
-            input_ids: (b, l) int64 in [0, v); on a processor ValueError names one that is not.
+            input_ids: (b, l) int64 in [0, v); on a CPU an id outside raises ValueError.
             targets: (b, l) int64, the id after each input, -100 where it does not count. The loss is the sum over
-                tokens in nats, float32; the logits are never held whole.
+                tokens in nats, float32; the whole logits are never in memory at once.
             seq_idx: (b, l) integers; convolution and state restart before each token whose value differs from the
                 last one's. `state` belongs to the document of the first token.
-            state: what an earlier call returned, to go on from there; None starts empty.
-            return_state: also return the state after the last token, a list with what each layer remembers.
+            state: the state that an earlier call returned, to continue from; None starts empty.
+            return_state: also return the state after the last token, a list with one entry per layer.
 
         Returns logits (b, l, v), or the loss, and the state if asked for.
         """
@@ -265,11 +265,11 @@ class Mamba2LM(nn.Module):
     ) -> tuple[torch.Tensor, list[State]]:
         """Read prompts: logits (b, v) of the token after each, and the state after each. No gradient.
 
-        Arguments: input_ids (b, l) int64; lengths: tokens of each row that are its prompt, where they differ; what lies
-        beyond is never read. `state`: to go on from, left as it is; None starts empty. `segment`: tokens that go
-        through the model at a time, which bounds memory.
+        Arguments: input_ids (b, l) int64; `lengths`: prompt length of each row, where they differ; later tokens of the
+        row are not read. `state`: to continue from, not changed; None starts empty. `segment`: tokens that go through
+        the model at a time, which bounds memory.
 
-        Rows run side by side up to the end of the shortest, then the others go on: nothing is padded.
+        All rows run as one batch up to the end of the shortest prompt, then the others continue: nothing is padded.
         Raises ValueError naming an id outside the vocabulary, or lengths that do not fit.
         """
         b, l = input_ids.shape
@@ -299,9 +299,10 @@ class Mamba2LM(nn.Module):
 
     @torch.no_grad()
     def step(self, input_ids: torch.Tensor, state: list[State]) -> tuple[torch.Tensor, list[State]]:
-        """One token per row, (b,) int64: logits (b, v) of the next, and `state`, which is advanced in place.
+        """Decode one token per row, input_ids (b,) int64: logits (b, v) of the next, and `state`, updated in place.
 
-        The same on every device, in constant time and memory. `mamba2.decoding` has faster ones.
+        The same code on every device; time and memory grow with the position only in attention layers.
+        `mamba2.decoding` has faster decoders.
         """
         return F.linear(self.backbone.step(input_ids, state), self.lm_head.weight), state
 
@@ -326,7 +327,7 @@ class Mamba2LM(nn.Module):
             draw_uniform(self.lm_head.weight, cfg.hidden_size**-0.5, generator)
 
     def _init_factors(self, factors: dict[str, str], seed: int) -> None:
-        """Replace what was drawn of each factor by its named choice, and record that in the config."""
+        """Replace the drawn values of each factor by its named choice, and record that in the config."""
         records = {}
         for factor, choice in factors.items():
             if factor == "embedding":
@@ -355,7 +356,7 @@ class Mamba2LM(nn.Module):
         )
 
     def mixers(self) -> list[Mamba2Mixer]:
-        """The Mamba-2 mixers: of all layers but those of attention."""
+        """The mixers of all layers except attention layers."""
         return [layer.mixer for layer in self.backbone.layers if isinstance(layer.mixer, Mamba2Mixer)]
 
     def dt_bias(self) -> torch.Tensor:
@@ -386,7 +387,7 @@ class Mamba2LM(nn.Module):
         return model.to(device)
 
     def save_pretrained(self, path: str | os.PathLike) -> Path:
-        """Write model.safetensors (float32) and config.json into the folder `path`; each file appears whole or not."""
+        """Write model.safetensors (float32) and config.json into the folder `path`; each file is written atomically."""
         return write_model(path, self.config, self.state_dict())
 
 
@@ -397,7 +398,7 @@ def tensor_shapes(config: Mamba2Config) -> dict[str, tuple[int, ...]]:
 
 
 def num_parameters(config: Mamba2Config) -> int:
-    """Exact number of parameters, tied embeddings once; of one layer of each kind, as there may be any number."""
+    """Exact number of parameters, tied embeddings counted once. Builds one Mamba-2 block only, on the meta device."""
     attention = config.attn_layer_idx
     other = next(layer for layer in itertools.count() if layer not in attention)
     tables = 1 if config.tie_word_embeddings else 2
@@ -420,7 +421,7 @@ def flops_per_token(config: Mamba2Config, length: int) -> int:
 
 
 def check_ids(input_ids: torch.Tensor, vocab_size: int) -> None:
-    """Raise ValueError naming an id that is none."""
+    """Raise ValueError naming an id outside [0, vocab_size)."""
     low, high = (int(bound) for bound in input_ids.aminmax())
     if low < 0 or high >= vocab_size:
         wrong = low if low < 0 else high
@@ -428,7 +429,7 @@ def check_ids(input_ids: torch.Tensor, vocab_size: int) -> None:
 
 
 def embed(input_ids: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Rows of `weight` (v, d). Raises ValueError naming an id that has none, on a processor; a GPU cannot tell."""
+    """Rows of `weight` (v, d). Raises ValueError if ids are no integers, and on a CPU for an id outside [0, v)."""
     if input_ids.is_floating_point() or input_ids.dtype == torch.bool:
         raise ValueError(f"ids must be integers, not {input_ids.dtype}")
     try:
@@ -441,7 +442,7 @@ def embed(input_ids: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 def add_and_norm(
     x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The norm of x + residual in autocast's dtype where that is on, else the weight's; and the sum."""
+    """RMSNorm of x + residual, in autocast's dtype if autocast is on, else in the weight's; and the sum."""
     device = weight.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
     return add_rms_norm(x, residual, weight, eps, dtype)

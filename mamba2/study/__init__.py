@@ -1,4 +1,4 @@
-"""A study: a grid of runs in one file, what came of each, statistics, figures, the report."""
+"""A study: a grid of runs described in one file, their results, statistics, figures and report."""
 
 from mamba2.study.grid import Study, add_study, read_study, study_runs
 

@@ -26,7 +26,7 @@ def _pyplot():
 
 
 def png(figure) -> bytes:
-    """The figure as a PNG file of at most 255 colours, a third as large as one of all; it is closed."""
+    """The figure as a PNG file of at most 255 colours, a third as large as in full colour. Closes the figure."""
     from PIL import Image  # what matplotlib writes PNGs with
 
     drawn, file = io.BytesIO(), io.BytesIO()
@@ -38,7 +38,7 @@ def png(figure) -> bytes:
 
 
 def color(name: str):
-    """Of an initialisation, by its place among all: the same in every figure of every report."""
+    """The colour of an initialisation, by its place in INITIALIZERS: the same in every figure of every report."""
     names = list(INITIALIZERS)
     # The strong half of tab20 first: the first ten initialisations can be told apart best.
     place = names.index(name) if name in names else zlib.crc32(name.encode())  # a product with factors
@@ -222,7 +222,7 @@ def by_layer(data: dict[str, dict[str, list[np.ndarray]]], quantities: dict[str,
         _labelled(axis, label, "layer", "")
         low, high = (f([v for values in data.values() for v in np.ravel(values[key])]) for f in (min, max))
         axis.set_yscale("log")
-        axis.set_ylim(low / 1.5, high * 1.5)  # or ten per cent would fill the panel
+        axis.set_ylim(low / 1.5, high * 1.5)  # or a difference of 10 % would fill the panel
         axis.set_xticks(range(0, len(next(iter(data.values()))[key][0]), 1 + len(values[key][0]) // 8))
     axes[0][0].legend(frameon=False, fontsize=8)
     figure.tight_layout()
@@ -230,7 +230,7 @@ def by_layer(data: dict[str, dict[str, list[np.ndarray]]], quantities: dict[str,
 
 
 def drift(data: dict[str, list[tuple[np.ndarray, np.ndarray, float, float]]]):
-    """How far dt_bias has moved against the sum of learning rates, which bounds it under Adam, all but.
+    """How far dt_bias has moved, against the sum of learning rates, about the most that Adam can move it.
 
     Each run: Σ lr and drift while training (perhaps empty), drawn as a line; Σ lr and drift at the end, a diamond.
     """

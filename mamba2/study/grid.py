@@ -5,10 +5,10 @@
     python eval.py  --study configs/study-tiny.toml --report
     python -m mamba2.study configs/study-tiny.toml        what there is to do, and what is done
 
-Each script leaves out what is finished, so giving a command again costs nothing. The file has a table [study]: seeds,
-initializations, baseline (what the others are compared with), output (a folder), and if wanted hypothesis, the order of
-loss that is expected, which the report tests under the file's sha256; and the tables [init], [train], [eval]
-with flags of the scripts, as presets have them. What lies where:
+Each script skips finished runs, so a command can be given again. The file has a table [study]: seeds, initializations,
+baseline (what the others are compared with), output (a folder), and optionally hypothesis: initialisations in the
+expected order of loss, lowest first, which the report tests; and the tables [init], [train], [eval] with flags of the
+scripts, as presets have them. Files:
 
     OUTPUT/models/seed-S-NAME           from init.py
     OUTPUT/trained/seed-S-NAME          metrics and checkpoints from train.py, and the final model in seed-S-NAME-final
@@ -27,7 +27,7 @@ from mamba2 import cli
 from mamba2.factors import parse_initialization
 from mamba2.files import sha256
 
-# What the study decides, and its tables must not.
+# Flags that [study] sets, and that the other tables must not have.
 DECIDED = {
     "init": ("seeds", "initializations", "output_path"),
     "train": ("model_path", "output_dir"),
@@ -38,7 +38,7 @@ KEYS = ("seeds", "initializations", "baseline", "output")  # and, if there is on
 
 @dataclass(frozen=True)
 class StudyRun:
-    """One run, and what train.py makes of it."""
+    """One run: its files and folders, and the arguments of train.py."""
 
     seed: int
     initialization: str
@@ -53,7 +53,7 @@ class StudyRun:
 
     @property
     def state(self) -> str:
-        """The last that was finished."""
+        """The last stage that it reached."""
         stages = {"evaluated": self.evaluation, "trained": self.final, "started": self.output, "created": self.model}
         return next((stage for stage, path in stages.items() if path.exists()), "missing")
 
@@ -71,7 +71,7 @@ class Study:
     tables: dict[str, dict[str, Any]]
 
     def runs(self) -> list[StudyRun]:
-        """Every run; seeds outside, so that a study cut short has whole pairs."""
+        """Every run, seed by seed, so that a study cut short has complete pairs."""
         runs = []
         for seed in self.seeds:
             for name in self.initializations:
@@ -84,11 +84,11 @@ class Study:
 
     @property
     def registered(self) -> str:
-        """Where the hypothesis stands, for the report."""
+        """The file that states the hypothesis, and its sha256, for the report."""
         return f"{self.path}, sha256 {sha256(self.path)}"
 
     def options(self, section: str) -> dict[str, Any]:
-        """What the study decides for a script."""
+        """The flags of a script that [study] sets, and their values."""
         grid = {"seeds": self.seeds, "initializations": self.initializations}
         if section == "init":
             return {**grid, "output_path": str(self.output / "models")}

@@ -1,4 +1,4 @@
-"""Blocks of text, tables and figures, rendered as one page of HTML that needs nothing beside it, and as Markdown."""
+"""Blocks of text, tables and figures, rendered as one self-contained page of HTML and as Markdown."""
 
 import base64
 import html
@@ -7,7 +7,7 @@ from mamba2.study import figures
 
 
 class Page:
-    """Blocks in order, rendered twice."""
+    """Blocks in order."""
 
     def __init__(self) -> None:
         self._blocks: list[tuple] = []

@@ -1,6 +1,6 @@
-"""The report of a study: one page of HTML that needs nothing beside it, and the same as Markdown with its figures.
+"""The report of a study: one self-contained page of HTML, and the same as Markdown with its figures.
 
-It begins with the answer in words, made from the statistics (`mamba2.study.statistics.answer`).
+It begins with the answer in words, from `mamba2.study.statistics.answer`.
 """
 
 import json
@@ -45,7 +45,7 @@ def write_report(
 ) -> Path:
     """Write report.html, report.md, figures/ and statistics.json into `folder`. Returns the HTML file.
 
-    `sources` says where the numbers are from, "metrics" and "evaluations". `hypothesis`: initialisations in the order
+    `sources` names the files of "metrics" and "evaluations". `hypothesis`: initialisations in the order
     of loss that was expected, registered in sources["study"]. Raises ValueError naming two runs that cannot be
     compared, because data, tokenizer, steps or another setting differ. Runs that diverged are named on the page and
     left out of every mean, each with its pair.
@@ -102,7 +102,7 @@ def _diverged(run: Evaluated) -> str | None:
 
 
 def _unit(runs: dict[Key, Evaluated]) -> str:
-    """What a loss is a mean over: of synthetic tasks only answers count."""
+    """The unit that losses are averaged over: in synthetic tasks only answers count."""
     return "token" if any(run.record["results"] for run in runs.values()) else "answer"
 
 
@@ -509,7 +509,7 @@ def _f(value: float | None, form: str = ".4f") -> str:
 
 
 def _mean(values: list[float | None]) -> str:
-    """Four decimals, or as many digits where a perplexity is large."""
+    """The mean with four decimals, or four significant digits from 1e4 on."""
     if None in values:
         return "-"
     mean = float(np.mean(values))

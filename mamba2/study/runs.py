@@ -1,4 +1,4 @@
-"""What a run left behind of its training, and whether runs can be compared."""
+"""Reads the training history of a run, and checks whether runs can be compared."""
 
 import json
 import math
@@ -44,7 +44,7 @@ class History:
     sum_of_rates: float  # of all steps
     dt_drift: tuple[np.ndarray, np.ndarray]  # Σ lr, and how far the layers' median dt_bias has moved (mean over layers)
     settings: dict[str, Any]  # what runs that are compared must share
-    diverged: str | None  # what went wrong
+    diverged: str | None  # how; None: it did not
 
     @property
     def endpoint(self) -> float:
@@ -58,7 +58,7 @@ class History:
         return float(np.trapezoid(self.losses, self.tokens) / (self.tokens[-1] - self.tokens[0]))
 
     def tokens_to(self, target: float) -> float:
-        """Tokens until the held-out loss first reaches `target`, between evaluations by a straight line; nan: never."""
+        """Tokens until the held-out loss first reaches `target`, interpolated linearly; nan: never."""
         reached = np.flatnonzero(self.losses <= target)
         if not len(reached):
             return math.nan

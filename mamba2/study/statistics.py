@@ -1,6 +1,6 @@
-"""How sure a comparison is: paired differences, exact tests, equivalence, intervals clustered by document.
+"""Statistics of a comparison: paired differences, exact tests, equivalence, intervals clustered by document.
 
-Everything is on nats, never on perplexities. A paired difference is that of two runs with the same seed.
+Losses are compared in nats, never as perplexities. A paired difference is that of two runs with the same seed.
 """
 
 import bisect
@@ -22,7 +22,7 @@ MOST_SEEDS = 10_000
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean and where it lies with 95 %; nan where one cluster or one difference tells nothing."""
+    """A mean and its 95 % confidence interval, which is nan with one cluster or one difference."""
 
     mean: float
     low: float
@@ -53,7 +53,7 @@ def sign_flip_p(differences: list[float]) -> float:
     assumption on their distribution; beyond, 100 000 patterns drawn from a fixed seed.
     """
     d = np.asarray(differences, dtype=np.float64)
-    observed = abs(d.sum()) - 1e-12 * np.abs(d).sum()  # what is equal but for rounding counts as equal
+    observed = abs(d.sum()) - 1e-12 * np.abs(d).sum()  # sums that differ by rounding count as equal
     if len(d) > EXACT_UP_TO:
         signs = np.random.default_rng(0).integers(0, 2, (DRAWS, len(d)), dtype=np.int8) * 2 - 1
         return float((1 + (np.abs(signs @ d) >= observed).sum()) / (1 + DRAWS))
@@ -64,7 +64,7 @@ def sign_flip_p(differences: list[float]) -> float:
 
 
 def smallest_p(n: int) -> float:
-    """The smallest that `sign_flip_p` can be with n differences."""
+    """The smallest p that `sign_flip_p` can give with n differences."""
     return min(1.0, 2.0 ** (1 - n))
 
 
@@ -121,12 +121,12 @@ class Paired:
 
     @property
     def shown(self) -> bool:
-        """A difference, by the test that assumes nothing, after Holm's correction."""
+        """Whether the sign-flip test shows a difference, after Holm's correction."""
         return self.p_holm <= ALPHA
 
     @property
     def equivalent(self) -> bool:
-        """No difference larger than EQUIVALENCE, at 5 % over all contrasts, if differences are normally distributed."""
+        """Whether the t tests show |mean| < EQUIVALENCE, after Holm's correction; assumes normal differences."""
         return self.p_equivalence_holm <= ALPHA
 
 
@@ -162,7 +162,7 @@ def _paired(name: str, baseline: str, seeds: list[int], differences: list[float]
     deviation = float(d.std(ddof=1))
     error = deviation / math.sqrt(n)
     half = float(stats.t.ppf(0.5 + LEVEL / 2, n - 1)) * error
-    if deviation == 0:  # every seed the same to the bit: nothing to estimate a spread from
+    if deviation == 0:  # all differences are equal: no spread to estimate
         p_t = 1.0 if mean == 0 else 0.0
         p_equivalence, d_z = (0.0 if abs(mean) < EQUIVALENCE else 1.0), nan
     else:
@@ -178,7 +178,7 @@ def _paired(name: str, baseline: str, seeds: list[int], differences: list[float]
 
 
 def answer(comparisons: list[Paired], endpoint: str) -> list[str]:
-    """What the comparisons say about `endpoint` (nats per token), one sentence each, no stronger than they are."""
+    """What the comparisons show about `endpoint`, one sentence each, claiming no more than the tests do."""
     if not comparisons:
         return ["There is one initialisation only, and nothing to compare it with."]
     tested = [c for c in comparisons if len(c.differences) > 1]
