@@ -1,9 +1,9 @@
-"""What a whole block costs, and each of its ops, without a GPU: traffic counted in the interpreter, resources compiled.
+"""Costs of a block and of each of its ops, without a GPU: traffic counted in the interpreter, resources compiled.
 
     python -m benchmarks.block_report
 
-The block is everything but its two products in_proj and out_proj, which are the same for everybody: residual add and
-norm, convolution, ssd, gated norm. `benchmarks.kernel_report` goes into ssd; resources here are those of the others.
+The block is everything but the products in_proj and out_proj, which every implementation has: residual add and norm,
+convolution, ssd, gated norm. `benchmarks.kernel_report` has the details of ssd; resources here are of the other ops.
 
 The shape is one mixer block of `configs/config.json` (d_model 256, d_inner 768, h24 p32 g8 n142, K 4) on one sequence
 of 512 tokens, activations in bfloat16, residual stream and parameters in float32; x and z are slices of in_proj's
@@ -191,7 +191,7 @@ def mamba_ssm_norms() -> tuple[Callable, Callable]:
         )
     for kernel in vars(plain).values():
         if isinstance(kernel, Autotuner):
-            kernel.configs = kernel.configs[:1]  # there is nothing to time with
+            kernel.configs = kernel.configs[:1]  # without a GPU nothing can be timed
     return gated.rmsnorm_fn, plain.rms_norm_fn
 
 
@@ -210,7 +210,7 @@ def measure_softmax(dtype: torch.dtype = torch.bfloat16) -> Cost:
 
 
 def resource_launches() -> Iterator[tuple[str, list]]:
-    """Launches at shapes of models, captured and not run: of the study, of mamba2-2.7b (d 2560, d_inner 5120)."""
+    """Launches, captured and not run, at the shapes of the study's model and of mamba2-2.7b (d 2560, d_inner 5120)."""
     from benchmarks.compilation import captured
     from mamba2.ops import add_rms_norm, causal_conv1d, gated_rms_norm
     from mamba2.ops.cross_entropy import triton_softmax
@@ -253,7 +253,7 @@ def resources() -> Iterator[tuple[str, list]]:
     """Title, and the `Compiled` of each target, for every kernel. Needs a process without TRITON_INTERPRET=1."""
     from benchmarks.compilation import TARGETS, compile_launch
 
-    importlib.import_module("mamba2.ops")  # decorates the kernels: before the next line, to have them compiled
+    importlib.import_module("mamba2.ops")  # before the next line, so that kernels are compiled, not interpreted
     # Lets CPU tensors through to launches that are only noted, never run.
     with mock.patch.dict(os.environ, TRITON_INTERPRET="1", MAMBA2_BACKEND="triton"):
         everything = list(resource_launches())
@@ -323,7 +323,7 @@ def print_traffic() -> None:
 
 
 def print_resources() -> bool:
-    """Print the table; whether every kernel fits every target without spilling."""
+    """Print the table. Returns whether every kernel fits every target without spilling."""
     from benchmarks.compilation import TARGETS
 
     fits = True

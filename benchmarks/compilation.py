@@ -1,4 +1,4 @@
-"""Compile for real targets what a call would launch, with no GPU present, and read the result.
+"""Compile the kernels that a call would launch, for real targets and without a GPU, and read their resources.
 
 `captured` runs a function with every kernel launch replaced by a note of its arguments; `compile_launch` compiles
 such a launch for a target exactly as Triton would on that device, specialisation on strides and alignment included.
@@ -69,8 +69,8 @@ class Compiled:
 
     @property
     def fits(self) -> bool:
-        """Whether the target can run it, and Triton before 3.7.1 compiles it rightly: on Hopper that one multiplies
-        wrongly by a transposed result as first operand (triton-lang/triton#6124, fla-org/flash-linear-attention#640).
+        """Whether the target can run it, and Triton before 3.7.1 compiles it correctly: on Hopper it multiplies wrongly
+        when the first operand is a transposed result (triton-lang/triton#6124, fla-org/flash-linear-attention#640).
         """
         return self.spills <= SPILLS and self.shared <= TARGETS[self.target].shared_limit and not self.transposed
 

@@ -1,11 +1,11 @@
-"""What a token costs when text is generated with the study's model, beside transformers' `generate`.
+"""Time per generated token of the study's model, beside transformers' `generate`.
 
     python -m benchmarks.decode            # the table: some minutes on two cores
     python -m benchmarks.decode --quick    # fewer tokens, positions up to 4096
 
 Greedy, one sequence, random ids. A token cannot take less time than reading all weights but the embedding table once:
-"bound" is that, at the bandwidth of reading 400 MB (a sum, or a product with a vector, whichever is faster). Shared
-machines read at one speed now and another a minute later, so the two are timed in turns, a reading and 20 tokens, and
+"bound" is that, at the bandwidth of reading 400 MB (a sum, or a product with a vector, whichever is faster). The
+bandwidth of a shared machine changes from minute to minute, so the two are timed in turns, a reading and 20 tokens, and
 the best of each is taken. Decoding comes after a prompt, whose time does not count; transformers' (with its cache, the
 default) is the difference between two calls of `generate`. Prefill is the best of three; both keep the state and
 compute the logits of the last token alone. "compiled" rows decode by `mamba2.decoding.compiled`; the time to compile is
@@ -48,7 +48,7 @@ def memory() -> int:
 
 
 class Reading:
-    """What reads 400 MB, and the best time that it took so far."""
+    """Reads 400 MB and keeps the best time so far."""
 
     def __init__(self):
         self.rows = torch.ones(torch.get_num_threads(), 100_000_000 // torch.get_num_threads() // 1000, 1000)

@@ -1,15 +1,15 @@
-"""How long a kernel would take, estimated from its machine code: `python -m benchmarks.kernel_report --time`.
+"""Estimates a kernel's time from its machine code: `python -m benchmarks.kernel_report --time`.
 
-No GPU is needed, and nothing is timed: an estimate. For each launch at its real shape the largest of
+No GPU is needed, and nothing is timed. The estimate of a launch, at its real shape, is the largest of
 
     bytes     of the launch's arguments / 0.9 of the bandwidth
     issue     instructions of all warps / (4 a cycle and multiprocessor, of which 0.7 are reached)
     matrix    operations / the matrix units' peak; of mma.sync on Hopper 0.62 of it
     special   exponentials and their like / 16 a cycle and multiprocessor
     shared    bytes that wgmma, loads and stores move in shared memory / 128 a cycle and multiprocessor
-    chain     iterations that follow each other x the latency of one x how often the device has to be filled
+    chain     iterations in sequence x the latency of one x how often the device has to be filled
 
-and 2 us for the launch. Instructions are those of the machine code (nvdisasm), in loops times their trips. Trips are
+plus 2 us for the launch. Instructions are those of the machine code (nvdisasm), in loops times their trips. Trips are
 counted, not guessed: of each launch a few programs run in the interpreter, at the real shape, and their source lines
 are traced. A loop of the machine code belongs to the source loop that most of its lines are in. The latency of an
 iteration is that of one warp alone: it issues in order, after the stalls that the assembler wrote into each
@@ -18,7 +18,7 @@ those of the arguments, each once: what a launch reads again is taken to come fr
 
 Each of mamba-ssm's kernels is taken with the best of the first four configurations that its autotuner would try.
 
-What it cannot see: bank conflicts, how well loads of several programs overlap, the second-level cache, and what two
+Not modelled: bank conflicts, how well loads of several programs overlap, the second-level cache, and what two
 programs on a multiprocessor take from each other.
 """
 
@@ -60,7 +60,7 @@ DEVICES = {
     "sm_80": Device(108, 1.41, 2.04e12, 312e12, 1.0),  # A100 SXM 80 GB
 }
 
-# Cycles from issue to result. Arithmetic needs none here: the assembler knows it, and stalls.
+# Cycles from issue to result. Arithmetic is not listed: the assembler writes its latency into the stalls.
 LATENCIES = {
     r"LDS|LDSM": 30,
     r"LDG(?!STS|DEP)|LDL": 400,
@@ -120,7 +120,7 @@ def latency(body: list[Instruction]) -> int:
     """Cycles of one iteration of one warp that runs alone, once it is under way."""
     ready = [0] * 6
     began, clock = 0, 0
-    for _ in range(2):  # what an iteration waits for can have been started in the one before
+    for _ in range(2):  # an iteration can wait for what the one before started
         began = clock
         for instruction in body:
             for barrier in range(6):
@@ -152,7 +152,7 @@ def match(instructions: list[Instruction], loops: list[tuple[int, int]]) -> list
     result = []
     for start, end in sorted(loops):
         if any(start <= other and last <= end and (other, last) != (start, end) for other, last in loops):
-            continue  # the outer one
+            continue  # it holds another loop
         lines = Counter(i.line for i in instructions[start : end + 1])
         inside = [
             (sum(count for (file, n), count in lines.items() if file == c[0] and c[1] <= n <= c[2]), c[1] - c[2], c)
@@ -216,7 +216,7 @@ def noted(launches: list[tuple]) -> Iterator[None]:
 def call(
     who: str, shape: tuple[int, ...], form: str, target: str, watch: Callable, configuration: int = 0
 ) -> tuple[list, list]:
-    """What `watch` saw of a forward and of a backward pass, by "mamba2" or "mamba-ssm" in one of its configurations."""
+    """What `watch` recorded of a forward and a backward pass of `who`: "mamba2", or a configuration of "mamba-ssm"."""
     import torch
 
     from benchmarks.gpu.fast import make_tensors
@@ -225,7 +225,7 @@ def call(
     from tests.oracles import mamba_ssm_environment, mamba_ssm_scan
 
     count = DEVICES[target].multiprocessors
-    # Imported here, its kernels are compiled; the oracle would have them interpreted.
+    # Imported before TRITON_INTERPRET is set below, so that its kernels are compiled, not interpreted.
     sys.modules.setdefault("selective_scan_cuda", types.ModuleType("selective_scan_cuda"))
     with mamba_ssm_environment(count):
         configure(importlib.import_module("mamba_ssm.ops.triton.ssd_combined"), configuration)
@@ -309,7 +309,7 @@ def estimate(kernel, args: tuple, kwargs: dict, grid: tuple, lines: dict[str, fl
     bound, specialization, options = specialize(kernel, args, kwargs, target)
     options, signature, constants, attributes = kernel._pack_args(backend, kwargs, bound, specialization, options)
     source = ASTSource(kernel, signature, constants, attributes)
-    # Triton's cache does not tell checkouts apart, and what it keeps names the files of the first.
+    # Triton's cache does not tell checkouts apart, and its entries name the source files of the first.
     checkout = hashlib.sha256(__file__.encode()).hexdigest()[:12]
     os.environ["TRITON_CACHE_DIR"] = str(Path(tempfile.gettempdir()) / f"mamba2-estimate-{checkout}")
     compiled = triton.compile(source, target=limits.triton, options=options.__dict__)
@@ -320,10 +320,10 @@ def estimate(kernel, args: tuple, kwargs: dict, grid: tuple, lines: dict[str, fl
         limits.shared_total // (compiled.metadata.shared + 1024),
         limits.threads // threads,
     )
-    if resident == 0:  # no launch of this one succeeds
+    if resident == 0:  # one program needs more than a multiprocessor has
         return Bounds(kernel.fn.__name__, *[math.inf] * 6)
     instructions, loops = analysed(compiled.asm["cubin"])
-    # A kernel with several copies of a loop is one of several ways, of which a program goes one.
+    # Several copies of a source loop are alternative paths, of which a program takes one.
     chain, shares = 0.0, Counter(loop.source for loop in loops)
     ways = max(shares.values(), default=1)
     times = [0.0] * len(instructions)  # that a program runs each instruction
@@ -332,7 +332,7 @@ def estimate(kernel, args: tuple, kwargs: dict, grid: tuple, lines: dict[str, fl
         times[i] = min(1.0, lines.get(f"{file}:{line}", 0.0)) / ways
     for loop in loops:
         file, first, _ = loop.source
-        count = lines.get(f"{file}:{first}", 0.0) / shares[loop.source]  # a loop for each way through the kernel
+        count = lines.get(f"{file}:{first}", 0.0) / shares[loop.source]  # one copy for each path
         times[loop.start : loop.end + 1] = [count] * (loop.end + 1 - loop.start)
         chain += count * latency(instructions[loop.start : loop.end + 1])
     inside = {i for loop in loops for i in range(loop.start, loop.end + 1)}
@@ -363,7 +363,7 @@ def analysed(cubin: bytes) -> tuple[list[Instruction], list[Loop]]:
 
 
 def operations(op: str, device: Device) -> float:
-    """FLOP of a warp's part of a product, as many as wgmma would do in the time."""
+    """FLOP of a warp's matrix instruction; for mma.sync, what wgmma would do in the same time."""
     if found := re.match(r"HGMMA\.(\d+)x(\d+)x(\d+)", op):
         return 2.0 * math.prod(map(int, found.groups())) / 4
     if found := re.match(r"HMMA\.(\d{2})(\d)(\d{1,2})", op):

@@ -1,8 +1,8 @@
-"""Triton's interpreter made fit to judge kernels: bfloat16 as hardware has it, and every memory access counted.
+"""Patches of Triton's interpreter: bfloat16 rounded as hardware does, and every memory access counted.
 
 `prepare_interpreter` repairs two things in Triton's interpreter, which keeps bfloat16 as the bits of a uint16: casts
 truncate where hardware rounds to nearest even, and `tl.dot` multiplies the bits as integers. And one in that of 3.6.0:
-NumPy from 2.4 on makes no number of an array of one, which scalars are there.
+its scalars are arrays of one element, which NumPy from 2.4 on does not convert to numbers.
 
 `record` counts what each launch moves. DRAM bytes are the unique 32-byte sectors that a launch reads, plus those that
 it writes: what a cache large enough for one launch leaves. The addresses are kept, so that the same record tells
@@ -24,8 +24,8 @@ SECTOR = 32
 
 
 def prepare_interpreter() -> None:
-    """Patch the interpreter for the rest of the process: bfloat16 as devices round it, and half the time. Harmless when
-    done twice."""
+    """Patch the interpreter for the rest of the process: bfloat16 as on devices, and half the time. A second call does
+    nothing."""
     builder = interpreter.InterpreterBuilder
     if getattr(builder, "exact_bfloat16", False):
         return
@@ -76,7 +76,7 @@ def _patch_once_a_launch() -> None:
         return plain_patch(function)
 
     def launch(self, *args, **kwargs):
-        patched.clear()  # the launch before has put some of them back
+        patched.clear()  # the previous launch has restored some of them
         return plain_launch(self, *args, **kwargs)
 
     interpreter._patch_lang, interpreter.GridExecutor.__call__ = patch, launch
@@ -97,7 +97,7 @@ class Launch:
     """One kernel launch as the interpreter saw it."""
 
     name: str
-    requested: int = 0  # bytes read and written, every time that a program asks
+    requested: int = 0  # bytes read and written, every access counted
     flops: int = 0  # of tl.dot: 2 m n k
     read: list[np.ndarray] = field(default_factory=list)  # sectors, unique per access
     written: list[np.ndarray] = field(default_factory=list)

@@ -1,4 +1,4 @@
-"""What the kernels of ssd cost, without a GPU: traffic counted in the interpreter, resources read off compilations.
+"""Costs of ssd's kernels, without a GPU: traffic counted in the interpreter, resources read from compilations.
 
     python -m benchmarks.kernel_report                        both tables, then `benchmarks.block_report`: some minutes
     python -m benchmarks.kernel_report --traffic [SHAPE …]    the first
@@ -174,7 +174,7 @@ def print_traffic(shapes: list[str]) -> None:
 def write_counts(path: Path) -> None:
     """DRAM bytes and operations per token of every launch, forward and backward, in a sequence of 512 tokens.
 
-    Where one group has all heads, 8 and 16 of them are counted and the rest follows: each head more adds the same.
+    With one group, 8 and 16 heads are counted and the rest extrapolated: each further head adds the same.
     """
     from benchmarks.gpu.fast import SHAPES as MEASURED
     from benchmarks.gpu.right import FORMS as WALKS
@@ -274,7 +274,7 @@ def step_resources(shapes: list[str]) -> "Iterator[tuple[str, Compiled]]":
 
 
 def print_resources(shapes: list[str]) -> bool:
-    """Print the table; whether every kernel fits every target."""
+    """Print the table. Returns whether every kernel fits every target."""
     import torch
     from triton.runtime.errors import PTXASError
 

@@ -1,10 +1,10 @@
-"""What the training loop costs beside forward, backward and optimizer.
+"""Time that the training loop takes beside forward, backward and optimizer.
 
     python -m benchmarks.loop_overhead               # the study's model, 8 steps of 4 windows of 1024: about a minute
     python -m benchmarks.loop_overhead --preset tiny # any option of train.py
 
-Runs train.py's own loop on the Python standard library and takes the time of its parts; evaluation, samples and saves
-fall before and after the steps that count. On a GPU every part is waited for, which costs the overlap of a real run.
+Runs train.py's own loop on the Python standard library and times its parts; evaluation, samples and saves fall before
+and after the steps that count. On a GPU each part is synchronised, so parts do not overlap as in a real run.
 """
 
 import shutil
@@ -30,7 +30,7 @@ WATCHED = ("forward", "backward", "optimizer", "logging")
 
 
 class Clock:
-    """Seconds in each of the functions that it is put around."""
+    """Adds up the seconds spent in the functions that it wraps."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = defaultdict(float)

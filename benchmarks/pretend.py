@@ -1,4 +1,4 @@
-"""A device of any size, as the launcher of ssd is told of it."""
+"""Tells the launcher of ssd another number of multiprocessors than the device has."""
 
 import contextlib
 from collections.abc import Iterator
@@ -9,6 +9,6 @@ from mamba2.ops.ssd import op
 
 @contextlib.contextmanager
 def multiprocessors(count: int) -> Iterator[None]:
-    """Inside, ssd's launches are those for so many: of very many every sequence is cut, however short."""
+    """Inside, ssd launches as for `count` multiprocessors: with very many it cuts every sequence, even a short one."""
     with mock.patch.object(op, "multiprocessors", lambda _: count), mock.patch.object(op, "FEW_CHUNKS", 0):
         yield

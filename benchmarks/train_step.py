@@ -1,13 +1,13 @@
-"""What one training step of the study's model costs, beside other implementations.
+"""Time and memory of one training step of the study's model, beside other implementations.
 
     python -m benchmarks.train_step                # the table: a third of an hour on two cores
     python -m benchmarks.train_step --quick        # batch 1, length 1024, fewer repetitions
     python -m benchmarks.train_step --no-compile   # without a C++ compiler
 
 A step is forward, backward and AdamW, on random ids. Each contender runs in its own process, which reports its best
-step and its largest resident memory (on a GPU: the allocator's peak). Share of peak: FLOPs of the model (config.py's
-count, the same for every contender) by time, over the best matrix product measured in the same dtype. "lean": as
-with train.py's `--keep-products-only --checkpoint-every off`, norms, convolution and gate a second time in the
+step and its largest resident memory (on a GPU: the allocator's peak). Share of peak: FLOPs of the model (by
+`flops_per_token`, for every contender) by time, over the best matrix product measured in the same dtype. "lean": as
+with train.py's `--keep-products-only --checkpoint-every off`, norms, convolution and gate are computed again in the
 backward pass. "compiled": on a processor `mamba2.ops.fusion.fuse`, on a GPU torch.compile of the model.
 """
 

@@ -1,1 +1,1 @@
-"""One command for the day a GPU is there: see `__main__.py`."""
+"""Checks and measurements of everything on a GPU, in one command: see `__main__.py`."""

@@ -1,4 +1,4 @@
-"""Everything worth knowing about this GPU in one go: do the kernels run, are they right, how fast are they?
+"""Check and measure everything on this GPU in one command: do the kernels run, are they right, how fast are they?
 
     python -m benchmarks.gpu                          all sections, in order of value: at most 8 minutes on an H100
     python -m benchmarks.gpu --only fast model        some of them
@@ -10,15 +10,15 @@
 Sections (`--list` names their cases):
 
     compile    every kernel that the others start, on all cores at once; nothing is measured
-    kernels    the device's two ceilings; each kernel alone, against the interpreter's result for the same arguments
+    kernels    the device's peak speeds; each kernel alone, against the interpreter's result for the same arguments
     right      every op against float64 and mamba-ssm, repeated runs, offsets past 2**31, compute-sanitizer
     fast       ssd: both of our forms, mamba-ssm, flash-linear-attention; each kernel beside its estimate
     model      training steps, memory, share of the step that waits for the host, decoding, resuming to the bit
     tuned      what MAMBA2_AUTOTUNE=1 chooses for ssd, and what that gains
 
-Each section runs in a process of its own, under a limit of time of its own; what a section leaves over goes to the next
-one. A case that fails, hangs or ends its process costs itself alone. Every result is printed as it comes and is in
---output at once: gpu.md to read, gpu.json with all figures, gpu.log with what the processes wrote besides.
+Each section runs in a process of its own, with a time limit of its own; time that a section leaves goes to the next.
+A case that fails, hangs or ends its process does not stop the others. Every result is printed as it comes and written
+to --output at once: gpu.md to read, gpu.json with all figures, gpu.log with the processes' other output.
 """
 
 import argparse
@@ -180,13 +180,13 @@ class Run:
             else:
                 report.add(name, cases[current], event["status"], time.monotonic() - began, event["values"])
                 last, current = current, None
-                if event["lost"]:  # an error after which the device answers this process no more
+                if event["lost"]:  # after this error the device refuses this process's work
                     stop(process)
                     return last + 1 if last + 1 < len(cases) else None
         return ended("crashed")
 
     def compile(self, report: Report, until: float) -> None:
-        """All cases of the other sections, shared out among processes that compile and start nothing."""
+        """Compile the kernels of all other sections' cases, shared among processes that launch none of them."""
         count = 1 if self.rehearse else min(16, os.cpu_count() or 1)
         began = time.monotonic()
         processes = [self.start("compile", i, "compile", count) for i in range(count)]
@@ -215,7 +215,7 @@ class Run:
 
 
 def events(process: subprocess.Popen, until: Any) -> Iterator[dict[str, Any] | None]:
-    """What the process says, a line of JSON each; None once, when `until()` has passed."""
+    """The process's lines of JSON, decoded; None once, when `until()` has passed."""
     lines: queue.Queue = queue.Queue()
 
     def read() -> None:

@@ -1,4 +1,4 @@
-"""ssd on the clock: both of our forms, mamba-ssm, flash-linear-attention, in one run on the same tensors.
+"""Times of ssd: both of our forms, mamba-ssm, flash-linear-attention, in one run on the same tensors.
 
 For ours also the time of each kernel, by the profiler, beside an estimate from what `benchmarks.kernel_report` counted:
 the larger of its bytes by the device's copy speed and its operations by the speed of a large product, measured here.
@@ -37,12 +37,12 @@ def cases(bench: Bench) -> dict[str, Case]:
     found: dict[str, Case] = {}
     for shape in [(1, 9, 2, 16, 1, 20)] if bench.rehearse else SHAPES:
         for training in (False, True):
-            # With documents, and the final states asked for: all that a training loop can want.
+            # In training: with documents and final states.
             title = f"{shape}, {'documents' if training else 'plain'}"
             for form, count in FORMS.items():
                 found[f"mamba2 {form}, {title}"] = functools.partial(ours, bench, shape, training, form, count)
             if bench.rehearse and training:
-                continue  # a quarter of a minute of the interpreter, for what the plain form shows
+                continue  # takes 15 s in the interpreter and shows no more than the plain form
             found[f"mamba-ssm, {title}"] = functools.partial(peer, bench, "mamba_ssm", shape, training)
             if not training:
                 found[f"flash-linear-attention, {title}"] = functools.partial(peer, bench, "fla", shape, training)
@@ -70,8 +70,8 @@ def make_tensors(shape: tuple[int, ...], device: torch.device, training: bool) -
 
 
 def measure(bench: Bench, shape: tuple[int, ...], function: Callable, tensors: dict) -> dict[str, float | str]:
-    """Milliseconds forward, backward alone, and both; bytes of the floor by time, GB/s. What a peer's backward pass
-    raises is a row, not the end of the case."""
+    """Milliseconds forward, backward alone, and both; bytes of the floor by time, GB/s. An error in a
+    backward pass becomes a value of the row and does not end the case."""
     b, l = shape[:2]
     leaves = [tensor for tensor in tensors.values() if tensor.requires_grad]
     with torch.no_grad():

@@ -1,5 +1,5 @@
-"""The device's two ceilings, then each kernel alone: started with arguments that the interpreter recorded, waited for,
-and what it leaves in memory compared with what the interpreter left."""
+"""The device's speed of a product and of a copy, then each kernel alone: launched with arguments that were recorded in
+the interpreter, and its results compared with the interpreter's."""
 
 import importlib
 import os
@@ -15,7 +15,7 @@ from mamba2.ops.kernel import target_of
 
 # Sums by scans and reductions in one kernel have failed on Hopper elsewhere (fla-org/flash-linear-attention#734).
 FIRST = ("_decays_kernel", "_decays_gradient_kernel")
-# Of what a launch leaves, by its dtype. Products of 16-bit operands are exact, their sums are in another order.
+# Bounds of a result's relative error, by dtype. Products of 16-bit operands are exact; sums are in another order.
 BOUNDS = {torch.float32: 2e-3, torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.int32: 0.0}
 
 
@@ -61,7 +61,7 @@ def start(launch: dict) -> dict[str, float]:
 
 
 def error(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    """Relative, by the norm; infinite where one has a number and the other has none."""
+    """Relative error by the norm; infinite where one is finite and the other is not."""
     actual, expected = actual.double(), expected.double()
     finite = expected.isfinite()
     if not torch.equal(finite, actual.isfinite()):

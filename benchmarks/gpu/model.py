@@ -1,4 +1,4 @@
-"""The model on the clock: training steps and the memory they take, decoding, prefill, whether a run repeats itself."""
+"""Times of the model: training steps and their memory, decoding, prefill; and whether a repeated run is identical."""
 
 import contextlib
 import dataclasses
@@ -28,7 +28,7 @@ from tests.runs import arguments, contents, interrupt_after, make_study, run_tra
 
 # A file of configs/, windows at a time, tokens of a window.
 SHAPES = [("config.json", 8, 1024), ("130m.json", 8, 2048), ("config.json", 58, 1024)]
-LARGE = 20_000  # tokens from which on steps are not made in many processes at once, only to compile
+LARGE = 20_000  # tokens of a step above which the section compile leaves it out
 
 
 def cases(bench: Bench) -> dict[str, Case]:
@@ -149,7 +149,7 @@ def training_step(
 
 
 def decoding(bench: Bench) -> dict[str, float]:
-    """Tokens per second of one sequence, greedy: the readable step and the CUDA graph; a prompt of 8192 tokens."""
+    """Tokens per second of one sequence, greedy: the plain step and the CUDA graph; a prompt of 8192 tokens."""
     config = read_config(bench, CONFIG)
     dtype = torch.float32 if bench.rehearse else torch.bfloat16
     model = Mamba2LM(config).to(bench.device, dtype)
@@ -179,7 +179,7 @@ def decoding(bench: Bench) -> dict[str, float]:
 
 
 def repeats(bench: Bench) -> dict[str, str]:
-    """train.py three times: as it is, again, and stopped half way and resumed. Every file to the bit."""
+    """train.py three times: as it is, again, and stopped half way and resumed. Every file must be equal."""
     # A whole model in the interpreter would take minutes.
     environment = {"MAMBA2_BACKEND": "torch"} if bench.rehearse else {}
     with tempfile.TemporaryDirectory() as folder, mock.patch.dict("os.environ", environment):

@@ -1,8 +1,8 @@
-"""Small calls of every op in Triton's interpreter, and what each of their launches was given and left.
+"""Record the arguments and results of every kernel launch in small calls of each op, in Triton's interpreter.
 
     TRITON_INTERPRET=1 MAMBA2_BACKEND=triton python -m benchmarks.gpu.record FILE TARGET [tiny]
 
-The launches are those that TARGET (sm_90, …) would see. `kernels` starts them again, each alone, on the device.
+The launches are those for TARGET (sm_90, …). `kernels` repeats each of them alone on the device.
 """
 
 import importlib
@@ -22,7 +22,7 @@ from mamba2.ops import causal_conv1d, linear_cross_entropy, ssd, ssd_step
 from tests.ops import test_conv1d_triton, test_cross_entropy_triton, test_norm_triton, test_ssd_step
 from tests.ops.test_ssd import documents, make_inputs
 
-PARALLEL = 10**6  # multiprocessors that no number of programs fills: many segments
+PARALLEL = 10**6  # more multiprocessors than there are programs: many segments
 
 
 def differentiate(op: Callable, inputs: dict[str, torch.Tensor | None]) -> None:
@@ -112,7 +112,7 @@ def main() -> None:
 
     def run(self, *args, **kwargs):
         before = io.BytesIO()
-        torch.save((encoded(args), kwargs), before)  # strides, and tensors that share memory, stay as they are
+        torch.save((encoded(args), kwargs), before)  # keeps strides, and storage that tensors share
         call(self, *args, **kwargs)
         after = [tensor.detach().clone() for tensor in tensors_of(args)]
         launches.append(

@@ -1,7 +1,7 @@
-"""Every op's values and gradients on the device: against float64, against mamba-ssm, against themselves.
+"""Every op's values and gradients on the device: against float64, against mamba-ssm, and against a repeated run.
 
-The rule is that of the tests, an error of at most twice that of the plain torch form in the same dtype, with as much
-again for shapes and orders of sums that the tests have not seen.
+The bound is twice that of the tests (an error of at most twice that of the plain torch form in the same dtype), because
+the tests have not seen these shapes and orders of sums.
 """
 
 import os
@@ -25,7 +25,7 @@ from tests.ops.test_ssd import MAMBA_SSM_CASES, documents, make_inputs, mamba_ss
 from tests.ops.test_ssd import run as run_ssd
 from tests.oracles import mamba_ssm_environment, mamba_ssm_scan
 
-# (b, l, h, p, g, n); nothing divides anything. The first is the study's, the last one's head has three tiles.
+# (b, l, h, p, g, n); no l is a multiple of the chunk size. The first has the study's p and n, the last 3 head tiles.
 SHAPES = [(1, 300, 6, 32, 2, 142), (2, 257, 4, 64, 1, 128), (1, 130, 3, 16, 3, 143), (1, 70, 4, 48, 2, 256)]
 FORMS = {"one segment": 1, "many segments": 10**6}  # multiprocessors that the launcher is told of
 SANITIZER_SECONDS = 50
@@ -137,7 +137,7 @@ def beside_mamba_ssm(name: str, device: torch.device) -> dict[str, float]:
 
 
 def repeated(bench: Bench) -> dict[str, int]:
-    """Many programs at once, five times: the same bits."""
+    """Many programs at once, five times: results must be equal to the bit."""
     shape = (1, 17, 2, 16, 1, 20) if bench.rehearse else (16, 1024, 24, 32, 8, 142)
     inputs = ssd_tensors(shape, torch.bfloat16, everything=False)
     first = checks.run(ssd_op(), inputs)
@@ -150,7 +150,7 @@ def repeated(bench: Bench) -> dict[str, int]:
 
 
 def far(name: str) -> dict[str, int]:
-    """The same bits where two sequences lie more than 2**31 elements apart."""
+    """Results must be equal to the bit where two sequences lie more than 2**31 elements apart."""
     inputs = ssd_tensors((2, 40, 2, 16, 1, 20), torch.bfloat16, everything=False)
     near, far = (checks.run(ssd_op(), {**inputs, name: t}) for t in (inputs[name], checks.far_apart(inputs[name], 0)))
     different = [key for key in near if not torch.equal(near[key], far[key])]

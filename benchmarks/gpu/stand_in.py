@@ -1,4 +1,4 @@
-"""What stands for a GPU where there is none: its name and properties, clocks that say nothing, a CUDA graph.
+"""Replacements for a GPU where there is none: its name and properties, clocks without meaning, a CUDA graph.
 
 `pretend_gpu` changes nothing about where tensors are: they stay on the processor, and kernels run in the interpreter.
 """
@@ -18,7 +18,7 @@ PROPERTIES = types.SimpleNamespace(name="NVIDIA H100 80GB HBM3", multi_processor
 
 
 class Graph:
-    """A CUDA graph: what was captured runs again on the same memory. Its results are where they were at first."""
+    """A CUDA graph: `replay` runs the captured operations again and writes results to the same memory."""
 
     def __init__(self):
         self.calls: list[tuple[Callable, tuple, dict, Any]] = []
@@ -47,7 +47,7 @@ class _Capture(TorchDispatchMode):
 
 class _Stream:
     def wait_stream(self, other: "_Stream") -> None:
-        """One program order is all that a processor has."""
+        """Nothing to wait for: on a CPU operations run in program order."""
 
 
 def _time_once(function: Callable[[], object], **options: Any) -> float:

@@ -1,4 +1,4 @@
-"""MAMBA2_AUTOTUNE=1 for ssd: what it chooses for a shape, and its time beside that with the table's launches."""
+"""MAMBA2_AUTOTUNE=1 for ssd: its choice for each shape, and the times with it and with the table's launches."""
 
 import functools
 import os

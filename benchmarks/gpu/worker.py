@@ -1,4 +1,4 @@
-"""The process of one section: runs its cases in order and says what came out, a line of JSON each, on standard output.
+"""The process of one section: runs its cases in order and prints each result as a line of JSON.
 
     python -m benchmarks.gpu.worker SECTION FIRST run|names|compile OF WORK OUTPUT [--rehearse]
 
@@ -22,7 +22,7 @@ from unittest import mock
 import torch
 
 SECTIONS = ("kernels", "right", "fast", "model", "tuned", "second")
-Case = Callable[[], dict[str, Any]]  # returns figures by name; raises Wrong where they are not what they should be
+Case = Callable[[], dict[str, Any]]  # returns figures by name; raises Wrong if they are not right
 
 
 class Wrong(Exception):
@@ -91,7 +91,7 @@ def nothing_started(share: int, of: int) -> Iterator[None]:
 
 
 def quick_autotuners() -> None:
-    """mamba-ssm's autotuners try a hundred configurations and more: time each for milliseconds."""
+    """Time each configuration for milliseconds only: mamba-ssm's autotuners try a hundred and more."""
     from triton.runtime.autotuner import Autotuner
     from triton.testing import do_bench
 
@@ -120,7 +120,7 @@ def run_cases(cases: dict[str, Case], first: int, say: Callable[..., None]) -> N
             values = case()
         except Wrong as wrong:
             status, values = "wrong", wrong.values
-        except Exception as error:  # whatever it is, it is one case's: it is reported, and the next case runs
+        except Exception as error:  # any error is reported for this case, and the next case runs
             traceback.print_exc()
             status, values = "failed", {"reason": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
         if not torch.cuda.is_available():
@@ -155,7 +155,7 @@ def main() -> None:
             for case in everything[int(first) :: int(of)][: 1 if bench.rehearse else None]:
                 try:
                     case()
-                except Exception:  # the case itself, when it runs, says what is wrong with it
+                except Exception:  # the case reports it when its section runs
                     traceback.print_exc()
             return
         cases = cases_of(section, bench)
