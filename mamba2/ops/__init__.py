@@ -1,4 +1,4 @@
-"""The mathematics: each op is one public function and one file per backend. Knows tensors only."""
+"""The operations, functions of tensors. All but `causal_conv1d_step` have a reference, a torch and a Triton form."""
 
 from mamba2.ops.conv1d import causal_conv1d, causal_conv1d_step
 from mamba2.ops.cross_entropy import IGNORE_INDEX, linear_cross_entropy, linear_token_losses

@@ -1,4 +1,4 @@
-"""MAMBA2_AUTOTUNE=1: choose how a kernel is started by timing it, once per device and shape; kept on disk."""
+"""MAMBA2_AUTOTUNE=1: choose the launch of a kernel by timing candidates, once per device and shape; kept on disk."""
 
 import contextlib
 import fcntl
@@ -24,11 +24,11 @@ def autotuning() -> bool:
 
 
 def fastest(key: str, candidates: Sequence[Candidate], start: Callable[[Candidate], object]) -> Candidate:
-    """The candidate with which `start` takes the least time; remembered under `key` in the file of `path`.
+    """Return the candidate with which `start` is fastest; the choice is stored under `key` in the file `path()`.
 
-    Candidates are told apart by their `repr`, so that a result is measured again when the list changes. One that cannot
-    be compiled for the device, or asks more of it than it has, is passed over; RuntimeError if all are. Of several
-    processes that share the file one measures, and the others wait for what it finds: all take the same.
+    Candidates are stored by their `repr`; all are timed again if the stored one is no longer in the list. One that does
+    not compile for the device, or needs more than the device has, is skipped; RuntimeError if all are. Of several
+    processes that share the file one measures, the others wait, and all use its result.
     """
     names = [repr(candidate) for candidate in candidates]
     if read().get(key) not in names:
@@ -61,16 +61,16 @@ def _seconds(candidate: Candidate, start: Callable[[Candidate], object]) -> floa
         begin = time.perf_counter()
         start(candidate)
         return time.perf_counter() - begin
-    except TritonError:  # the compiler's, the assembler's, or too much shared memory
+    except TritonError:  # of the compiler or assembler, or too much shared memory
         return float("inf")
     except RuntimeError as error:
-        if "PassManager" not in str(error):  # the compiler's as well; anything else is a fault of the kernel
+        if "PassManager" not in str(error):  # of the compiler, too; any other is a fault of the kernel
             raise
         return float("inf")
 
 
 def read() -> dict[str, str]:
-    """What the file holds: the `repr` of a candidate by key."""
+    """The stored choices, key -> `repr` of the candidate; empty if there is no file."""
     try:
         return _parse(path(), path().stat().st_mtime_ns)
     except FileNotFoundError:

@@ -1,9 +1,9 @@
-"""Which implementation an op runs: decided here and nowhere else.
+"""Chooses which implementation of an op runs.
 
-A CUDA or ROCm tensor goes to the Triton kernels, a CPU tensor to plain torch, and so does what the kernels do not take
-(float64, a convolution wider than 8). MAMBA2_BACKEND=reference, torch or triton overrides this for a run; Triton then
-takes a CPU tensor only in its interpreter (TRITON_INTERPRET=1), as the tests do. Forward-mode differentiation and the
-transforms of `torch.func` (jvp, vmap, grad, hessian, …) run the reference forms: slow, but torch sees into them.
+CUDA and ROCm tensors go to the Triton kernels; CPU tensors, and inputs that the kernels do not take (float64, a
+convolution wider than 8), to plain torch. MAMBA2_BACKEND=reference, torch or triton overrides this; Triton then takes a
+CPU tensor only in its interpreter (TRITON_INTERPRET=1), as in the tests. Forward-mode differentiation and the
+transforms of `torch.func` (jvp, vmap, grad, hessian, …) run the reference forms: slow, but plain torch operations.
 """
 
 import os
@@ -19,11 +19,10 @@ TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 def choose_backend(tensor: torch.Tensor, available: tuple[str, ...], kernel_fits: bool = True) -> str:
     """Name of the backend for an op whose first argument is `tensor`.
 
-    Arguments: `available` are the backends that the op has; `kernel_fits` says whether its kernel takes the shapes at
-    hand, where that is not a matter of course.
+    Arguments: `available`: the backends that the op has; `kernel_fits`: whether its kernel takes the shapes given.
 
-    Raises ValueError when MAMBA2_BACKEND names none of them, or asks Triton for a tensor that it cannot reach, or any
-    but the reference for derivatives that it does not have.
+    Raises ValueError if MAMBA2_BACKEND is unknown or not available for the op, is triton for a tensor that is not on a
+    GPU (outside the interpreter), or not reference under forward-mode differentiation or a transform of `torch.func`.
     """
     asked = os.environ.get("MAMBA2_BACKEND", "")
     transformed = is_transformed()

@@ -1,26 +1,26 @@
-"""Causal depthwise convolution over time with SiLU: what each token of x, B and C sees of its last few predecessors.
+"""Causal depthwise convolution over time with SiLU (in the mixer of x, B and C): a token sees the last K inputs.
 
 y_t = silu(bias + Σ_{k<K} weight_k x_{t-(K-1)+k})        x_t = 0 before the sequence (or from `initial_state`)
 
-The kernels, forward and backward, are each one walk over the tokens (the plain torch forms: `conv1d_torch.py`):
+The forward and the backward kernel each pass over the tokens once (the plain torch forms: `conv1d_torch.py`):
 
 pre_t = bias + Σ_k weight_k x_{t-(K-1)+k}            y_t = silu(pre_t)            (k < K, x of earlier documents 0)
     g_t   = dy_t silu'(pre_t)                            dx_s = Σ_k weight_k g_{s+(K-1)-k}     (same document as s)
     dweight_k = Σ_t g_t x_{t-(K-1)+k}                    dbias = Σ_t g_t
 
-The channels may be cut into pieces, each with a y and a dy of its own, so that nobody has to join dx, dB and dC of the
-scan into one dy first.
+The channels may be split into pieces, each with its own y and dy, so that dx, dB and dC of the scan need not be
+concatenated into one dy.
 
 Grid (channel tiles * token tiles, b). A program owns C channels of `tokens` consecutive tokens of one sequence and
 walks them in order, the last K - 1 inputs in registers, so that each element is loaded once and not K times; only the
 K - 1 tokens on either side of its own are loaded by two programs. A change of seq_idx clears these registers.
 
 The backward recomputes pre and holds the unfinished dx of the last K - 1 tokens in registers: token t adds its share
-to all K of them, and the oldest is then complete. The window before the sequence is K - 1 tokens more, those before
-token 0: the first program finishes their gradients like any other. dweight and dbias leave as one row of partial sums
-per program, which `sum_rows` adds up.
+to all K of them, and the oldest is then complete. The initial state is K - 1 more tokens before token 0, whose
+gradients the programs of the first token tile compute in the same loop. dweight and dbias are written as one row of
+partial sums per token tile, which `sum_rows` adds up.
 
-Bytes per token, 16-bit input: forward 4 d, backward 6 d + 8 (K + 1) d / tokens. Nothing is kept between the two.
+Bytes per token, 16-bit input: forward 4 d, backward 6 d + 8 (K + 1) d / tokens. Only inputs are kept for the backward.
 """
 
 from collections.abc import Sequence
@@ -52,7 +52,7 @@ from mamba2.ops.kernel import (
     sum_rows,
 )
 
-MAX_WIDTH = 8  # of the kernels: the window and its gradients are held in registers
+MAX_WIDTH = 8  # of the kernels, which hold the window and its gradients in registers
 
 # Channels of a program: 4 per thread of two warps, loads of 8 bytes each in 16-bit input.
 CHANNELS = 256
@@ -77,9 +77,9 @@ def causal_conv1d(
         seq_idx: (b, l) integers or None. A token sees nothing from before the last change of value.
         initial_state: (b, K - 1, d), the inputs before the first token, or None for zeros.
         return_final_state: also return the last K - 1 inputs (b, K - 1, d), those of earlier documents set to zero, so
-            that feeding them to the next segment equals one long sequence.
-        splits: widths whose sum is d, to have y in as many pieces (b, l, width). Unlike `y.split(splits, -1)` it costs
-            nothing: the backward takes the gradients of the pieces as they are, where split's own joins them first.
+            that passing them to the next segment as `initial_state` equals one long sequence.
+        splits: None, or widths that sum to d: y is then a tuple of pieces (b, l, width). Unlike after
+            `y.split(splits, -1)`, the backward takes the gradients of the pieces without concatenating them.
 
     Returns y (b, l, d) in x's dtype, or the tuple of its pieces; with `return_final_state` a pair of that and the last
     inputs. Follows `causal_conv1d_fn` of the causal-conv1d package, channels last.
@@ -116,10 +116,10 @@ def causal_conv1d_step(
     bias: torch.Tensor | None = None,
     activation: bool = True,
 ) -> torch.Tensor:
-    """Move `window` on in place by one token and return the convolution's output for it, (b, d) in x's dtype.
+    """Shift `window` by one token, in place, and return the convolution's output for it, (b, d) in x's dtype.
 
     Arguments: window (b, K - 1, d), the last inputs, as `causal_conv1d` returns them; x (b, d); weight (d, K); bias
-    (d,) or None. A handful of torch operations on every device.
+    (d,) or None. Runs as a few torch operations on every device.
 
     Raises ValueError naming the argument whose shape does not fit.
     """
@@ -132,7 +132,7 @@ def causal_conv1d_step(
 
 
 class Tiling(NamedTuple):
-    """What is compiled into a kernel; every field a `tl.constexpr`."""
+    """Compile-time parameters of a kernel; every field is a `tl.constexpr`."""
 
     WIDTHS: Any  # channels of each piece
     K: Any  # taps
@@ -159,8 +159,8 @@ def _count(widths):
 
 @triton.jit
 def _piece(pieces, batch, Z):
-    """Of the piece that the program's tile lies in: pointers to the tile's channels of token 0 (C), the stride of
-    tokens, the channels' number among all, and which of them exist."""
+    """For the piece that contains the program's tile: pointers to the tile's channels of token 0 (C), the stride of
+    tokens, the channels' indices in d, and the mask of those inside the piece."""
     tile = tl.program_id(0) % _tiles(Z.WIDTHS, _count(Z.WIDTHS), Z.C)
     tensor = pieces[0].pointer
     batch_stride = aligned(pieces[0].strides[0], Z.ALIGN)
@@ -207,7 +207,7 @@ def _zeros(COUNT: tl.constexpr, Z):
 
 @triton.jit
 def _cleared(window, change, COUNT: tl.constexpr):
-    """The window as the first token of a document sees it: empty. By `where`, so that no inf or NaN gets through."""
+    """The window, set to zero where a document begins (`change`). By `where`, so that no inf or NaN gets through."""
     result = ()
     for i in tl.static_range(COUNT):
         result += (tl.where(change, 0.0, window[i]),)
@@ -216,7 +216,7 @@ def _cleared(window, change, COUNT: tl.constexpr):
 
 @triton.jit
 def _load_rows(here, first, stride, end, mask, Z):
-    """ROWS tokens from `first` on, zero from `end` on. All before one is used, so that the loads travel together."""
+    """ROWS tokens from `first` on, zero from `end` on. All are loaded before one is used, so that the loads overlap."""
     result = ()
     for i in tl.static_range(Z.ROWS):
         token = first + i
@@ -246,8 +246,8 @@ def _window(given, batch, row, columns):
 
 @triton.jit
 def _load_before(here, x_stride, initial, seq_idx, batch, columns, start, mask, Z):
-    """What the program's first token finds: the K - 1 inputs before it, zero where they are of earlier documents, and
-    the age of the last one: how many tokens of its document precede it, or more than the window reaches."""
+    """The K - 1 inputs before the program's first token, zero where they are of earlier documents, and the age of the
+    last one: how many tokens of its document precede it, or K or more if the document begins before these inputs."""
     window = ()
     age = start * 0 + Z.K
     for i in tl.static_range(Z.K - 1):
@@ -325,7 +325,7 @@ def _backward_kernel(
     Z,
     ACTIVATION: tl.constexpr,
 ):
-    """Grid (channel tiles * token tiles, b). Writes dx for the program's tokens, the first also for the window."""
+    """Grid (channel tiles * token tiles, b). Writes dx of the program's tokens, the first token tile also dinitial."""
     K: tl.constexpr = Z.K
     d: tl.constexpr = _channels(Z.WIDTHS, _count(Z.WIDTHS))
     batch = tl.program_id(1).to(tl.int64)
@@ -402,8 +402,8 @@ def causal_conv1d_triton(
 ) -> list[torch.Tensor]:
     """See `causal_conv1d`. Returns the pieces of y.
 
-    Forward one launch, backward two: the gradients, and the sums over programs of those of weight and bias. Pieces of
-    the result are tensors of their own and so are their gradients: nothing is joined in between.
+    Forward one launch, backward two: the gradients, and the sums over programs of those of weight and bias. The pieces
+    of y and their gradients are separate tensors; none are concatenated.
     """
     require_kernel_tensors(x=x, weight=weight, bias=bias, initial_state=initial_state)
     if weight.shape[1] > MAX_WIDTH:
@@ -486,8 +486,8 @@ def _launch(
 ) -> tuple[tuple[int, int], int, Tiling, int]:
     """Grid, tokens per program, compile-time values and warps; `pieces` are what is read or written beside x.
 
-    Tokens per program: as many as leave 16 programs of two warps for each multiprocessor, so that the partial sums and
-    the tokens that two programs load are few: 32 at least, where they cost a fifth, and 256 at most.
+    Tokens per program: as many as leave 16 programs of two warps per multiprocessor, at least 32 and at most 256. More
+    tokens mean fewer partial sums and fewer tokens loaded by two programs; at 32 these cost a fifth.
     """
     b, l, d = x.shape
     width = weight.shape[1]

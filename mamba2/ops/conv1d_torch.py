@@ -1,11 +1,11 @@
-"""The convolution in plain torch: to read, as a sum of shifted copies; for speed, in blocks of rows that stay in cache.
+"""The convolution in plain torch: a simple form, a sum of shifted copies, and a fast one in blocks that fit in cache.
 
-Kept for the backward are the inputs alone. With a the sum before SiLU and da = dy silu'(a):
+Only the inputs are kept for the backward. With a the sum before SiLU and da = dy silu'(a):
 
     dx_t = Σ_k weight_k da_{t+K-1-k}        dweight_k = Σ_t da_t x_{t-(K-1)+k}        dbias = Σ_t da_t
 
-where a term between two documents is left out. The first K - 1 tokens, which read what was before the sequence, are a
-block of their own; all others read x as it lies.
+without the terms between two documents. The first K - 1 tokens, which also read the initial state, are a block of their
+own; all others read x in place.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -62,7 +62,7 @@ def last_inputs(
     initial_state: torch.Tensor | None,  # (b, window, d)
     seq_idx: torch.Tensor | None,  # (b, l)
 ) -> torch.Tensor:
-    """The last inputs of each sequence, (b, window, d), those of documents before the last token's set to zero."""
+    """The last `window` inputs of each sequence, (b, window, d), zero where they are of an earlier document."""
     b, l, d = x.shape
     kept = x.narrow(1, max(0, l - window), min(l, window))
     if l < window:
@@ -70,7 +70,7 @@ def last_inputs(
         earlier = earlier.narrow(1, l, window - l)
         kept = torch.cat([earlier, kept], dim=1)
     if seq_idx is None:
-        return kept.clone()  # not what would keep all of x
+        return kept.clone()  # a view would keep all of x in memory
     if window == 0:
         return kept
     document = F.pad((seq_idx.diff(dim=1) != 0).cumsum(dim=1), (window + 1, 0)).narrow(1, l, window)  # (b, window)
@@ -112,7 +112,7 @@ def causal_conv1d_blocked(
 
 
 class Taps:
-    """One sequence and one piece of the channels: its inputs in blocks, and which tap reaches across a document."""
+    """One sequence and one piece of the channels: its inputs in blocks, and which taps stay inside a document."""
 
     def __init__(self, x, weight, bias, seq_idx, initial, sequence: int, channels: slice):
         wide = torch.promote_types(x.dtype, torch.float32)
@@ -136,7 +136,7 @@ class Taps:
         length, c = self.x.shape
         size = max(self.window, 1, block_elements(self.x.device) * (8 if is_fused() else 1) // c)
         count = -(-(length - self.window) // size)
-        size = -(-(length - self.window) // max(1, count))  # as equal as can be
+        size = -(-(length - self.window) // max(1, count))  # of nearly equal size
         first = [slice(0, min(self.window, length))] if self.window else []
         return first + [slice(i, min(i + size, length)) for i in range(self.window, length, max(1, size))]
 
@@ -277,7 +277,7 @@ def conv_backward_op(
             after = da[:window].clone()
         if initial is not None and window:
             reaches = None if taps.reaches is None else F.pad(taps.reaches[:window], (0, 0, 0, 0, window, 0))
-            da = F.pad(after, (0, 0, window, 0))  # nothing came out before the first token
+            da = F.pad(after, (0, 0, window, 0))  # there are no outputs before the first token
             _input_gradients(dinitial[sequence, :, channels], da, taps.weight, reaches)
     outputs[1].copy_(dweight.t())
     if bias is not None:
@@ -290,7 +290,7 @@ def empty_pieces(x: torch.Tensor, splits: Sequence[int]) -> list[torch.Tensor]:
 
 
 def differentiable(forward_op: Callable, backward_op: Callable) -> Callable:
-    """A backend's convolution as torch sees it, of the two operations that it is made of."""
+    """A backend's differentiable convolution, made of its forward and its backward operation."""
     gradients = unwatched(backward_op)
 
     @forward_op.register_fake

@@ -1,18 +1,18 @@
-"""The language model's head and its loss in one, a few tokens at a time, so that the logits never exist whole.
+"""The language model's head and its loss together, by chunks of tokens, so that the logits are never stored whole.
 
     loss = Σ_t  log Σ_v exp(logits_tv) - logits_{t,target_t}        logits = hidden · weightᵀ
 
 At vocabulary 50 280 and a batch of 59 392 tokens the logits alone would take 11 GiB in float32.
 
-By chunks of tokens; the gradients are computed while the logits are there. The products are torch's. What lies between
-them, from logits to their gradient, is `torch_softmax` or a kernel:
+The gradients of a chunk are computed in the forward pass, while its logits are there. The matrix products are torch's;
+`torch_softmax` or a kernel goes from logits to their gradient:
 
     lse = log Σ_v exp(logits_v)          loss = lse - logits_target
     logits_v <- softmax_v - [v = target]            all 0 where the target is ignored
 
-Grid (rows). A program owns one row and goes over it twice: once for its maximum and its sum, kept per lane of 8
-logits so that nothing crosses lanes inside the loop and each logit costs little more than one exponential; once to
-overwrite it with its gradient. The second reading comes from L2: the rows at work are a few tens of megabytes.
+Grid (rows). A program reads its row twice: once for the maximum and the sum of exponentials, kept per lane of 8 logits
+so that the loop reduces only within lanes and each logit costs little more than one exponential; once to overwrite it
+with its gradient. The second read comes from L2: the rows in flight are a few tens of megabytes.
 
 Bytes per token, 16-bit logits: read 2 v, written 2 v, and 12 for target and loss.
 """
@@ -40,11 +40,11 @@ def linear_cross_entropy(
     """Sum over tokens of the cross-entropy of `hidden @ weight.T`, in nats, differentiable in hidden and weight.
 
     Arguments (v vocabulary, d hidden size):
-        hidden: (..., d), floating; the products run in its dtype, the softmax and every sum in float32.
+        hidden: (..., d), floating; the products run in its dtype, the softmax and every sum at least in float32.
         weight: (v, d).
-        targets: (...) int64, each in [0, v) or `ignore_index`, whose tokens count nothing.
+        targets: (...) int64, each in [0, v) or `ignore_index`, whose tokens add nothing to the loss.
 
-    Returns a float32 scalar: a sum and not a mean, so that a batch can be split in any way and divided once.
+    Returns a scalar, float32 (float64 for float64 hidden): a sum, so that a batch can be split freely and divided once.
     Raises ValueError for shapes and dtypes that do not fit and for a target outside the vocabulary (from a compiled
     model torch's RuntimeError); the Triton backend, whose kernels cannot raise, returns NaN instead.
     """
@@ -110,10 +110,10 @@ def token_losses_reference(
 
 
 # Logits of one chunk, in float32. Not smaller, because every chunk also reads and writes the whole gradient of the
-# weight: with this size, at a vocabulary of 50 280 in 16 bits, half of what the products and the softmax move.
+# weight: with this size, at a vocabulary of 50 280 in 16 bits, half of the bytes of the products and the softmax.
 CHUNK_BYTES = 128 * 2**20
 
-# On a processor, in the logits' own dtype: its memory is slower to obtain than to read.
+# On a CPU, in the logits' own dtype: allocating memory there is slower than reading it.
 CPU_CHUNK_BYTES = 50 * 2**20
 
 # (logits (t, v), targets (t,), ignore_index, whether the gradient is wanted) -> losses (t,), at least float32,
@@ -130,7 +130,7 @@ def torch_softmax(
     safe = torch.where(kept, targets, 0)[:, None]  # (t, 1)
     lse = torch.empty(tokens, 1, dtype=wide, device=logits.device)
     narrow_picked = torch.empty(tokens, 1, dtype=logits.dtype, device=logits.device)
-    # A few rows at a time, whose wide copy stays in cache for all that is done to it; fused, there is no such copy.
+    # A few rows at a time, so that their wide copy stays in cache; when fused, there is no such copy.
     rows = tokens if is_fused() else max(1, block_elements(logits.device) // vocab)
     for start in range(0, tokens, rows):
         part = slice(start, start + rows)
@@ -138,7 +138,7 @@ def torch_softmax(
         lse[part] = _softmax_rows(logits[part], kept[part, None], want_gradient)
     picked = narrow_picked.to(wide)
     if want_gradient:
-        # Where the softmax is near 1 its difference from 1 is not to be rounded before.
+        # Subtract 1 before rounding: where the softmax is near 1, rounding it could lose the difference.
         target = torch.exp(picked - lse) - 1.0
         logits[torch.arange(tokens, device=logits.device), safe[:, 0]] = (target[:, 0] * kept).to(logits.dtype)
     losses = torch.where(kept, (lse - picked)[:, 0], 0.0)
@@ -167,8 +167,8 @@ def losses_and_gradients(
     need_hidden: bool,
     need_weight: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """Loss of each token (t,), 0 where ignored; gradients of their sum in hidden, and in weight, the latter at least
-    in float32; None where not needed."""
+    """Loss of each token (t,), 0 where ignored; gradients of their sum with respect to hidden and to weight (at least
+    float32), None where not needed."""
     wide = torch.promote_types(hidden.dtype, torch.float32)
     narrow_weight = weight.to(hidden.dtype)
     losses = torch.empty(hidden.shape[0], dtype=wide, device=hidden.device)
@@ -195,7 +195,7 @@ def _add_product(result: torch.Tensor, grad: torch.Tensor, hidden: torch.Tensor)
     if result.dtype == hidden.dtype:
         result.addmm_(grad.t(), hidden)
         return
-    # A product in 16 bits is made where it stays in cache until it is added.
+    # A 16-bit product is computed in blocks of rows that stay in cache until they are added.
     rows = max(1, block_elements(result.device) // result.shape[1])
     for start in range(0, result.shape[0], rows):
         part = slice(start, start + rows)
@@ -240,11 +240,11 @@ def _softmax_kernel(
     """Grid (rows). A target outside the vocabulary makes the loss and the gradient of its row NaN."""
     row = tl.program_id(0).to(tl.int64)
     logits += row * aligned(row_stride, ALIGN)
-    # Where rows are as aligned as lanes, the last lane is read and written whole, past v but inside its row.
+    # Read and write past v up to the next multiple of ALIGN, for which the row stride leaves room.
     end: tl.constexpr = (v + ALIGN - 1) // ALIGN * ALIGN
     columns = tl.arange(0, BLOCK // LANE)[:, None] * LANE + tl.arange(0, LANE)[None, :]
 
-    # Not -inf, whose difference from itself is NaN, in lanes that lie past the end.
+    # Not -inf: in lanes that lie past the end -inf - -inf would be NaN.
     highest = tl.full((BLOCK // LANE,), -1.0e38, dtype=tl.float32)
     total = tl.zeros((BLOCK // LANE,), dtype=tl.float32)
     for start in range(0, v, BLOCK):
@@ -264,7 +264,7 @@ def _softmax_kernel(
     tl.store(losses + row, tl.where(kept, loss, 0.0))
 
     if GRADIENT:
-        # Every thread has read logits[target] before one of them overwrites it.
+        # Every thread must have read logits[target] before one of them overwrites it.
         tl.debug_barrier()
         factor = tl.where(outside, float("nan"), 1.0)
         for start in range(0, v, BLOCK):
@@ -317,7 +317,7 @@ def loss_op(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Sum of the tokens' losses and its gradients, empty where not needed.
 
-    The backward only scales what the forward has computed: three products, not four.
+    The backward only scales the gradients that the forward has computed: three products in all, not four.
     """
     # Which dtype each product uses is decided here, not by an enclosing autocast.
     with torch.autocast(hidden.device.type, enabled=False):

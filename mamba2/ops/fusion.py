@@ -1,8 +1,8 @@
-"""Arithmetic between products of matrices, which torch.compile can fuse into one loop over memory.
+"""Arithmetic between matrix products, which torch.compile can fuse into one loop over memory.
 
-The blocked torch forms keep it in small functions marked `fusable`. These run as they are written, or, after `fuse()`,
-compiled: on a processor about twice as fast, after half a minute of compiling, for whoever has a C++ compiler.
-`block_elements` says how much they should take at once.
+The blocked torch forms keep it in small functions marked `fusable`. These run as written or, after `fuse()`, compiled:
+about twice as fast on a CPU, after half a minute of compiling, which needs a C++ compiler. `block_elements` gives the
+size of their largest intermediates.
 """
 
 import functools
@@ -16,7 +16,7 @@ _fused = False
 
 
 def fuse(enabled: bool = True) -> None:
-    """Compile every `fusable` function when it is next called with shapes that are new, or stop doing so."""
+    """Compile each `fusable` function on its next call with new shapes; if not `enabled`, run all as written."""
     global _fused
     _fused = enabled
 
@@ -26,8 +26,8 @@ def is_fused() -> bool:
 
 
 def require_cxx_compiler() -> None:
-    """Raise ValueError where torch.compile, for a processor, would not find a C++ compiler."""
-    # Not before compiling is asked for: a second and a tenth of a gigabyte.
+    """Raise ValueError if torch.compile would find no C++ compiler for code on the CPU."""
+    # Imported only when needed: it takes a second and a tenth of a gigabyte.
     from torch._inductor.cpp_builder import get_cpp_compiler
     from torch._inductor.exc import InvalidCxxCompiler
 
@@ -40,10 +40,10 @@ def require_cxx_compiler() -> None:
 
 
 def compile_like(function: Callable, *args: Any) -> Callable:
-    """`function`, compiled for arguments like `args`: the same shapes, strides and dtypes, the same other values.
+    """`function`, compiled for arguments like `args`: tensors of the same shapes, strides and dtypes, others equal.
 
-    The caller answers for that, and for no gradients being recorded. torch.compile's own checks at each call take
-    longer than a small function does.
+    The caller makes sure of that, and that no gradients are recorded: torch.compile's own checks at each call take
+    longer than a small function.
     """
     options = {"size_asserts": False}
     examples = tuple(a.detach() if isinstance(a, torch.Tensor) else a for a in args)
@@ -53,10 +53,10 @@ def compile_like(function: Callable, *args: Any) -> Callable:
 
 
 def fusable(function: Callable) -> Callable:
-    """Mark a function of tensors; any others of its arguments are constants, and what it writes overlaps with nothing.
+    """Mark a function of tensors; its other arguments are constants, and tensors that it writes overlap no other.
 
-    For backward passes of their own: while autograd records, it runs as written. Each set of shapes, strides and dtypes
-    is compiled by itself; after as many as `SHAPES`, others run as written.
+    For use inside custom ops: with gradients enabled it runs as written. Each set of shapes, strides and dtypes is
+    compiled separately; after `SHAPES` of them, others run as written.
     """
     forms: dict[tuple, Callable] = {}
 
@@ -81,15 +81,15 @@ def _kind(argument: Any) -> Any:
     return argument.shape, argument.stride(), argument.dtype, argument.device
 
 
-# Float32 elements per thread: half a megabyte, half of a second-level cache of today. Measured: with a quarter of the
-# cache, starting operations costs more than is saved; with all of it float32 is slower again.
+# Float32 elements per thread: half a megabyte, half of a typical L2 cache. Measured: with a quarter of the cache, the
+# overhead of starting operations exceeds the gain; with all of it float32 is slower again.
 CACHED_ELEMENTS = 2**17
 
 
 def block_elements(device: torch.device) -> int:
     """Elements of the largest intermediate that a torch form should make at once.
 
-    On a processor about what the second-level caches of its cores hold in float32, so that the next operation finds it
-    there; elsewhere as much as keeps the device busy.
+    On a CPU `CACHED_ELEMENTS` per thread, so that the next operation finds it in cache; elsewhere enough to keep the
+    device busy.
     """
     return CACHED_ELEMENTS * torch.get_num_threads() if device.type == "cpu" else 2**26

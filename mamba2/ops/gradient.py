@@ -1,8 +1,7 @@
-"""Derivatives other than a gradient. The fast forms are opaque to torch, which takes what it cannot see for zero.
+"""Gradients of the fast forms, and errors for other derivatives, which torch would otherwise take for zero.
 
-So what is traced by forward-mode differentiation or by a transform of `torch.func` runs in the reference forms, which
-are plain torch (`mamba2.ops.backend`). Where a fast form has been recorded already, it refuses to be differentiated
-twice.
+Under forward-mode differentiation or a transform of `torch.func` the ops run their reference forms, which are plain
+torch (`mamba2.ops.backend`). A second derivative through a fast form raises ValueError.
 """
 
 from collections.abc import Callable
@@ -15,28 +14,28 @@ ADVICE = "MAMBA2_BACKEND=reference computes them, slowly, in plain torch"
 
 
 def is_transformed() -> bool:
-    """Whether forward-mode differentiation or a transform of `torch.func` (vmap, grad, …) is under way."""
+    """Whether forward-mode differentiation or a transform of `torch.func` (vmap, grad, …) is active."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def _is_batched(grad: torch.Tensor | None) -> bool:
-    """Of `torch.autograd.grad(..., is_grads_batched=True)`, which is no transform of `torch.func`."""
+    """Whether it comes from `torch.autograd.grad(..., is_grads_batched=True)`, no transform of `torch.func`."""
     return grad is not None and torch._C._functorch.is_legacy_batchedtensor(grad)
 
 
 def _flat(grads: tuple) -> list[torch.Tensor | None]:
-    """Of results that are tensors or lists of tensors; `tree_leaves` takes as long as a launch."""
+    """One list of tensors from tensors and lists of tensors; `tree_leaves` takes as long as a launch."""
     return [g for grad in grads for g in (grad if isinstance(grad, (list, tuple)) else (grad,))]
 
 
 def register_gradient(op: Callable, backward: Callable, setup_context: Callable) -> Callable:
-    """`op.register_autograd` for a `backward` that can be run, but not itself be differentiated.
+    """`op.register_autograd` for a `backward` that cannot itself be differentiated.
 
-    Returns what to call in place of `op`: the same without torch's dispatcher, which takes longer than a launch, where
-    nobody looks at the call: no compiler, no mode and no subclass of tensors.
+    Returns a function to call in place of `op`. It skips torch's dispatcher, which takes longer than a launch, unless
+    `is_watched` says that the dispatcher is needed.
 
-    `backward` takes the context and the gradient of each result, of those in a list as well. Where a second derivative
-    is asked for, it raises ValueError.
+    `backward` takes the context and the gradient of each result, lists of results flattened. Asking for a second
+    derivative raises ValueError.
     """
 
     def first_order(ctx: Any, *grads: Any) -> tuple[torch.Tensor | None, ...]:
@@ -70,28 +69,28 @@ def register_gradient(op: Callable, backward: Callable, setup_context: Callable)
 
 
 def unwatched(op: Callable) -> Callable:
-    """What to call in place of an `op` without a gradient, as above."""
+    """The function to call in place of an `op` without a gradient; skips the dispatcher as above."""
     return lambda *args: op(*args) if is_watched(args) else op._init_fn(*args)
 
 
-# Of arguments that nobody but autograd looks into: all but subclasses of tensors.
+# Types of arguments that need no dispatcher; subclasses of tensors do.
 PLAIN = {torch.Tensor, torch.nn.Parameter, type(None), bool, int, float, str, tuple, list}
 
 
 def is_watched(args: tuple) -> bool:
-    """Whether someone else than autograd needs to see a call with these arguments in torch's dispatcher."""
+    """Whether a compiler, dispatch mode, transform or tensor subclass must see a call in torch's dispatcher."""
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or is_transformed():
         return True
     return not PLAIN.issuperset(map(type, args))
 
 
 def empty_gradients(*inputs: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
-    """What a backward op is to write: a tensor like each input, an empty one for an input that is not given."""
+    """Uninitialised outputs of a backward op: a tensor like each input, without elements where that is None."""
     return tuple(inputs[0].new_empty(0) if t is None else t.new_empty(t.shape) for t in inputs)
 
 
 class _Once:
-    """A context whose saved tensors are fetched once: activation checkpointing gives them out no second time."""
+    """A context that fetches its saved tensors once: under activation checkpointing they cannot be fetched again."""
 
     def __init__(self, ctx: Any):
         self._ctx, self.saved_tensors = ctx, ctx.saved_tensors
@@ -101,7 +100,7 @@ class _Once:
 
 
 class _Last(torch.autograd.Function):
-    """The first of the values given, in a graph with the others, through which no second derivative goes."""
+    """Returns the first `count` values. Differentiating them with respect to any of the values raises ValueError."""
 
     @staticmethod
     def forward(ctx: Any, count: int, *values: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:

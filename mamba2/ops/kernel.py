@@ -1,8 +1,8 @@
-"""What kernels and their launchers share: the device, tensors with strides, functions of numbers, sums over programs.
+"""Shared by kernels and launchers: the device, tensors with strides, elementwise functions, sums over programs.
 
-The interpreter, which has no device, stands for an H100. Exponentials are base 2.
+The interpreter, which has no device, uses the launches of an H100. Exponentials are base 2.
 
-Gradients of parameters are summed over the programs that saw different tokens in a fixed order, so repeatable:
+Gradients of parameters are summed over programs in a fixed order, so that they are reproducible:
 
     first_j = Σ_r partial_{r,j}  for j < split        second_{j - split} = Σ_r partial_{r,j}  for j >= split
     third_j = Σ_r other_{r,j}
@@ -24,7 +24,7 @@ from mamba2.ops.backend import TRITON_DTYPES
 
 @functools.cache
 def target_of(device: torch.device) -> str:
-    """The name by which tables of launches know the device: sm_90, gfx942, …"""
+    """The device's name in the launch tables: sm_90, gfx942, …"""
     if device.type != "cuda":
         return "sm_90"
     if torch.version.hip:
@@ -35,12 +35,12 @@ def target_of(device: torch.device) -> str:
 
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
-    """How many programs run at once at least."""
+    """The device's multiprocessors: at least so many programs run at once."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
 def require_kernel_tensors(**named: torch.Tensor | None) -> None:
-    """Raise ValueError naming the first tensor that a kernel cannot take beside the first one: its dtype or device."""
+    """Raise ValueError naming the first tensor of a dtype that no kernel takes or on another device than the first."""
     first, reference = next(iter(named.items()))
     for name, tensor in named.items():
         if tensor is None:
@@ -54,7 +54,7 @@ def require_kernel_tensors(**named: torch.Tensor | None) -> None:
 
 
 def alignment(*tensors: torch.Tensor | None) -> int:
-    """Elements, up to 8, that divide every stride of the tensors but the last.
+    """Greatest common divisor, in elements, of 8 and every stride of the tensors but the last.
 
     Triton knows a stride as aligned only if 16 divides it. The rows of a slice of in_proj's output often start at
     multiples of 8 elements and no more, and without this number each thread would load them one by one.
@@ -64,7 +64,7 @@ def alignment(*tensors: torch.Tensor | None) -> int:
 
 
 class Strided(NamedTuple):
-    """A tensor as kernels take it, strides known at run time."""
+    """A tensor as a kernel argument, with strides known at run time."""
 
     pointer: Any
     strides: tuple[int, ...]
@@ -76,7 +76,7 @@ def strided(tensor: torch.Tensor | None) -> Strided | None:
 
 @functools.lru_cache(maxsize=None, typed=True)
 def constant(value: Any) -> tl.constexpr:
-    """The same object for the same value: Triton looks compiled kernels up by these, and is slow to compare two."""
+    """One object per value: Triton looks up compiled kernels by their constants, and is slow to compare two objects."""
     return tl.constexpr(value)
 
 
@@ -117,7 +117,7 @@ def softplus(raw):
 
 @triton.jit
 def aligned(stride, ALIGN: tl.constexpr):
-    """The same stride, of which the compiler now knows that ALIGN divides it (see `alignment`)."""
+    """The same stride, in a form that tells the compiler that ALIGN divides it (see `alignment`)."""
     return stride // ALIGN * ALIGN
 
 

@@ -11,12 +11,11 @@ and backward, with v = weight dy:
     add      dx = dresidual = du + dstream
     gated    dx = du silu(z),  dz = du x silu'(z)
 
-The kernels (the plain torch forms: `norm_torch.py`) have a grid of (groups * row tiles). A program owns ROWS rows at a
-time of one group, whole, in registers, as PIECES pieces of COLUMNS columns (a tuple), so that a row of 5120 is not held
-as one of 8192; the groups of a token are neighbours in the grid. In the backward it goes through several such tiles, so
-that few rows of partial sums of dweight are left for `sum_rows`. r is recomputed: the row is there, and its sum of
-squares is taken beside that of v u. Nothing is kept for the backward but the inputs; of add_rms_norm only the sum,
-which the next block has anyway.
+The kernels (the plain torch forms: `norm_torch.py`) have a grid of (groups * row tiles). A program holds ROWS whole
+rows of one group in registers, as a tuple of PIECES pieces of COLUMNS columns, so that a row of 5120 is not padded to
+8192; the groups of a token are neighbours in the grid. In the backward it processes several such tiles, so that few
+rows of partial sums of dweight are left for `sum_rows`, and recomputes r from the row, which it needs anyway. Only the
+inputs are kept for the backward; of add_rms_norm the sum in place of x and residual, which is stored anyway.
 
 Bytes per token, 16-bit activations, float32 stream: add 12 d forward, 16 d backward; gated 6 d forward, 10 d backward.
 """
@@ -59,7 +58,7 @@ def add_rms_norm(
 
     Arguments:
         x: (..., d) output of the block before, or the embeddings; any float dtype.
-        residual: (..., d) the stream so far, or None at the start. Its dtype is the stream's; None starts it in x's.
+        residual: (..., d) the stream so far, whose dtype the sum keeps, or None at the start: the stream is then x.
         weight: (d,).
         eps: added to the mean square.
         dtype: of the normalised result; x's if None.
@@ -91,7 +90,7 @@ def gated_rms_norm(
         ngroups: slices of d / ngroups channels, each with its own mean square.
 
     Returns (..., d) in x's dtype. The meaning is that of mamba-ssm's `RMSNormGated` with group_size = d / ngroups.
-    Raises ValueError naming the argument that does not fit.
+    Raises ValueError naming the argument whose shape does not fit, ngroups, or dtype where the backend is Triton.
     """
     d = x.shape[-1]
     if z.shape != x.shape:
@@ -105,7 +104,7 @@ def gated_rms_norm(
 
 
 class Tiling(NamedTuple):
-    """What is compiled into a kernel; every field a `tl.constexpr`."""
+    """Compile-time parameters of a kernel; every field is a `tl.constexpr`."""
 
     width: Any  # of a group
     GROUPS: Any
@@ -117,7 +116,7 @@ class Tiling(NamedTuple):
 
 @triton.jit
 def _mask(i: tl.constexpr, left, Z):
-    """Of piece i: rows among the `left` ones to come, columns among the row's `width`."""
+    """Mask of piece i: rows among the `left` remaining ones, columns among the row's `width`."""
     return (tl.arange(0, Z.ROWS)[:, None] < left) & ((tl.arange(0, Z.COLUMNS) + i * Z.COLUMNS)[None, :] < Z.width)
 
 
@@ -136,7 +135,7 @@ def _load_rows(v, first, column, left, Z):
 
 @triton.jit
 def _store_piece(pointer, value, i: tl.constexpr, first, column, left, Z):
-    """The counterpart, of piece i, in contiguous rows."""
+    """Store piece i of the rows from `first` and `column` on; rows are contiguous."""
     stride: tl.constexpr = Z.GROUPS * Z.width
     offsets = tl.arange(0, Z.ROWS)[:, None] * stride + (tl.arange(0, Z.COLUMNS) + i * Z.COLUMNS)[None, :]
     here = pointer + first * stride + column
@@ -172,7 +171,7 @@ def _mean_product(a, b, Z):
 
 @triton.jit
 def _store_sums(partial, share, column, dweight, Z):
-    """The program's share of dweight: a row of `partial` (shares, d)."""
+    """Write the program's share of dweight to its row of `partial` (shares, d)."""
     here = partial + share.to(tl.int64) * (Z.GROUPS * Z.width) + column
     for i in tl.static_range(Z.PIECES):
         columns = tl.arange(0, Z.COLUMNS) + i * Z.COLUMNS
@@ -200,7 +199,7 @@ def _add_forward_kernel(
         narrow = stream.dtype.element_ty
         total = ()
         for i in tl.static_range(Z.PIECES):
-            # Added and normalised in the stream's own precision.
+            # As in the reference, x and the sum are rounded to the stream's dtype before the norm.
             piece = (u[i].to(narrow).to(tl.float32) + more[i]).to(narrow)
             _store_piece(stream, piece, i, first, 0, left, Z)
             total += (piece.to(tl.float32),)
@@ -330,8 +329,7 @@ def add_rms_norm_triton(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `add_rms_norm`. Forward one launch, backward two: the gradients, and the sum over programs of the weight's.
 
-    Leading dimensions are flattened, which copies only where they cannot be viewed as one; rows of a slice of a wider
-    tensor can.
+    Leading dimensions are flattened, which copies only where they cannot be viewed as one.
     """
     require_kernel_tensors(x=x, residual=residual, weight=weight)
     normed, stream = _add_forward(x, residual, weight, eps, dtype)
@@ -411,7 +409,7 @@ def _add_setup_context(ctx, inputs, output):
 def _add_backward(ctx, dnormed, dstream):
     stream, weight = ctx.saved_tensors
     if not ctx.has_residual:
-        dstream = None  # of an empty tensor
+        dstream = None  # gradient of an empty tensor
     if dnormed is None:
         return None if dstream is None else dstream.to(ctx.x_dtype), dstream, None, None, None
     dx, dresidual, dweight = _add_gradients(dnormed, dstream, stream, weight, ctx.eps, ctx.x_dtype)

@@ -1,7 +1,7 @@
-"""Both norms in plain torch, in float32 (float64 for float64 input): to read; for speed, in blocks of rows that stay in
-cache.
+"""Both norms in plain torch, in float32 (float64 for float64 input): a simple form, and a fast one in blocks of rows
+that stay in cache.
 
-Kept for the backward are the inputs alone. With û = u / rms(u), v = dy · weight:
+Only the inputs are kept for the backward. With û = u / rms(u), v = dy · weight:
 
     du = (v - û mean(v û)) / rms(u)        dweight = Σ_rows dy û
 """

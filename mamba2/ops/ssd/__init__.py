@@ -2,9 +2,9 @@
 
     h_t = exp(dt_t A) h_{t-1} + dt_t x_t ⊗ B_t        y_t = h_t C_t + D x_t        optionally y_t · silu(z_t)
 
-`reference.py` runs it token by token and is the oracle; `chunked.py` computes the same by chunks with matrix products
-(Dao & Gu 2024, arXiv:2405.21060, section 6) and is the form to read; `blocked.py` is that form made fast, which runs;
-`docs/kernels.md` is the guide to the kernels for GPUs, which `op.py` puts together.
+`reference.py` computes it token by token; `chunked.py` computes the same by chunks with matrix products (Dao & Gu 2024,
+arXiv:2405.21060, section 6) and is the form to read; `blocked.py` is its fast version, the torch backend; `op.py`
+launches the GPU kernels, which `docs/kernels.md` explains.
 """
 
 import math

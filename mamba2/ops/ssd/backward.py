@@ -1,4 +1,4 @@
-"""dB and dC: what pairs of tokens, and the states before and after them, give to them, summed over heads.
+"""dB and dC, from pairs of tokens and from the states before and after a span, summed over heads.
 
 With the factors of `decay.py`, CB_ij = C_i·B_j, and over a span of two chunks, S the state before the first and R the
 gradient of the one after the second:
@@ -7,17 +7,18 @@ gradient of the one after the second:
     dB_j = Σ_heads out_j step_j R x_j + Σ_i (Σ_heads G_ij) C_i         W_ij = G_ij CB_ij
     s_i  = into_i dout_i·(S C_i)        w_j = out_j step_j x_j·(R B_j)        X = through <R, S>
 
-Here into, out and through reach over both chunks where the state lies beyond the other one. For i in the second chunk
-and j in the first, step_j between_ij is into_i of the second by step_j out_j of the first: no exponential of a pair.
+Here into and out include the decay through the span's other chunk where that lies between a chunk and the state, and
+through is that of both chunks. For i in the second chunk and j in the first, step_j between_ij is into_i of the second
+times step_j out_j of the first, without an exponential per pair.
 
-A program owns a chunk and some heads of a group, as its readers i, who make dC, or as its writers j, who make dB: each
-is the other's mirror image, so that a row's sums stay in a row. The sums over heads stay in registers. It leaves the
-sums over rows of W, with s, for `decay.py`; W and its rows cancel there, so both kinds compute them from the same
-numbers.
+A program owns a chunk and some heads of a group, either as readers (tokens i, dC) or as writers (tokens j, dB). Both
+run the same code with operands exchanged: their own tokens are the rows, and sums run along rows. Sums over heads stay
+in registers. The row sums of W, with s and w, are written for `decay.py`. Row and column sums of W cancel there, so
+both kinds compute W from the same numbers.
 
-Bytes per token, 16-bit input: x, dout 4 h p, and for the other kinds of a span from L2; S and R 2 h p n / Q; B, C, dB,
-dC 8 g n; decays 8 h; sums 16 h. Bound by instructions: about 800 for each warp of four, for a chunk of 64 tokens and a
-head of 64 channels, 1 100 of those with the other chunk between them and the state.
+Bytes per token, 16-bit input: x, dout 4 h p, read again from L2 by the span's other programs; S and R 2 h p n / Q; B,
+C, dB, dC 8 g n; decays 8 h; sums 16 h. Bound by instructions: for a chunk of 64 tokens and a head of 64 channels about
+800 in each of four warps, 1 100 where the other chunk lies between this one and the state.
 """
 
 import triton
@@ -44,7 +45,7 @@ def _gradient_kernel(
     PARTS: tl.constexpr,  # programs that share the heads of a group
     STAGES: tl.constexpr,
 ):
-    """Grid (4 * PARTS * spans, g, b): of a span readers and writers of both chunks."""
+    """Grid (4 * PARTS * spans, g, b): readers and writers of both chunks of a span."""
     part = tl.program_id(0) // 4 % PARTS
     role = tl.program_id(0) % 4
     chunk = tl.program_id(0) // (4 * PARTS) * 2 + role // 2
@@ -62,9 +63,9 @@ def _gradient_kernel(
 
 @triton.jit
 def _gradient(v, other_v, k, other_k, decays, state, other_state, dk, sums, seqlen, place, Z, FORM):
-    """Readers have v = dout, k = C, state = S, and as the others' x, B, R; writers the other way round.
+    """Readers have v = dout, k = C, state = S and other_* = x, B, R; writers the other way round.
 
-    FAR: the span's other chunk is between this one and the state.
+    FAR: the span's other chunk is between this one and `state`.
     """
     READERS: tl.constexpr = FORM[0]
     FAR: tl.constexpr = FORM[1]
@@ -84,7 +85,7 @@ def _gradient(v, other_v, k, other_k, decays, state, other_state, dk, sums, seql
         load_rows(k, batch, start, seqlen, group, Z),
         load_rows(other_k, batch, start, seqlen, group, Z),
     )
-    # Of both kinds the same. No decay is between a token and itself: what would cancel must not round the sums.
+    # The same in both kinds. The diagonal has no decay: its terms would cancel, and only add rounding to the sums.
     pairs = dot_rows(k_pair, other_pair, Z)
     pairs = tl.where(rows[:, None] == rows[None, :], 0.0, pairs).to(narrow)
     dpairs = tl.full((Z.Q, Z.Q), 0.0, dtype=tl.float32)

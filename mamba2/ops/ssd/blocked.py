@@ -1,7 +1,7 @@
 """SSD in plain torch for speed: the mathematics of `chunked.py`, a few chunks at a time, with its own backward.
 
-Intermediates of a block of chunks stay in the processor's cache and nothing quadratic in the chunk outlives its block:
-the backward computes it again. Kept for the backward are the inputs and the state before each block.
+Intermediates of a block of chunks stay in the CPU's cache, and the (q, q) ones are recomputed by the backward. Only the
+inputs and the state before each block are kept for it.
 
 With X, Y (q, p) of one chunk and head, S (p, n) the state before it and S' after it, cs the inclusive cumulative sum of
 dt A, L_ij = exp(cs_i - cs_j) for j <= i, e_i = exp(cs_i), w_j = exp(cs_last - cs_j), α = exp(cs_last), G = C Bᵀ:
@@ -13,10 +13,10 @@ dt A, L_ij = exp(cs_i - cs_j) for j <= i, e_i = exp(cs_i), w_j = exp(cs_last - c
     d cs_i = Σ_j P_ij - Σ_j P_ji + dY_i·(e∘C Sᵀ)_i - u_i + [i = last] (Σ_j u_j + α <dS', S>)
              with P = dM∘L∘G and u = w (dt X · B dS'ᵀ)
 
-Row and column sums of P come from one and the same P, so that what must cancel does, also in 16 bits. The cumulative
-sum inside a chunk is undone here; step activation, A, and the gate z are left to autograd.
+Row and column sums are taken of the same P, so that what must cancel does, also for 16-bit input. The backward of the
+cumulative sum is done here; step activation, A, and the gate z are left to autograd.
 
-A document boundary is a decay of zero: e, w, α and L are set to 0, never multiplied by it where they could be infinite.
+Across a document boundary e, w, α and L are 0; for L, which could be infinite there, -inf is added before the exp.
 """
 
 import math
@@ -42,21 +42,21 @@ def ssd_blocked(inputs: SSDInputs) -> tuple[torch.Tensor, torch.Tensor | None]:
         initial = initial.to(wide)
     q = min(inputs.chunk_size, best_chunk(p, n), x.shape[1])
     y, final, _ = forward_op(x, dt, dt * inputs.A.to(wide), B, inputs.C, D, initial, inputs.seq_idx, q)
-    # The gate belongs to the wide result: in 16 bits y is rounded once more before it than in the chunked form.
+    # In 16 bits y has been rounded before the gate: one rounding more than in the chunked form.
     if inputs.z is not None:
         y = skip_and_gate(y.to(wide), x, None, inputs.z).to(x.dtype)
     return y, final if inputs.return_final_states else None
 
 
 def best_chunk(headdim: int, d_state: int) -> int:
-    """Chunk length with the least to move: scores q h per token, states h p n / q; their balance as a power of two."""
+    """Chunk length, a power of two near √(p n): there scores (q h) plus states (h p n / q) per token are fewest."""
     return 1 << max(4, round(math.log2(headdim * d_state) / 2))
 
 
 def count_blocks(x: torch.Tensor, q: int) -> int:
-    """How many blocks the chunks of x (b, l, h, p) are worked on in."""
+    """Number of blocks in which the chunks of x (b, l, h, p) are processed."""
     b, l, h, _ = x.shape
-    # Fused, nothing quadratic in the chunk is made in float32.
+    # When fused, (q, q) intermediates are not stored in float32.
     elements = block_elements(x.device) * (4 if is_fused() else 1)
     chunks, size = -(-l // q), max(1, elements // (b * h * q * q))
     size = -(-chunks // -(-chunks // size))
@@ -79,7 +79,7 @@ class Plan:
         if seq_idx is not None:
             self.document = _document_number(seq_idx, self.padding).view(self.b, self.c, q)
             self.before = F.pad(self.document[:, :-1, -1], (1, 0))  # (b, c), of the token before the chunk
-        size = -(-self.c // count)  # as equal as can be: every other size is compiled by itself
+        size = -(-self.c // count)  # nearly equal: each size is compiled separately
         self.blocks = [slice(i, min(i + size, self.c)) for i in range(0, self.c, size)]
 
     def pad(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -113,7 +113,7 @@ class Plan:
         return cs, e, w, document
 
 
-# Between the products. m = b · chunks · g matrices, r heads per group; x and y as they lie, (b, chunks, q, h, p).
+# Between the matrix products. m = b · chunks · g matrices, r heads per group; x and y are (b, chunks, q, h, p).
 
 
 def _by_head(tensor: torch.Tensor, r: int, dtype: torch.dtype) -> torch.Tensor:
@@ -168,7 +168,7 @@ def _writes(x: torch.Tensor, dt: torch.Tensor, w: torch.Tensor, r: int) -> tuple
 
 @fusable
 def _pass(state: torch.Tensor, written: torch.Tensor, alpha: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
-    """The state before each chunk into `states` (b, chunks, h, p, n); returns the one after the last, (b, h, p, n)."""
+    """Write the state before each chunk to `states` (b, chunks, h, p, n); return that after the last, (b, h, p, n)."""
     for i in range(states.shape[1]):
         states[:, i] = state
         state = torch.addcmul(written[:, i].to(state.dtype), state, alpha[:, i, :, None, None])
@@ -191,7 +191,7 @@ def _outputs(
     D: torch.Tensor | None,
     r: int,
 ) -> None:
-    """Y into `y` from (G∘L)(dt X), `inside` (m r, q, p), and C Sᵀ, `across` (m, q, r p)."""
+    """Write Y to `y` from (G∘L)(dt X), `inside` (m r, q, p), and C Sᵀ, `across` (m, q, r p)."""
     result = _unpacked(across, r, e.dtype).mul_(_per_head(e, r))  # (m, r, q, p)
     result += inside.view(result.shape)
     if D is not None:
@@ -248,7 +248,7 @@ def _input_gradients(
     D: torch.Tensor | None,
     r: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Gradients of x and dt into `dx`, `ddt`, from (G∘L)ᵀ dY, `inside` (m r, q, p), B dS'ᵀ, `written`, and C Sᵀ,
+    """Write gradients of x and dt to `dx`, `ddt`, from (G∘L)ᵀ dY, `inside` (m r, q, p), B dS'ᵀ, `written`, and C Sᵀ,
     `across` (m, q, r p). Returns u and dY·(e∘C Sᵀ), (m, r, q), and dD (h, p)."""
     wide = dt.dtype
     xh, dyh = _by_head(x, r, wide), _by_head(dy, r, wide)  # (m, r, q, p)

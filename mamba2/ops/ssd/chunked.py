@@ -8,8 +8,8 @@ With cs the inclusive cumulative sum of dt·A inside a chunk, S_c the state afte
 (Dao & Gu 2024, section 6.) Cost per token and head: O(q (n / heads_per_group + p) + p n), linear in the length.
 
 Products take operands in the input's dtype; decays, sums and the carried state are float32 (float64 for float64 input).
-A document boundary is an infinite decay: every factor that would cross one is set to zero, by `where`, never by a
-multiplication, so that nothing is ever inf · 0.
+Every decay factor that crosses a document boundary is set to zero by `masked_fill`, never by a multiplication, so that
+inf · 0 cannot occur.
 """
 
 import torch
@@ -38,8 +38,8 @@ def ssd_chunked(inputs: SSDInputs) -> tuple[torch.Tensor, torch.Tensor | None]:
     C_c = _pad(C, padding).view(b, c, q, g, n).transpose(2, 3)  # (b, c, g, q, n)
     cs = torch.cumsum(dt_c * inputs.A.to(wide).view(g, r, 1), dim=-1)  # (b, c, g, r, q)
 
-    # decay[i, j] = exp(cs_i - cs_j) for j <= i. The difference is never positive there; the clamp keeps exp finite on
-    # the other side of the diagonal, whose values `where` drops.
+    # decay[i, j] = exp(cs_i - cs_j) for j <= i. The difference is never positive there; the clamp keeps exp finite
+    # above the diagonal, whose values `masked_fill` drops.
     visible = torch.ones(q, q, dtype=torch.bool, device=x.device).tril()  # (q, q)
     decay_in = torch.exp(cs)  # (b, c, g, r, q), from the state before the chunk to token i
     decay_out = torch.exp(cs[..., -1:] - cs)  # (b, c, g, r, q), from token j to the state after the chunk

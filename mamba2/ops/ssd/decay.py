@@ -1,29 +1,29 @@
-"""The decay: every exponential of SSD, and its gradient. To change how the state decays, change this file.
+"""The decay factors of the chunked SSD kernels, and their gradient. To change how the state decays, begin here.
 
     step_i   = clamp(softplus(dt_i + bias), low, high)        a_i = step_i A
-    cs_i     = log2(e) Σ_{j<=i} a_j       from the beginning of i's chunk of Q tokens, so that sums keep their digits
-    source_j = cs_j - log2(step_j)        so that a product with the step costs nothing; in float32, which chunks of 16
-                                          tokens tell, step_j itself: the difference would lose a digit
+    cs_i     = log2(e) Σ_{j<=i} a_j       from the beginning of i's chunk of Q tokens: longer sums would lose digits
+    source_j = cs_j - log2(step_j)        so that multiplying by the step is free; for Q = 16 (float32 input) step_j
+                                          itself, because the difference would lose a digit
 
-and with them the factors with which, in a chunk,
+and the decay factors within a chunk, between and out_of times step_j if WRITTEN:
 
-    between   what token j wrote reaches token i >= j              exp2(cs_i - cs_j), written: step_j exp2(cs_i - cs_j)
-    into      the state before the chunk reaches token i           exp2(cs_i)
-    out_of    what token j wrote reaches the state after           exp2(cs_last - cs_j), written: the same with step_j
-    through   the state before the chunk reaches the one after     exp2(cs_last)
+    between   from the write of token j to token i >= j            exp2(cs_i - cs_j)
+    into      from the state before the chunk to token i           exp2(cs_i)
+    out_of    from the write of token j to the state after         exp2(cs_last - cs_j)
+    through   from the state before the chunk to the one after     exp2(cs_last)
 
-A document boundary is an infinite decay, made by `where` and never by a product: nothing is ever inf * 0. `first_i` and
-`last_i` are the places in the chunk of the first and last token of i's document: -1 and Q where it goes on outside.
+Factors across a document boundary are set to 0 by `where`, never by a product, so that inf * 0 cannot occur. `first_i`
+and `last_i` are the positions in the chunk of the first and last token of i's document: -1 and Q if it goes on outside.
 
-Gradient. Where W_ij is the share of the loss's gradient that flows through between(i, j), s_i through into(i), w_j
-through out_of(j), and X through `through`, that of a_k is
+Gradient. Let W_ij, s_i, w_j and X be the gradients of the loss with respect to the logarithms of between(i, j),
+into(i), out_of(j) and through. Then
 
     da_k = Σ_{j<k<=i} W_ij + Σ_{i>=k} s_i + Σ_{j<k} w_j + X        dA = Σ_k step_k da_k
 
-over a span, the run of two chunks at whose ends the backward pass has the states.
+over a span of two chunks, at whose ends the backward pass has the states.
 
-`_decays_kernel` writes these numbers; every kernel reads its chunk of them through the functions here;
-`_decays_gradient_kernel` makes ddt, and shares of dA, dD and d(dt_bias), of what they left.
+`_decays_kernel` writes cs, source, first and last; the other kernels read them through the functions here;
+`_decays_gradient_kernel` computes ddt, and shares of dA, dD and d(dt_bias), from the `Sums` that those wrote.
 """
 
 from typing import Any, NamedTuple
@@ -56,7 +56,7 @@ class Decays(NamedTuple):
 
 
 class Sums(NamedTuple):
-    """What the gradient of the decay is made of, float32; S and R are kept between spans of two chunks."""
+    """Inputs of `_decays_gradient_kernel`, float32; a span is two chunks, and states are kept only between spans."""
 
     rows: Any  # (b, h, l): Σ_{j<i} W_ij + s_i, j in i's chunk or, in the second of a span, in both
     columns: Any  # (b, h, l): Σ_{i>j} W_ij, i in j's chunk
@@ -69,7 +69,7 @@ class Sums(NamedTuple):
 
 @triton.jit
 def activate(activation, batch, head, start, tokens, seqlen):
-    """dt before and after softplus, and the step, float32; of `tokens` from `start` on, and 0 past the end."""
+    """dt + bias before and after softplus, and the step, 0 past the end; float32, of `tokens` from `start` on."""
     dt = at(activation.dt, batch, start, head)
     inside = tokens < seqlen - start
     raw = tl.load(dt + tokens.to(tl.int64) * activation.dt.strides[0], mask=inside, other=0.0).to(tl.float32)
@@ -78,7 +78,7 @@ def activate(activation, batch, head, start, tokens, seqlen):
     smooth = raw
     if activation.SOFTPLUS:
         smooth = softplus(raw)
-    # A NaN stays one.
+    # Comparisons, so that a NaN stays NaN.
     step = tl.where(
         smooth < activation.low, activation.low, tl.where(smooth > activation.high, activation.high, smooth)
     )
@@ -100,7 +100,7 @@ def _decays_kernel(activation, decays, seq_idx, seqlen, h: tl.constexpr, Q: tl.c
     tl.store(decays.cs + here, cs, mask=inside)
     source = step if Q == 16 else cs - tl.log2(tl.where(inside, step, 1.0))
     tl.store(decays.source + here, source, mask=inside)
-    if decays.first is not None:  # noqa: SIM102 (one is known to the compiler)
+    if decays.first is not None:  # noqa: SIM102 (the outer condition is known at compile time)
         if head == 0:
             to_first = at(seq_idx, batch, start, 0)
             offsets = tokens.to(tl.int64) * seq_idx.strides[0]
@@ -129,9 +129,8 @@ def _earlier(a, b):
 
 @triton.jit
 def load_decays(decays, batch, head, start, seqlen, Z):
-    """A chunk's d: 0 cs, 1 source, 2 cs of its last token, 3 first, 4 last, 5 its last token's place and 6 first.
-
-    Past the end of the sequence they are as of the last token.
+    """The tuple d of a chunk: 0 cs, 1 source, 2 cs of its last token, 3 first, 4 last, 5 and 6 position and first of
+    its last token. Tokens past the end of the sequence have the values of the last one.
     """
     end = tl.minimum(start + Z.Q, seqlen) - 1
     tokens = tl.minimum(start + tl.arange(0, Z.Q), end)
@@ -149,7 +148,7 @@ def load_decays(decays, batch, head, start, seqlen, Z):
 
 @triton.jit
 def between(d, WRITTEN: tl.constexpr, TRANSPOSED: tl.constexpr, DOCUMENTS: tl.constexpr):
-    """(i, j), or transposed (j, i): zero where i is before j or in another document. WRITTEN: with the step."""
+    """(i, j), or transposed (j, i): zero where i is before j or in another document. WRITTEN: times step_j."""
     EXACT: tl.constexpr = d[0].shape[0] == 16
     place = tl.arange(0, d[0].shape[0])
     level = d[1] if WRITTEN and not EXACT else d[0]
@@ -171,7 +170,7 @@ def between(d, WRITTEN: tl.constexpr, TRANSPOSED: tl.constexpr, DOCUMENTS: tl.co
 
 @triton.jit
 def into(d, DOCUMENTS: tl.constexpr):
-    """(i,): 0 where a document began between the state before the chunk and token i."""
+    """(i,): 0 where the document of token i begins in the chunk."""
     factor = tl.exp2(d[0])
     if DOCUMENTS:
         factor = tl.where(d[3] < 0, factor, 0.0)
@@ -180,7 +179,7 @@ def into(d, DOCUMENTS: tl.constexpr):
 
 @triton.jit
 def out_of(d, WRITTEN: tl.constexpr, DOCUMENTS: tl.constexpr):
-    """(j,): 0 where the document of token j ends in the chunk. WRITTEN: with the step."""
+    """(j,): 0 where the document of token j ends before the chunk's last token. WRITTEN: times step_j."""
     EXACT: tl.constexpr = d[0].shape[0] == 16
     factor = tl.exp2(d[2] - (d[1] if WRITTEN and not EXACT else d[0]))
     if WRITTEN and EXACT:
@@ -219,7 +218,7 @@ def _decays_gradient_kernel(
     CHUNKS: tl.constexpr,
     P_TILES: tl.constexpr,
 ):
-    """Grid (blocks of CHUNKS chunks, h, b). W_ij of j and i after k cancel in the difference of the sums over either.
+    """Grid (blocks of CHUNKS chunks, h, b). W_ij with i, j >= k cancel in the sum over rows - columns from k on.
 
     Bytes per token, 16-bit dt: sums 16 h + 8 h p tiles, dt and ddt 4 h.
     """
@@ -239,7 +238,7 @@ def _decays_gradient_kernel(
         gradient += tl.load(sums.ux + to_tile, mask=inside, other=0.0)
         if sums.dD is not None:
             dD += tl.load(sums.dD + to_tile, mask=inside, other=0.0)
-    # Across a chunk flows what flows across the span, and what begins or ends in the other chunk.
+    # Decay through a whole chunk: X of the span, and s or w of the span's other chunk (`Sums.state`).
     spans = tl.cdiv(tl.cdiv(seqlen, Q), 2)
     span = tl.program_id(0) * (CHUNKS // 2) + tl.arange(0, CHUNKS // 2)
     X = tl.load(sums.X + sequence * spans + span, mask=span < spans, other=0.0)

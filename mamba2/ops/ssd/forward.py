@@ -1,26 +1,25 @@
-"""The walk over chunks that both directions of SSD are made of, and the pass that lets pieces of it run side by side.
+"""The walk over chunks, forward and backward, and the pass over states that lets segments be walked in parallel.
 
 Forward, with the factors of `decay.py`, i and j tokens of a chunk, S the state before it:
 
     y_i = into_i S C_i + Σ_{j<=i} between_ij step_j (C_i·B_j) x_j + D x_i
     S'  = through S + Σ_j out_j step_j B_j x_jᵀ
 
-The gradient is the same walk from the end, R the gradient of the state after the chunk, dout for x, B and C exchanged:
+The gradient is the same walk from the end, R the gradient of the state after the chunk, dout for x, B and C swapped:
 
     u_j = out_j R B_j + Σ_{i>=j} between_ij (B_j·C_i) dout_i         dx_j = step_j u_j + D dout_j
     R'  = through R + Σ_i into_i C_i dout_iᵀ
 
 A program owns P channels of one head over a segment, a run of chunks; the state stays in registers, in float32. Where
-there are too few sequences and heads to fill a device, a sequence is cut into segments: one launch walks each from zero
-for what it adds to the state, `_pass_kernel` carries the states from segment to segment, a second launch walks each
-from its own. C_i·B_j is computed again by every head of a group, whose programs are neighbours and share B and C
-through L2.
+there are too few sequences and heads to fill a device, a sequence is cut into segments: one launch walks each from a
+zero state to get what it adds, `_pass_kernel` carries the states from segment to segment, and a second launch walks
+each from its own state. Every head of a group recomputes C_i·B_j; its programs are neighbours and share B and C in L2.
 
 The states that `backward.py` needs are kept once for each span of two chunks of Q tokens.
 
 Bytes per token, 16-bit input: x, y (or dout, x, dx) 4 h p (6 h p); B, C 4 g n; steps, cs 8 h;
 states kept h p n / Q; where segments are walked twice 2 h p + 2 g n + 8 h more. Bound by instructions: about 1 000
-for each warp of four in a chunk of 64 tokens and 64 channels, a tenth of them products.
+in each of four warps for a chunk of 64 tokens and 64 channels, a tenth of them matrix products.
 """
 
 from typing import Any, NamedTuple
@@ -71,7 +70,7 @@ def _walk_kernel(
     decays,
     edges,
     kept,  # out: (b, spans, h, n, p), the state before each span, in reverse the gradient of the one after; or None
-    outputs,  # or None: states alone
+    outputs,  # or None: only states are wanted
     seqlen,
     segment_chunks,
     skipped,  # segments before the first that is walked
@@ -119,7 +118,7 @@ def _walk_kernel(
             q_pair = load_rows(q, batch, start, seqlen, group, Z)
             rows = tl.arange(0, Z.Q)
             y = outputs.y + ((batch * seqlen + start) * Z.h + head) * Z.p
-            # Which product comes first decides what fits into the registers.
+            # The order of the products decides whether they fit into the registers.
             if REVERSE:
                 scores = (dot_rows(q_pair, k_pair, Z) * between(d, False, True, DOCUMENTS)).to(narrow)
                 acc = dot_state(q_pair, narrow1, narrow2, Z) * out_of(d, False, DOCUMENTS)[:, None]
@@ -172,7 +171,7 @@ def _pass_kernel(
     REVERSE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Grid (p n / BLOCK, h, b). The first segment, in reverse the last, is that of `begin`."""
+    """Grid (p n / BLOCK, h, b). `begin` is for the first segment, in reverse for the last."""
     head = tl.program_id(1).to(tl.int64)
     batch = tl.program_id(2).to(tl.int64)
     element = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)

@@ -4,10 +4,9 @@
     backward   walk for S; walk from the end for dx and R; dB and dC;
                gradient of the decays; sums                                5 launches
 
-A sequence that is cut into segments costs two launches more in each direction; heads of a group that are shared out
-two. Nothing else runs on the device, but for D per channel and the gate, which are left to torch. Of the states only
-those between segments are kept for the backward pass, which computes the others again: they are larger than all else
-that a layer keeps.
+Cutting sequences into segments adds two launches in each direction, splitting the heads of a group among programs two
+in the backward. D per channel and the gate are left to torch. Of the states only those between segments are kept for
+the backward pass, which recomputes the others: they are larger than all else that a layer keeps.
 """
 
 import functools
@@ -139,22 +138,22 @@ class Launch:
     transposed: bool = False  # products as their transposes
 
     def options(self, target: str) -> dict[str, int]:
-        options = {"num_warps": self.num_warps, "num_stages": 1}  # of loops that say nothing
+        options = {"num_warps": self.num_warps, "num_stages": 1}  # of the other loops
         return options if target.startswith("gfx") else {**options, "maxnreg": self.registers}
 
 
 def cdiv(a: int, b: int) -> int:
-    """Triton's own takes longer than it takes Triton to start a kernel."""
+    """In place of `triton.cdiv`, which takes longer than Triton needs to start a kernel."""
     return -(-a // b)
 
 
 @functools.cache
 def chunk_for(target: str, itemsize: int, n: int, documents: bool) -> int:
-    """Tokens that are multiplied out at a time, by every kernel.
+    """Q, the tokens of a chunk in every kernel.
 
-    64 rows are what Hopper's and CDNA's matrix units want; elsewhere operands live in registers, and 32 fit. So it is
-    on Hopper where d_state takes two tiles and documents registers of their own. Float32 operands without rounding are
-    multiplied by ordinary instructions, and fit at 16.
+    Matrix units of Hopper and CDNA take 64 rows; elsewhere operands are held in registers, and 32 rows fit. So it is on
+    Hopper where n > 160, or where d_state takes two tiles and documents take registers, too. Unrounded float32
+    operands are multiplied by ordinary instructions, and 16 rows fit.
     """
     if itemsize == 4:
         return 16
@@ -164,7 +163,7 @@ def chunk_for(target: str, itemsize: int, n: int, documents: bool) -> int:
 
 @functools.cache
 def launch_for(kernel: str, target: str, itemsize: int, p: int, n: int, documents: bool) -> Launch:
-    """The table. `kernel` is walk, reverse (the walk from the end), states (either without outputs) or gradient."""
+    """The launch table. `kernel` is walk, reverse (walk from the end), states (either without outputs) or gradient."""
     widest = max(16, triton.next_power_of_2(p))
     if itemsize == 4:
         return Launch(16, 4, 1)
@@ -173,28 +172,28 @@ def launch_for(kernel: str, target: str, itemsize: int, p: int, n: int, document
         return Launch(min(32 if documents and kernel in ("walk", "reverse") else 64, widest), 4, 1)
     roomy = target in ("sm_80", "sm_90", "sm_100")  # 160 KiB of shared memory and more
     if kernel == "gradient":
-        # With 4 warps operands are loaded by half as many, where two such programs share a multiprocessor.
+        # 4 warps where two such programs fit on a multiprocessor: half as many warps load the same operands.
         return Launch(min(64, widest), 4 if few and roomy else 8, 2, whole=few)
     if n > 160:
         return Launch(min(16, widest), 8, 2)
-    # Loads ahead go through shared memory, whose addresses take registers as well.
+    # Prefetched loads go through shared memory, whose addresses also take registers.
     stages = 2 if roomy else 1
     if target == "sm_80" and widest >= 64 and kernel != "reverse":
-        # Products that take their first operand from registers: the state, transposed, is one as it is.
+        # Products take their first operand from registers: transposed, the state is that operand as it is.
         return Launch(64, 4, stages, transposed=True)
     return Launch(min(32 if few else 64, widest), 4, stages)
 
 
-FEW_CHUNKS = 12  # of one walk take about as long as two launches more
+FEW_CHUNKS = 12  # of a walk take about as long as two more launches
 
 
 def choose_segments(walks: int, chunks: int, slots: int) -> int:
-    """Segments of each sequence that are walked side by side: as many as run at once, where that pays.
+    """Segments of each sequence that are walked in parallel: as many as run at once, where that pays.
 
     Arguments: `walks`: programs of one segment each; `slots`: programs that the device holds at once. More than one
-    segment are walked twice, first for the state alone in 0.6 of the time, and on a full device a chunk takes 1.4 of
-    its time, for the bytes (estimates of `benchmarks/estimate.py`): it pays where 1.6 * 1.4 walks < slots. A compiler
-    may ask for sizes that it does not know yet.
+    segment are walked twice, the first time for the state alone in 0.6 of the time, and on a full device a chunk takes
+    1.4 times as long, because of memory traffic (estimates of `benchmarks/estimate.py`): it pays where
+    1.6 * 1.4 walks < slots. Sizes can be symbolic under torch.compile.
     """
     if 9 * walks > 4 * slots or chunks <= FEW_CHUNKS:
         return 1
@@ -202,7 +201,7 @@ def choose_segments(walks: int, chunks: int, slots: int) -> int:
 
 
 class _Plan:
-    """What follows from the sizes of a call alone. One for each sizes: a call takes little longer than its launches."""
+    """What depends only on the sizes of a call; cached, because a call should take little longer than its launches."""
 
     def __init__(self, b, l, h, p, g, n, dtype, documents: bool, tf32: bool, target: str, multiprocessors: int):
         self.b, self.l, self.h, self.p, self.g, self.n = b, l, *map(int, (h, p, g, n))
@@ -214,7 +213,7 @@ class _Plan:
         walks = b * self.h * cdiv(self.p, self.table("walk").p_tile)
         self.segments = choose_segments(walks, self.chunks, 2 * multiprocessors)
         self.segment_chunks = cdiv(self.chunks, self.segments)
-        # torch's setting for float32 products holds here, too. The device kernels round 16-bit operands not at all.
+        # torch's setting for float32 matrix products applies here, too. 16-bit operands are never rounded.
         self.precision = "tf32" if tf32 and target.startswith("sm") else "ieee"
 
     def table(self, kernel: str) -> Launch:
@@ -354,7 +353,7 @@ class _Run:
         sum_rows(shares, dA, None if self.activation.bias is None else dbias, dD_shares, dD)
 
     def gradient(self, dout, S, R, dB, dC, sums) -> None:
-        """dB and dC, the heads of a group shared out where there are too few programs for the device."""
+        """dB and dC; the heads of a group are split among programs where there are too few programs for the device."""
         plan = self.plan
         programs = 4 * plan.spans * plan.g * plan.b
         parts = min(plan.h // plan.g, cdiv(plan.multiprocessors, programs))
@@ -384,7 +383,7 @@ class _Run:
                 sum_rows(of_parts.view(parts, -1), dk.view(-1))
 
 
-TOKENS = 256  # of a program of the kernels of the decays, which are short
+TOKENS = 256  # of a program of the two decay kernels, which are short
 
 
 def neighbours(kernel: str, launch: Launch, target: str) -> list[Launch]:
@@ -393,7 +392,7 @@ def neighbours(kernel: str, launch: Launch, target: str) -> list[Launch]:
         replace(launch, num_stages=3 - launch.num_stages),
         replace(launch, num_warps=12 - launch.num_warps),
     ]
-    if kernel in ("states", "gradient"):  # not reverse, whose sums lie one plane for each tile
+    if kernel in ("states", "gradient"):  # not reverse, whose sums have one plane per tile
         others.append(replace(launch, p_tile=32 if launch.p_tile == 16 else 16))
     if not target.startswith("gfx"):
         others.append(replace(launch, registers=168 if launch.registers == 255 else 255))  # spills show in the time

@@ -1,7 +1,4 @@
-"""SSD as the recurrence it is, one token after the other: slow, plain, exact in float64. The oracle of the tests.
-
-And one step of it, for decoding.
-"""
+"""SSD as a recurrence, token by token, and one step of it for decoding: slow and simple, the tests' reference."""
 
 from typing import NamedTuple
 
@@ -10,7 +7,7 @@ import torch.nn.functional as F
 
 
 class SSDInputs(NamedTuple):
-    """What `mamba2.ops.ssd` was called with, checked; the order is that of its arguments."""
+    """The checked arguments of `mamba2.ops.ssd`, in its order."""
 
     x: torch.Tensor  # (b, l, h, p)
     dt: torch.Tensor  # (b, l, h)

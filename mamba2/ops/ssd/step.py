@@ -1,11 +1,11 @@
-"""One token of `ssd`, the state updated where it lies: decoding.
+"""One token of `ssd`, for decoding: the state is updated in place.
 
     step = clamp(softplus(dt + bias), low, high)      h' = exp(step A) h + step x ⊗ B      y = (h' C + D x) · silu(z)
 
 Time and memory do not depend on how many tokens came before. No gradients: train with `ssd`. Each element of the state
-is read once and written once, and nothing else is worth counting: per sequence 8 h p n bytes for a float32 state, and
-2 (3 h p + h + 2 g n) for 16-bit x, z, y, dt, B and C. B and C are shared by the heads of a group, whose programs run
-side by side.
+is read once and written once, which is nearly all of the memory traffic: per sequence 8 h p n bytes for a float32
+state, and 2 (3 h p + h + 2 g n) for 16-bit x, z, y, dt, B and C. The heads of a group, neighbours in the grid, share B
+and C.
 """
 
 import math
@@ -169,5 +169,5 @@ def ssd_step_triton(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_limit)
     return _ssd_step_op(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, *map(float, dt_limit))
 
 
-# Token by token the plain form is also the one that runs; `mamba2.decoding` has faster ones for a model.
+# The torch backend runs the reference form; `mamba2.decoding` has faster ones for a model.
 IMPLEMENTATIONS = {"reference": ssd_step_reference, "torch": ssd_step_reference, "triton": ssd_step_triton}

@@ -1,9 +1,9 @@
-"""How the SSD kernels see tensors: views and sizes that travel as tuples, loads and stores of tiles, products.
+"""Helpers of the SSD kernels: views and sizes passed as tuples, loads and stores of tiles, matrix products.
 
 A tile of B, C or of a state is a pair of tiles over d_state, of N1 and N2 columns, so that 142 costs 128 + 16 and not
-256. N2 is 0 where one tile covers it: the second of a pair is then the first again, and never touched.
+256. N2 is 0 where one tile is enough: the second of a pair is then the first again, and not used.
 
-Strides inside a batch row are compile-time constants: the addresses of a tile then differ by numbers, not by registers.
+All strides but that of the batch are compile-time constants: offsets within a tile then take no registers for strides.
 Offsets that grow with batch or length are int64; inside a tile they are int32 where that is enough.
 """
 
@@ -18,7 +18,7 @@ from mamba2.ops.kernel import constant
 
 
 class View(NamedTuple):
-    """A tensor as kernels take it."""
+    """A tensor as a kernel argument."""
 
     pointer: Any
     batch: int  # stride of the first dimension
@@ -26,7 +26,7 @@ class View(NamedTuple):
 
 
 class Sizes(NamedTuple):
-    """What is compiled into a kernel, all of it one `tl.constexpr`: Triton looks at each argument in every launch."""
+    """Compile-time parameters of a kernel, as one `tl.constexpr`: Triton inspects each argument at every launch."""
 
     h: int  # nheads
     p: int  # headdim
@@ -81,7 +81,7 @@ def store_tile(pointer, rows, left, columns, width: tl.constexpr, row_stride: tl
 
 @triton.jit
 def at(v, batch, token, head):
-    """Where a head's (or group's) token is in the view of a tensor (b, l, h, p)."""
+    """Pointer to a token of a head (or group) in the view of a tensor (b, l, h, p)."""
     return v.pointer + batch * v.batch + tl.cast(token, tl.int64) * v.strides[0] + head * v.strides[1]
 
 
@@ -157,7 +157,7 @@ def zero_state(Z):
 
 @triton.jit
 def dot(a, b, acc, Z):
-    """a @ b + acc in float32; transposed as bᵀ aᵀ + accᵀ, which leaves a result's channels to the warps as rows."""
+    """a @ b + acc in float32; if TRANSPOSED, computed as bᵀ aᵀ + accᵀ, whose rows, split among warps, are channels."""
     if Z.TRANSPOSED:
         turned = None if acc is None else tl.trans(acc)
         product = tl.trans(tl.dot(tl.trans(b), tl.trans(a), acc=turned, input_precision=Z.PRECISION))
