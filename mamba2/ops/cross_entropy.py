@@ -118,7 +118,7 @@ CPU_CHUNK_BYTES = 50 * 2**20
 
 # (logits (t, v), targets (t,), ignore_index, whether the gradient is wanted) -> losses (t,), at least float32,
 # and the gradient of their sum in the logits, in the logits' dtype, or None. May overwrite the logits.
-Softmax = Callable[[torch.Tensor, torch.Tensor, int, float, bool], tuple[torch.Tensor, torch.Tensor | None]]
+Softmax = Callable[[torch.Tensor, torch.Tensor, int, bool], tuple[torch.Tensor, torch.Tensor | None]]
 
 
 def torch_softmax(
