@@ -121,16 +121,18 @@ def read_parameters(
     args: argparse.Namespace, study: Study | None, config: Mamba2Config, used: dict[str, Initializer]
 ) -> DtParams:
     """The DtParams that the flags give. Raises ValueError where one has no effect on any of the initialisations."""
+    if args.length is not None and not any(setting.endswith("L") for setting in args.set):
+        raise ValueError(f"--length {args.length} is for shares such as --set half_life_max=0.5L, and there is none")
     length = args.length or (study and study.tables["train"].get("max_length"))
+    keys = [setting.partition("=")[0] for setting in args.set]
+    for key in keys:
+        if key in ("t_min", "t_max"):
+            raise ValueError(f"--set {key}: use --{key.replace('_', '-')}")
     defaults = {"t_min": args.t_min, "t_max": args.t_max, "dt_floor": config.time_step_floor}
     parameters = DtParams.read(args.set, length, **defaults)
     read = set().union(*(initializer.reads for initializer in used.values()))
-    for setting in args.set:
-        key = setting.partition("=")[0]
-        if key in ("t_min", "t_max"):
-            raise ValueError(f"--set {setting}: use --{key.replace('_', '-')}")
-        if key not in read:
-            raise ValueError(f"--set {setting}: none of {', '.join(used)} reads {key}")
+    if unread := [key for key in keys if key not in read]:
+        raise ValueError(f"--set {unread[0]}: none of {', '.join(used)} reads it")
     return parameters
 
 

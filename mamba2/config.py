@@ -108,6 +108,14 @@ class Mamba2Config:
         """Rows of in_proj: z, x, B, C, dt."""
         return self.d_inner + self.conv_dim + self.num_heads
 
+    @property
+    def initialization(self) -> str | None:
+        """The recorded initialisation with its factors, "log_uniform+A=ones"; None if dt_bias has no record."""
+        if self.dt_bias_init is None:
+            return None
+        factors = (f"{factor}={record['name']}" for factor, record in (self.factors_init or {}).items())
+        return "+".join([self.dt_bias_init["name"], *factors])
+
     def with_weight_init(self, name: str) -> Self:
         """This config with the named scheme ("transformers" or "mamba_ssm") and the keys that belong to it."""
         return dataclasses.replace(self, weight_init=name, **WEIGHT_INITS.get(name, {}))

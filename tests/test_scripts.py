@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import init
+from mamba2.config import Mamba2Config
 from mamba2.model import Mamba2LM
 from mamba2.study import study_runs
 from tests.test_model import small_config
@@ -214,6 +215,28 @@ def test_a_missing_flag_and_an_unknown_preset_are_named(tmp_path, command, messa
 
 def test_the_initialisations_can_be_listed(tmp_path):
     assert "log_uniform" in run_script(tmp_path, "init.py --list").stdout
+
+
+def test_parameters_and_factors_are_set_recorded_and_never_changed_in_silence(tmp_path):
+    small_config(num_hidden_layers=2).save(tmp_path / "config.json")
+    base = "init.py --config-path config.json --output-path o --initializations halflife+A=ones "
+    run_script(tmp_path, base + "--set half_life_max=0.5L --length 256")
+    folder = tmp_path / "o/seed-42-halflife+A=ones"
+    config = Mamba2Config.from_json(folder)
+    assert config.dt_bias_init["half_life_max"] == 128.0 and config.factors_init["A"]["name"] == "ones"
+    assert config.initialization == "halflife+A=ones"
+    before = (folder / "model.safetensors").read_bytes()
+    assert "is there already and stays" in run_script(tmp_path, base + "--set half_life_max=128").stdout
+    for more, message in {
+        "": "with half_life_max = 128, and not 1024 as wanted now: choose another --output-path",
+        "--set value=1": "--set value: none of halflife+A=ones reads it",
+        "--set t_min=1": "--set t_min: use --t-min",
+        "--set half_life_max=0.5L": "how long L is, --length says",
+        "--length 256": "--length 256 is for shares such as --set half_life_max=0.5L, and there is none",
+        "--initializations uniform+A=two": "unknown factor 'A=two'",
+    }.items():
+        assert message in run_script(tmp_path, base + more, code=1).stderr
+    assert (folder / "model.safetensors").read_bytes() == before
 
 
 def test_a_preview_shows_memory_and_signals_and_writes_no_model(tmp_path):

@@ -13,7 +13,7 @@ from mamba2.checkpoint.foreign import read_config
 from mamba2.checkpoint.model_folder import check_tensors
 from mamba2.checkpoint.weights import EMBEDDINGS, HEAD, StoredTensor, find_weights, list_tensors, read_tensors
 from mamba2.config import Mamba2Config
-from mamba2.initializers import dt_bias_sha256, dt_table
+from mamba2.initializers import INITIALIZERS, dt_bias_sha256, dt_table
 from mamba2.model import SHAPES, num_parameters
 
 
@@ -33,7 +33,6 @@ def report(path: str | os.PathLike) -> tuple[str, list[str]]:
         torch.stack([values[f"backbone.layers.{i}.mixer.{name}"] for i in layers]) for name in ("dt_bias", "A_log")
     )
     found = suspicions(config, dt_bias, A_log)
-    origin = config.dt_bias_init["name"] if config.dt_bias_init else "not recorded"
     text = "\n".join(
         [
             f"{folder}: {num_parameters(config):,} parameters, {', '.join(file.name for file in files)}",
@@ -41,7 +40,7 @@ def report(path: str | os.PathLike) -> tuple[str, list[str]]:
             "",
             parameter_table(stored, config.tie_word_embeddings),
             "",
-            f"dt_bias initialised by: {origin}",
+            f"initialised by: {config.initialization or 'not recorded'}",
             dt_table(dt_bias, A_log.double().exp()) if dt_bias.isfinite().all() and A_log.isfinite().all() else "",
             "",
             *(f"suspicious: {what}" for what in found or ["nothing"]),
@@ -57,6 +56,8 @@ def suspicions(config: Mamba2Config, dt_bias: torch.Tensor, A_log: torch.Tensor)
     dt, A = F.softplus(dt_bias.double()), A_log.double().exp()
     low, high = config.time_step_min, config.time_step_max
     record, factors = config.dt_bias_init or {}, config.factors_init or {}
+    initializer = INITIALIZERS.get(record.get("name"))
+    bounded = initializer is None or "t_min" in initializer.parameters  # dt of the others knows no range
     if not dt_bias.isfinite().all():
         found.append(
             "dt_bias is not finite: softplus was inverted for numbers that are not positive, as when done twice"
@@ -69,7 +70,7 @@ def suspicions(config: Mamba2Config, dt_bias: torch.Tensor, A_log: torch.Tensor)
         found.append(
             f"dt_bias is in the range of dt, {low:g} to {high:g}: softplus was not inverted, and dt is near 0.7"
         )
-    elif not low / 10 <= dt.median() <= 10 * high and record.get("name") not in UNBOUNDED:
+    elif bounded and not low / 10 <= dt.median() <= 10 * high:
         found.append(f"the median of dt is {dt.median():.3g}, far from time_step_min and max, {low:g} to {high:g}")
     heads = torch.arange(1.0, dt_bias.shape[1] + 1)
     if not A_log.isfinite().all():
@@ -89,10 +90,6 @@ def suspicions(config: Mamba2Config, dt_bias: torch.Tensor, A_log: torch.Tensor)
             "A is 1, 2, 3, … as initialised, but dt_bias is not: A_log was reset after training, or had no rate"
         )
     return found
-
-
-# dt of these is rate / A, or 1.31, and knows no range.
-UNBOUNDED = ("ones", "halflife", "retnet", "rwkv", "chrono", "hgrn", "lightning", "constant")
 
 
 def parameter_table(stored: dict[str, StoredTensor], tied: bool) -> str:

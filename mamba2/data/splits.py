@@ -184,25 +184,23 @@ def list_files(root: Path, files: Iterable[Path], is_data: Callable[[Path], bool
 
 
 def held_out_copies(splits: dict[str, list[Path]]) -> set[Path]:
-    """The training files that have the same bytes as a held-out file; empty files do not count."""
-    held_out: dict[tuple[int, bytes], list[Path]] = defaultdict(list)
+    """The training files that have the same bytes as a held-out file; empty files do not count. Only files of a size
+    that occurs on both sides are opened."""
+    sizes: dict[bool, dict[Path, int]] = {True: {}, False: {}}  # of the training files, and of the others
     for split, files in splits.items():
-        if splits_said(split) != {"train"}:
-            for file in files:
-                held_out[_beginning(file)].append(file)
-    return {
-        file
-        for split, files in splits.items()
-        if held_out and splits_said(split) == {"train"}
-        for file in files
-        if file.stat().st_size and any(filecmp.cmp(file, f, shallow=False) for f in held_out.get(_beginning(file), ()))
-    }
+        sizes[splits_said(split) == {"train"}].update((file, file.stat().st_size) for file in files)
+    shared = set(sizes[True].values()) & set(sizes[False].values()) - {0}
+    train, others = ([file for file, size in sizes[side].items() if size in shared] for side in (True, False))
+    held_out: dict[bytes, list[Path]] = defaultdict(list)
+    for file in others:
+        held_out[_beginning(file)].append(file)
+    return {f for f in train if any(filecmp.cmp(f, other, shallow=False) for other in held_out.get(_beginning(f), ()))}
 
 
-def _beginning(file: Path) -> tuple[int, bytes]:
-    """Size and hash of the first bytes of a file, which differ for most files that are not copies."""
+def _beginning(file: Path) -> bytes:
+    """Hash of the first bytes of a file, which differ for most files that are not copies."""
     with open(file, "rb") as opened:
-        return file.stat().st_size, hashlib.sha256(opened.read(BEGINNING)).digest()
+        return hashlib.sha256(opened.read(BEGINNING)).digest()
 
 
 def is_hidden(path: Path) -> bool:

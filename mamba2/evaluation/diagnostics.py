@@ -106,8 +106,7 @@ def initial_model(model: Mamba2LM) -> Mamba2LM:
     parameters = {key: record[key] for key in ("half_life_min", "half_life_max", "chrono_max") if key in record}
     parameters |= {"value": record["constant"]} if "constant" in record else {}
     dt = DtParams(config.time_step_min, config.time_step_max, config.time_step_floor, **parameters)
-    factors = config.factors_init or {}
-    name = "+".join([record["name"], *(f"{factor}={made['name']}" for factor, made in factors.items())])
+    name = config.initialization
     initial = Mamba2LM(config, record["seed"], name, dt)
     if initial.config.factors_init != config.factors_init:
         raise ValueError(f"{name}, seed {record['seed']}, has other factors than recorded when made again")

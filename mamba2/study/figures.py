@@ -41,7 +41,9 @@ def color(name: str):
     """The colour of an initialisation, by its place in INITIALIZERS: the same in every figure of every report."""
     names = list(INITIALIZERS)
     # The strong half of tab20 first: the first ten initialisations can be told apart best.
-    place = names.index(name) if name in names else zlib.crc32(name.encode())  # a product with factors
+    if name not in names:  # a product with factors
+        return _pyplot().get_cmap("hsv")(zlib.crc32(name.encode()) / 2**32)
+    place = names.index(name)
     return _pyplot().get_cmap("tab20")((2 * place) % 20 + (place >= 10))
 
 

@@ -285,7 +285,6 @@ class Job:
             args.keep_products_only,
             shards=self.world.size if self.sharded else 1,
         )
-        applied = self.config.dt_bias_init
         print(f"\n{self.model_path} -> {output}")
         print(f"parameters   {num_parameters(self.config):,}")
         print(f"data         {args.dataset_path}: {_counted(train)}")
@@ -303,7 +302,7 @@ class Job:
         processes = f"{self.world.size} processes ({args.parallel}), " if self.world.size > 1 else ""
         print(f"runs on      {processes}{self.device}, {self.dtype}, {torch.get_num_threads()} threads")
         print(f"with         {versions()}")
-        print(f"dt           {applied['name'] if applied else 'of unrecorded origin'}")
+        print(f"dt           {self.config.initialization or 'of unrecorded origin'}")
         print(dt_table(dt_bias, A), flush=True)
 
     def try_one_step(self, output: Path) -> None:
