@@ -4,6 +4,7 @@ An initialisation has the same colour everywhere. Every run is drawn, thin; a me
 """
 
 import io
+import textwrap
 import zlib
 
 import numpy as np
@@ -45,6 +46,11 @@ def color(name: str):
         return _pyplot().get_cmap("hsv")(zlib.crc32(name.encode()) / 2**32)
     place = names.index(name)
     return _pyplot().get_cmap("tab20")((2 * place) % 20 + (place >= 10))
+
+
+def _above(name: str, what: str) -> str:
+    """A title of a narrow panel: the initialisation, broken between its factors, and below it what is shown."""
+    return "\n".join([*textwrap.wrap(name.replace("+", " +"), 34), what])
 
 
 def _labelled(axis, title: str, x: str, y: str) -> None:
@@ -189,7 +195,7 @@ def half_lives(data: dict[str, dict[str, np.ndarray]]):
     norm = _log_norm(*(values for columns in data.values() for values in columns.values()))
     for row, (name, columns) in zip(axes, data.items()):
         for axis, (title, values) in zip(row, columns.items()):
-            image = _heat(axis, values, f"{name}\n{title}", norm, "viridis")
+            image = _heat(axis, values, _above(name, title), norm, "viridis")
     figure.tight_layout()
     figure.colorbar(image, ax=axes, label="half-life, tokens", fraction=0.025)
     return figure
@@ -203,7 +209,7 @@ def decay_masks(data: dict[str, dict[str, np.ndarray]]):
     for row, (name, masks) in zip(axes, data.items()):
         for axis, (title, mask) in zip(row, masks.items()):
             image = axis.imshow(mask, vmin=0, vmax=1, cmap="magma_r", interpolation="nearest")
-            axis.set_title(f"{name}\n{title}", fontsize=8, loc="left")
+            axis.set_title(_above(name, title), fontsize=8, loc="left")
             axis.set_xlabel("written at token j")
             axis.set_ylabel("read at token i")
     figure.tight_layout()
@@ -261,7 +267,7 @@ def preview(rows: dict[str, dict[str, np.ndarray]], labels: dict[str, str], pane
     }
     for axis_row, (name, row) in zip(axes, rows.items()):
         for axis, key, cmap in zip(axis_row, ("dt", "half_life"), ("cividis", "viridis")):
-            image = _heat(axis, row[key], f"{name}: {labels[key]}", norms[key], cmap)
+            image = _heat(axis, row[key], _above(name, labels[key]), norms[key], cmap)
             figure.colorbar(image, ax=axis, fraction=0.05)
         for axis, key in zip(axis_row[2:], panels):
             axis.plot(row[key], "o-", color=color(name), markersize=3)
