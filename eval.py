@@ -38,7 +38,8 @@ from mamba2.tokenizer import Tokenizer, load_tokenizer
 from mamba2.training import choose_device
 
 Key = tuple[str, int]  # initialisation, seed
-DIAGNOSED = 8  # sequences, of 16 windows each
+DIAGNOSED = 8  # sequences, of LONGEST windows each
+LONGEST = 32
 RECORD_VERSION = 1  # of what `measure` gives
 
 
@@ -193,7 +194,7 @@ def measure(
     if args.report is not None:
         if corpora:
             documents = [[tokenizer.eot_id, *tokenizer.encode(text)] for text in corpora[0].texts()]
-            length = min(16 * args.context + 1, sum(map(len, documents)))
+            length = min(LONGEST * args.context + 1, sum(map(len, documents)))
         else:
             documents = synthetic_samples(tasks[0], args.dataset_split[0]).ids.tolist()
             length = len(documents[0])

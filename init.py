@@ -12,7 +12,6 @@ all tensors but dt_bias are bit-identical across initialisations; a product such
 
 import argparse
 import dataclasses
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -21,8 +20,10 @@ import torch.nn.functional as F
 
 from mamba2.cli import parse_arguments, run
 from mamba2.config import WEIGHT_INITS, Mamba2Config
+from mamba2.data import load_tokens
+from mamba2.data.correlation import measure_eigenvalue
 from mamba2.evaluation.diagnostics import nominal_half_life, shares_remembering, signals
-from mamba2.factors import FACTORS, parse_initialization
+from mamba2.factors import parse_initialization
 from mamba2.files import atomic_folder
 from mamba2.initializers import INITIALIZERS, DtParams, Initializer, dt_table
 from mamba2.model import Mamba2LM, num_parameters
@@ -55,6 +56,8 @@ def main() -> None:
     what = "any other parameter that --list names: half_life_max=256, or 0.5L, a share of --length"
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help=what)
     parser.add_argument("--length", type=int, help="tokens of the windows to train on [a study's max_length]")
+    what = "data that autocorrelation is measured in [a study's]"
+    parser.add_argument("--dataset-path", help=what)
     parser.add_argument("--weight-init", choices=list(WEIGHT_INITS), help="all other weights [what the config says]")
     parser.add_argument("--tokenizer", help="bytes, gpt2, gpt-neox-20b, a tokenizer.json [by the vocabulary's size]")
     parser.add_argument("--list", action="store_true", help="list the initialisations and stop")
@@ -64,22 +67,22 @@ def main() -> None:
     study = add_study(parser, "init")
     args = parse_arguments(parser, "init")
     if args.list:
-        for name in INITIALIZERS:
-            reads = ", ".join(sorted(INITIALIZERS[name].reads))
-            print(f"{name:24} {summary(name)}{f' Reads {reads}.' if reads else ''}")
-        print("\nfactors, as in log_uniform+A=ones")
-        for factor, choices in FACTORS.items():
-            for choice, function in choices.items():
-                print(f"{f'{factor}={choice}':24} {first_line(function)}")
+        for parameter, choices in INITIALIZERS.items():
+            if parameter == "A":
+                print("\nfactors, as in log_uniform+A=ones")
+            for name, initializer in choices.items():
+                reads = ", ".join(sorted(initializer.reads))
+                name = name if parameter == "dt_bias" else f"{parameter}={name}"
+                print(f"{name:24} {first_line(initializer)}{f' Reads {reads}.' if reads else ''}")
         return
 
     # Everything that can be wrong is found before the first folder is made.
     config = Mamba2Config.from_json(args.config_path)
     if args.weight_init:
         config = config.with_weight_init(args.weight_init)
-    of_dt_bias = {name: INITIALIZERS[parse_initialization(name)[0]] for name in args.initializations}
-    parameters = read_parameters(args, study, config, of_dt_bias)
+    used = {name: initializers(name) for name in args.initializations}
     tokenizer = choose_tokenizer(args.tokenizer, config.vocab_size)
+    parameters = read_parameters(args, study, config, used, tokenizer)
     if tokenizer is not None:
         pad = config.pad_token_id if config.pad_token_id == tokenizer.eot_id else None
         config = dataclasses.replace(
@@ -95,7 +98,7 @@ def main() -> None:
     }
     finished = {key for key, folder in folders.items() if folder.exists()}
     for seed, name in finished:
-        require_same(folders[seed, name], of_dt_bias[name].record(parameters))
+        require_same(folders[seed, name], used[name], parameters)
 
     print(f"config       {args.config_path}: {num_parameters(config):,} parameters")
     print(f"layers       {config.num_hidden_layers} x {config.num_heads} heads of {config.head_dim}")
@@ -117,34 +120,64 @@ def main() -> None:
         print(f"wrote {folder}")
 
 
+def initializers(name: str) -> dict[str, Initializer]:
+    """The initialisers of a product, by parameter."""
+    of_dt_bias, factors = parse_initialization(name)
+    return {
+        parameter: INITIALIZERS[parameter][choice] for parameter, choice in {"dt_bias": of_dt_bias, **factors}.items()
+    }
+
+
 def read_parameters(
-    args: argparse.Namespace, study: Study | None, config: Mamba2Config, used: dict[str, Initializer]
+    args: argparse.Namespace,
+    study: Study | None,
+    config: Mamba2Config,
+    used: dict[str, dict[str, Initializer]],
+    tokenizer: Tokenizer | None,
 ) -> DtParams:
-    """The DtParams that the flags give. Raises ValueError where one has no effect on any of the initialisations."""
-    if args.length is not None and not any(setting.endswith("L") for setting in args.set):
-        raise ValueError(f"--length {args.length} is for shares such as --set half_life_max=0.5L, and there is none")
-    length = args.length or (study and study.tables["train"].get("max_length"))
+    """The DtParams that the flags give, or the data. Raises ValueError where one has no effect on any of the
+    initialisations, or is missing."""
+    of_study = study.tables["train"] if study else {}
+    length, data = args.length or of_study.get("max_length"), args.dataset_path or of_study.get("dataset_path")
     keys = [setting.partition("=")[0] for setting in args.set]
     for key in keys:
         if key in ("t_min", "t_max"):
             raise ValueError(f"--set {key}: use --{key.replace('_', '-')}")
     defaults = {"t_min": args.t_min, "t_max": args.t_max, "dt_floor": config.time_step_floor}
     parameters = DtParams.read(args.set, length, **defaults)
-    read = set().union(*(initializer.reads for initializer in used.values()))
+    read = {key: name for name, choices in used.items() for choice in choices.values() for key in choice.reads}
     if unread := [key for key in keys if key not in read]:
         raise ValueError(f"--set {unread[0]}: none of {', '.join(used)} reads it")
+    if args.length is not None and "length" not in read and not any(setting.endswith("L") for setting in args.set):
+        raise ValueError(
+            f"--length {args.length} is for shares such as --set half_life_max=0.5L and for initialisations that read "
+            "it (--list), and there is none"
+        )
+    if "length" in read and length is None:
+        raise ValueError(f"{read['length']} reads the length of the windows to train on: give --length")
+    if "eigenvalue" in read and parameters.eigenvalue is None:
+        if data is None:
+            raise ValueError(f"{read['eigenvalue']} is measured in data: give --dataset-path, or --set eigenvalue=")
+        eigenvalue = measure_eigenvalue(load_tokens(data, "train", tokenizer), length)
+        print(f"eigenvalue   {eigenvalue:.4g} of the autocorrelation in windows of {length} of {data}")
+        return dataclasses.replace(parameters, eigenvalue=eigenvalue)
+    if args.dataset_path is not None:
+        raise ValueError(f"--dataset-path {data} is for autocorrelation to be measured in, and nothing reads it")
     return parameters
 
 
-def require_same(folder: Path, wanted: dict[str, float]) -> None:
+def require_same(folder: Path, used: dict[str, Initializer], parameters: DtParams) -> None:
     """Raise ValueError where a model that is there already was initialised with other parameters."""
-    record = Mamba2Config.from_json(folder).dt_bias_init or {}
-    for key, value in wanted.items():
-        if record.get(key, value) != value:
-            raise ValueError(
-                f"{folder} is there already, with {key} = {record[key]:g}, and not {value:g} as wanted now: choose "
-                "another --output-path"
-            )
+    config = Mamba2Config.from_json(folder)
+    records = {"dt_bias": config.dt_bias_init, **(config.factors_init or {})}
+    for parameter, initializer in used.items():
+        record = records.get(parameter) or {}
+        for key, value in initializer.record(parameters).items():
+            if record.get(key, value) != value:
+                raise ValueError(
+                    f"{folder} is there already, with {key} = {record[key]:g}, and not {value:g} as wanted now: choose "
+                    "another --output-path"
+                )
 
 
 def preview(config: Mamba2Config, seed: int, names: list[str], parameters: DtParams, output: Path) -> None:
@@ -171,13 +204,11 @@ def preview(config: Mamba2Config, seed: int, names: list[str], parameters: DtPar
 
 def summary(name: str) -> str:
     """First lines of the docstrings of an initialisation and its factors."""
-    name, factors = parse_initialization(name)
-    of_factors = (FACTORS[factor][choice] for factor, choice in factors.items())
-    return " ".join(first_line(function) for function in (INITIALIZERS[name].function, *of_factors))
+    return " ".join(first_line(initializer) for initializer in initializers(name).values())
 
 
-def first_line(function: Callable) -> str:
-    return function.__doc__.splitlines()[0]
+def first_line(initializer: Initializer) -> str:
+    return initializer.function.__doc__.splitlines()[0]
 
 
 def choose_tokenizer(name: str | None, vocab_size: int) -> Tokenizer | None:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from mamba2.cli import json_ready, parse_arguments, run, write_preset
-from mamba2.data import STDLIB
+from mamba2.data import INITIAL_STATES, STDLIB
 from mamba2.distributed import PARALLEL, World
 from mamba2.host_memory import keep_freed_memory
 from mamba2.initializers import dt_table
@@ -55,6 +55,8 @@ def parse() -> argparse.Namespace:
     add("--output-dir", help="where the results go")
     add("--max-length", type=int, default=1024, help="tokens per window [1024]")
     add("--no-reset", action="store_true", help="carry the state across documents inside a window")
+    what = "what a window starts from, in training; mamba2/training/initial_state.py says [zero]"
+    add("--initial-state", choices=INITIAL_STATES, default="zero", help=what)
     add("--seed", type=int, default=2163, help="of the order of the data [2163]")
 
     add = parser.add_argument_group("the step").add_argument
@@ -114,8 +116,10 @@ def parse() -> argparse.Namespace:
     )
     add("--compile", choices=("off", "blocks", "model", "fused", "graph"), default="off", help=what)
     add("--cuda-visible-devices", help='GPUs to use ["0", unless CUDA_VISIBLE_DEVICES is set]')
-    add_study(parser, "train")
+    study = add_study(parser, "train")
     args = parse_arguments(parser, "train", required=("model_path", "output_dir"))
+    given = study and (args.model_path, args.output_dir) == tuple(study.options("train").values())
+    args.runs = study.runs() if given else []
     check(args, parser)
     return args
 
@@ -169,16 +173,19 @@ def main() -> None:
     if "WORLD_SIZE" not in os.environ:
         os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
 
-    outputs = {Path(path): Path(args.output_dir) for path in args.model_path}
-    if len(outputs) > 1 or args.study:
-        outputs = {model: output / model.name for model, output in outputs.items()}
-        if len(set(outputs.values())) < len(outputs):
+    runs = [(Path(path), Path(args.output_dir), args) for path in args.model_path]
+    if args.runs:
+        options = [argparse.Namespace(**{**vars(args), **run.options}) for run in args.runs]
+        runs = [(run.model, run.output, of_run) for run, of_run in zip(args.runs, options)]
+    elif len(runs) > 1 or args.study:
+        runs = [(model, output / model.name, args) for model, output, _ in runs]
+        if len({output for _, output, _ in runs}) < len(runs):
             raise ValueError("two of the folders in --model-path have the same name, and would share their results")
-    for model_path in outputs:
+    for model_path, _, _ in runs:
         if not model_path.is_dir():
             raise FileNotFoundError(f"no model folder at {model_path}")
     world, stopped = World.join(), 0
-    for model_path, output in outputs.items():
+    for model_path, output, args in runs:
         folder = RunFolder(output, args.keep, args.keep_best, args.keep_early, world)
         if world.first(folder.final.exists) and not args.overwrite and not args.dry_run:
             if world.is_main:
@@ -252,7 +259,7 @@ def starting_point(job: Job, folder: RunFolder, identity: dict[str, Any]) -> tup
 
 def resolved_options(job: Job, folder: RunFolder) -> dict[str, Any]:
     """The options of this model's run, defaults included, without those that only say how to start."""
-    starting = ("preset", "study", "resume", "overwrite", "dry_run", "wandb_token")
+    starting = ("preset", "study", "runs", "resume", "overwrite", "dry_run", "wandb_token")
     options = {name: value for name, value in vars(job.args).items() if name not in starting}
     return {**options, "model_path": [str(job.model_path)], "output_dir": str(folder.path)}
 

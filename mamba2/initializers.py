@@ -40,6 +40,8 @@ class DtParams:
     half_life_min: float = 1.0  # of halflife, in tokens: from one token ...
     half_life_max: float = 1024.0  # ... to the length that the study trains on
     chrono_max: float = 1024.0  # of chrono, in tokens: the longest dependency expected
+    length: float | None = None  # of a window of training, in tokens
+    eigenvalue: float | None = None  # of autocorrelation: λ of mamba2.data.correlation
 
     @classmethod
     def read(cls, settings: list[str], length: int | None = None, **defaults: float) -> "DtParams":
@@ -48,8 +50,8 @@ class DtParams:
         values: dict[str, float] = {}
         for setting in settings:
             key, _, text = setting.partition("=")
-            if key not in cls.__dataclass_fields__:
-                known = ", ".join(cls.__dataclass_fields__)
+            if key not in cls.__dataclass_fields__ or key == "length":
+                known = ", ".join(key for key in cls.__dataclass_fields__ if key != "length")
                 raise ValueError(f"{setting} sets no parameter of an initialisation: give {known}, as in value=0.01")
             if key in values:
                 raise ValueError(f"{key} is set twice")
@@ -64,7 +66,7 @@ class DtParams:
                 values[key] = float(text) * unit
             except ValueError:
                 raise ValueError(f"{setting}: {text!r} is no number") from None
-        return cls(**{**defaults, **values})
+        return cls(**{**defaults, "length": length, **values})
 
     def __post_init__(self) -> None:
         if not 0 < self.t_min <= self.t_max < math.inf:
@@ -80,6 +82,10 @@ class DtParams:
             )
         if not 2 < self.chrono_max < math.inf:
             raise ValueError(f"chrono_max is {self.chrono_max}, and must be above 2")
+        for name in ("length", "eigenvalue"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"{name} is {value}, and must be above 0")
 
     @property
     def constant(self) -> float:
@@ -91,18 +97,20 @@ LENGTHS = ("half_life_min", "half_life_max", "chrono_max")  # in tokens
 
 @dataclass(frozen=True)
 class Initializer:
-    """A named function (see the module's docstring), the parameters it reads and the random stream it draws from."""
+    """A named function (see the module's docstring; for other parameters than dt_bias, `mamba2.factors`), the
+    DtParams it reads and the random stream it draws from."""
 
-    function: Callable[[Shape, Tensor, DtParams, Generator], Tensor]
+    function: Callable
     parameters: tuple[str, ...]
     stream: str
-
-    def __call__(self, shape: Shape, A: Tensor, p: DtParams, generator: Generator) -> Tensor:
-        return self.function(shape, A, p, generator)
+    after_dt_bias: bool = False  # whether it reads dt_bias
 
     def record(self, p: DtParams) -> dict[str, float]:
-        """The parameters that it reads, as models record them."""
-        return {key: getattr(p, key) for key in self.parameters}
+        """The parameters that it reads, as models record them. Raises ValueError naming one that is not given."""
+        values = {key: getattr(p, key) for key in self.parameters}
+        if missing := [key for key, value in values.items() if value is None]:
+            raise ValueError(f"{self.function.__name__} needs {missing[0]}, which is not given")
+        return values
 
     @property
     def reads(self) -> set[str]:
@@ -110,12 +118,13 @@ class Initializer:
         return {"value", "t_min", "t_max"} if "constant" in self.parameters else set(self.parameters)
 
 
-INITIALIZERS: dict[str, Initializer] = {}
+# By parameter and name. Those of dt_bias are below; `mamba2.factors` adds the others.
+INITIALIZERS: dict[str, dict[str, Initializer]] = {"dt_bias": {}}
 
 
 def _register(*parameters: str, stream: str = "dt_bias") -> Callable:
     def register(function: Callable) -> Callable:
-        INITIALIZERS[function.__name__] = Initializer(function, parameters, stream)
+        INITIALIZERS["dt_bias"][function.__name__] = Initializer(function, parameters, stream)
         return function
 
     return register
@@ -232,6 +241,22 @@ def constant(shape: Shape, A: Tensor, p: DtParams, generator: Generator) -> Tens
     return torch.full(shape, p.constant, dtype=torch.float64)
 
 
+@_register("length")
+def inverse_length(shape: Shape, A: Tensor, p: DtParams, generator: Generator) -> Tensor:
+    """1 / length everywhere: with A = 1, a window's first token has 1/e left at its end."""
+    return torch.full(shape, 1 / p.length, dtype=torch.float64)
+
+
+@_register("length", "eigenvalue")
+def autocorrelation(shape: Shape, A: Tensor, p: DtParams, generator: Generator) -> Tensor:
+    """1/√(length λ) everywhere, λ measured in the data (after Liu & Li 2024).
+
+    From 1/√length for independent tokens to 1/length for constant ones. λ is the largest eigenvalue of the tokens'
+    autocorrelation, see `mamba2.data.correlation`; init.py measures it.
+    """
+    return torch.full(shape, 1 / math.sqrt(p.length * p.eigenvalue), dtype=torch.float64)
+
+
 @_register()
 def ones(shape: Shape, A: Tensor, p: DtParams, generator: Generator) -> Tensor:
     """dt_bias = 1, so dt = softplus(1) = 1.31: a negative control, and what a model left uninitialised gets.
@@ -311,8 +336,8 @@ def make_dt_bias(
         ValueError: unknown name (the message lists them), empty shape, an A that is not positive and finite, or a dt
             or half-life that float32 does not hold.
     """
-    if name not in INITIALIZERS:
-        raise ValueError(f"unknown initialization {name!r}: choose from {', '.join(INITIALIZERS)}")
+    if name not in INITIALIZERS["dt_bias"]:
+        raise ValueError(f"unknown initialization {name!r}: choose from {', '.join(INITIALIZERS['dt_bias'])}")
     if len(shape) != 2 or min(shape) < 1:
         raise ValueError(f"shape is {tuple(shape)}, and must be (n_layers, nheads), both at least 1")
     A = torch.as_tensor(A).detach().cpu().double()
@@ -321,10 +346,10 @@ def make_dt_bias(
     if not (A.isfinite() & (A > 0)).all():
         raise ValueError(f"A goes from {A.min():g} to {A.max():g}, and must be positive and finite: pass exp(A_log)")
     params = DtParams() if params is None else params
-    initializer = INITIALIZERS[name]
+    initializer = INITIALIZERS["dt_bias"][name]
     parameters = initializer.record(params)
     generator = seed_stream(seed, initializer.stream)
-    dt = initializer(shape, A.expand(shape), params, generator)  # (n_layers, nheads) float64
+    dt = initializer.function(shape, A.expand(shape), params, generator)  # (n_layers, nheads) float64
     dt_bias = inverse_softplus(dt).float()
     given = ", ".join(f"{key} = {value:g}" for key, value in parameters.items())
     given = f" with {given}" if given else ""

@@ -202,7 +202,7 @@ class Mamba2Mixer(nn.Module):
             _, xBC, _ = self.in_proj.weight.split(self.in_proj.widths)
             return xBC.split(conv_widths(self.config))[1:]
         return {
-            "A": (self.A_log,),
+            "A": (self.A_log, self.dt_bias),
             "D": (self.D,),
             "conv": (self.conv1d.weight.squeeze(1), self.conv1d.bias),
             "out_proj": (self.out_proj.weight,),

@@ -24,7 +24,7 @@ from mamba2.checkpoint import Shapes, read_model, write_model
 from mamba2.config import Mamba2Config
 from mamba2.factors import apply_factor, parse_initialization
 from mamba2.host_memory import require_memory
-from mamba2.initializers import DtParams, make_dt_bias, require_normal, seed_stream
+from mamba2.initializers import INITIALIZERS, DtParams, make_dt_bias, require_normal, seed_stream
 from mamba2.mixer import Mamba2Mixer, MixerState, Parameters, draw_uniform
 from mamba2.ops import add_rms_norm, linear_cross_entropy, linear_token_losses
 
@@ -207,9 +207,12 @@ class Mamba2LM(nn.Module):
             self.lm_head.weight = self.backbone.embeddings.weight
         if not self.lm_head.weight.is_meta:
             name, factors = parse_initialization(initialization)
+            if dt_parameters is None:
+                dt_parameters = DtParams(config.time_step_min, config.time_step_max, config.time_step_floor)
             self._init_weights(seed)
-            self._init_factors(factors, seed)
+            self._init_factors(factors, seed, dt_parameters, after_dt_bias=False)
             self.init_dt_bias(name, seed, dt_parameters)
+            self._init_factors(factors, seed, dt_parameters, after_dt_bias=True)
             for name, tensor in self.named_parameters():
                 require_normal(name, tensor)
 
@@ -326,15 +329,18 @@ class Mamba2LM(nn.Module):
         if not cfg.tie_word_embeddings:
             draw_uniform(self.lm_head.weight, cfg.hidden_size**-0.5, generator)
 
-    def _init_factors(self, factors: dict[str, str], seed: int) -> None:
-        """Replace the drawn values of each factor by its named choice, and record that in the config."""
-        records = {}
+    def _init_factors(self, factors: dict[str, str], seed: int, parameters: DtParams, after_dt_bias: bool) -> None:
+        """Replace the drawn values of each factor by its named choice, and record that in the config: of those that
+        read dt_bias, or of the others."""
+        records = dict(self.config.factors_init or {}) if after_dt_bias else {}
         for factor, choice in factors.items():
+            if INITIALIZERS[factor][choice].after_dt_bias != after_dt_bias:
+                continue
             if factor == "embedding":
                 tensors = [(self.backbone.embeddings.weight,)]
             else:
                 tensors = [mixer.tensors_of(factor) for mixer in self.mixers()]
-            records[factor] = apply_factor(factor, choice, seed, tensors)
+            records[factor] = apply_factor(factor, choice, seed, tensors, parameters)
         self.config = dataclasses.replace(self.config, factors_init=records or None)
 
     @torch.no_grad()

@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from mamba2.evaluation.diagnostics import initial_model
-from mamba2.factors import FACTORS, parse_initialization
-from mamba2.initializers import seed_stream
+from mamba2.factors import parse_initialization
+from mamba2.initializers import INITIALIZERS, DtParams, seed_stream
 from mamba2.model import Mamba2LM
 from tests.runs import small_config
 
 CONFIG = small_config(num_hidden_layers=3)
-ALL = [(factor, choice) for factor, choices in FACTORS.items() for choice in choices]
+ALL = [(factor, choice) for factor in INITIALIZERS if factor != "dt_bias" for choice in INITIALIZERS[factor]]
 SETS = {
     "A": ["A_log"],
     "D": ["D"],
@@ -72,7 +72,8 @@ def test_the_values_are_those_of_the_formulas():
     drawn, L = model("log_uniform"), CONFIG.num_hidden_layers
 
     def parts(initialization, factor):
-        return [mixer.tensors_of(factor) for mixer in model(initialization).mixers()]
+        which = slice(1) if factor == "A" else slice(None)  # dt_bias, which A may read, is the second
+        return [mixer.tensors_of(factor)[which] for mixer in model(initialization).mixers()]
 
     heads = CONFIG.num_heads
     for (values,) in parts("log_uniform+A=arange", "A"):
@@ -97,6 +98,18 @@ def test_the_values_are_those_of_the_formulas():
         torch.testing.assert_close(weight, mixer.out_proj.weight / math.sqrt(L))
     weight = model("log_uniform+embedding=small").backbone.embeddings.weight
     assert weight.std().item() == pytest.approx(0.02, rel=1e-5)
+
+
+def test_A_by_half_life_leaves_dt_and_sets_memory():
+    plain, joint = model("log_uniform"), model("log_uniform+A=halflife+D=zeros")
+    assert plain.dt_bias().equal(joint.dt_bias())
+    dt = torch.nn.functional.softplus(joint.dt_bias().double())
+    tau = (math.log(2) / (dt * joint.A())).sort(dim=1).values
+    expected = torch.logspace(0, 3, CONFIG.num_heads, base=1024 ** (1 / 3)).double()
+    torch.testing.assert_close(tau, expected.expand_as(tau), rtol=1e-5, atol=0)
+    shorter = Mamba2LM(CONFIG, 3, "log_uniform+A=halflife", DtParams(half_life_max=64.0))
+    assert shorter.config.factors_init["A"]["half_life_max"] == 64.0
+    assert initial_model(shorter).A().equal(shorter.A())
 
 
 def test_the_record_holds_the_hash_of_the_values():

@@ -27,7 +27,8 @@ L, H = 12, 24
 SHAPE = (L, H)
 A = torch.arange(1, H + 1).double()  # the study's: log(1..24) in A_log
 ETA = np.arange(H) / (H - 1)  # η
-NAMES = list(INITIALIZERS)
+NAMES = list(INITIALIZERS["dt_bias"])
+MEASURED = {"length": 256.0, "eigenvalue": 9.0}  # what inverse_length and autocorrelation read
 SPACED = ["uniform", "linear_decay", "linear_decay_reverse", "log_linspace", "uniform_per_head", "linear_shuffle"]
 SPACED += ["geometric_decay", "geometric_decay_reverse", "constant"]  # between t_min and t_max
 RANDOM = {"uniform", "log_uniform", "uniform_per_head", "chrono"}
@@ -36,9 +37,9 @@ SHUFFLED = {"log_linspace", "linear_shuffle", "halflife", "retnet", "rwkv", "lig
 
 def dt_of(name, shape=SHAPE, A=A, seed=42, **params) -> np.ndarray:
     """dt in float64, straight from the formula."""
-    initializer = INITIALIZERS[name]
-    p = DtParams(**params)
-    return initializer(shape, A.expand(shape), p, seed_stream(seed, initializer.stream)).numpy()
+    initializer = INITIALIZERS["dt_bias"][name]
+    p = DtParams(**{**MEASURED, **params})
+    return initializer.function(shape, A.expand(shape), p, seed_stream(seed, initializer.stream)).numpy()
 
 
 def rate_of(name, **kwargs) -> np.ndarray:
@@ -52,14 +53,16 @@ def rate_of(name, **kwargs) -> np.ndarray:
 def test_all_names_are_there_and_documented():
     """Models and studies on disk say these names."""
     assert {*SPACED, "log_uniform", "ones", "halflife", "retnet", "rwkv", "chrono", "hgrn", "lightning"} <= set(NAMES)
-    assert all(initializer.function.__doc__ for initializer in INITIALIZERS.values())
+    assert all(initializer.function.__doc__ for choices in INITIALIZERS.values() for initializer in choices.values())
 
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("shape", [(1, 1), (1, 5), (5, 1), SHAPE])
 def test_dt_is_positive_float64_of_the_shape_asked_for(name, shape):
-    initializer = INITIALIZERS[name]
-    dt = initializer(shape, torch.ones(shape).double(), DtParams(), seed_stream(0, initializer.stream))
+    initializer = INITIALIZERS["dt_bias"][name]
+    dt = initializer.function(
+        shape, torch.ones(shape).double(), DtParams(**MEASURED), seed_stream(0, initializer.stream)
+    )
     assert dt.shape == shape and dt.dtype == torch.float64
     assert bool(((dt > 0) & dt.isfinite()).all())
 
@@ -191,10 +194,10 @@ def test_heads_are_shuffled_apart_from_A(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_a_seed_fixes_dt_bias_and_only_random_ones_depend_on_it(name):
     torch.manual_seed(1)
-    first, record = make_dt_bias(name, SHAPE, A, seed=42)
+    first, record = make_dt_bias(name, SHAPE, A, 42, DtParams(**MEASURED))
     torch.manual_seed(2)
-    again, same_record = make_dt_bias(name, SHAPE, A, seed=42)
-    other, _ = make_dt_bias(name, SHAPE, A, seed=43)
+    again, same_record = make_dt_bias(name, SHAPE, A, 42, DtParams(**MEASURED))
+    other, _ = make_dt_bias(name, SHAPE, A, 43, DtParams(**MEASURED))
     assert torch.equal(first, again) and record == same_record
     assert torch.equal(first, other) == (name not in RANDOM | SHUFFLED)
 
@@ -203,7 +206,7 @@ def test_a_seed_fixes_dt_bias_and_only_random_ones_depend_on_it(name):
 def test_the_global_generator_is_left_alone(name):
     torch.manual_seed(7)
     before = torch.get_rng_state()
-    make_dt_bias(name, SHAPE, A, seed=42)
+    make_dt_bias(name, SHAPE, A, 42, DtParams(**MEASURED))
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -252,7 +255,7 @@ def test_half_life_is_where_half_is_left():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_dt_bias_gives_the_dt_of_the_formula(name):
-    dt_bias, _ = make_dt_bias(name, SHAPE, A, seed=3)
+    dt_bias, _ = make_dt_bias(name, SHAPE, A, 3, DtParams(**MEASURED))
     assert dt_bias.dtype == torch.float32 and dt_bias.shape == SHAPE
     # float32 keeps the bias to 6e-8 of itself, and |dt_bias| is below 21
     np.testing.assert_allclose(F.softplus(dt_bias.double()).numpy(), dt_of(name, seed=3), rtol=1.3e-6)
@@ -268,7 +271,7 @@ def test_A_may_differ_by_layer():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_record_says_what_was_applied(name):
-    params = DtParams(t_min=0.002, t_max=0.05, half_life_max=99.0, chrono_max=77.0)
+    params = DtParams(t_min=0.002, t_max=0.05, half_life_max=99.0, chrono_max=77.0, **MEASURED)
     dt_bias, record = make_dt_bias(name, SHAPE, A, seed=11, params=params)
     assert json.loads(json.dumps(record)) == record
     assert (record["name"], record["seed"]) == (name, 11)
@@ -278,6 +281,8 @@ def test_the_record_says_what_was_applied(name):
         "constant": {"constant": pytest.approx(0.01)},
         "halflife": {"half_life_min": 1.0, "half_life_max": 99.0},
         "chrono": {"chrono_max": 77.0},
+        "inverse_length": {"length": 256.0},
+        "autocorrelation": MEASURED,
         **{key: {} for key in ("ones", "retnet", "rwkv", "hgrn", "lightning")},
     }.get(name, {"t_min": 0.002, "t_max": 0.05})
     assert {key: record[key] for key in record.keys() - {"name", "seed", "sha256"}} == parameters
@@ -285,14 +290,14 @@ def test_the_record_says_what_was_applied(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_an_initializer_reads_the_parameters_it_records_and_no_others(name):
-    base = DtParams(t_min=1e-5)
+    base = DtParams(t_min=1e-5, **MEASURED)
     changed = {"t_min": 2e-5, "t_max": 0.3, "dt_floor": 1e-3, "value": 0.5}
-    changed |= {"half_life_min": 2.0, "half_life_max": 50.0, "chrono_max": 50.0}
-    reads = set(INITIALIZERS[name].parameters)
+    changed |= {"half_life_min": 2.0, "half_life_max": 50.0, "chrono_max": 50.0, "length": 99.0, "eigenvalue": 5.0}
+    reads = set(INITIALIZERS["dt_bias"][name].parameters)
     reads = {"value", "t_min", "t_max"} if name == "constant" else reads
     before = make_dt_bias(name, SHAPE, A, 0, base)[0]
     for key, value in changed.items():
-        after = make_dt_bias(name, SHAPE, A, 0, DtParams(**{"t_min": 1e-5, key: value}))[0]
+        after = make_dt_bias(name, SHAPE, A, 0, DtParams(**{"t_min": 1e-5, **MEASURED, key: value}))[0]
         assert torch.equal(before, after) == (key not in reads), key
 
 
@@ -313,6 +318,21 @@ def test_the_study_figures_for_half_life():
     assert abs((tokens > 100).double().mean().item() - 0.06) < 0.005
     tokens = half_life(torch.from_numpy(dt_of("uniform", (n, H), A)), A)
     assert abs(tokens.median().item() - 1.5) < 0.2
+
+
+def test_dt_by_length_and_by_autocorrelation():
+    assert (dt_of("inverse_length", length=128.0) == 1 / 128).all()
+    assert (
+        dt_of("autocorrelation", length=256.0, eigenvalue=1.0) == 1 / 16
+    ).all()  # independent tokens: 1/sqrt(length)
+    assert (dt_of("autocorrelation", length=256.0, eigenvalue=256.0) == 1 / 256).all()  # constant ones: 1/length
+
+
+def test_what_is_not_given_is_named():
+    with pytest.raises(ValueError, match="inverse_length needs length, which is not given"):
+        make_dt_bias("inverse_length", SHAPE, A, 0)
+    with pytest.raises(ValueError, match="autocorrelation needs eigenvalue, which is not given"):
+        make_dt_bias("autocorrelation", SHAPE, A, 0, DtParams(length=64.0))
 
 
 # ------------------------------------------------------------------------------------------------------ table, refusals
@@ -353,6 +373,8 @@ def test_an_unknown_name_lists_those_that_exist():
         ({"value": 0.0}, "value is 0.0"),
         ({"half_life_min": 2000.0}, "half_life_min is 2000.0 and half_life_max is 1024.0"),
         ({"chrono_max": 2.0}, "chrono_max is 2.0, and must be above 2"),
+        ({"length": 0}, "length is 0, and must be above 0"),
+        ({"eigenvalue": math.inf}, "eigenvalue is inf, and must be above 0"),
     ],
 )
 def test_parameters_outside_their_domain_are_refused(params, message):
@@ -361,7 +383,7 @@ def test_parameters_outside_their_domain_are_refused(params, message):
     DtParams(t_min=0.1, t_max=0.1, dt_floor=0.0)
 
 
-@pytest.mark.parametrize("name", INITIALIZERS)
+@pytest.mark.parametrize("name", INITIALIZERS["dt_bias"])
 @pytest.mark.parametrize(
     "params",
     [
@@ -375,12 +397,14 @@ def test_parameters_outside_their_domain_are_refused(params, message):
         {"half_life_max": 1e39},
         {"half_life_max": 1e300},
         {"chrono_max": 1e300},
+        {"length": 1e300},
+        {"eigenvalue": 1e300},
     ],
 )
 def test_what_float32_does_not_hold_is_refused_or_not_made(name, params):
     tiny = torch.finfo(torch.float32).tiny
     try:
-        dt_bias, _ = make_dt_bias(name, (3, 8), torch.arange(1.0, 9), 0, DtParams(**params))
+        dt_bias, _ = make_dt_bias(name, (3, 8), torch.arange(1.0, 9), 0, DtParams(**{**MEASURED, **params}))
     except ValueError as error:
         assert re.match(
             rf"(dt(_bias)?|the half-life) of {name} .*would hold .*, and float32 holds numbers from 1.18e-38",
@@ -411,7 +435,7 @@ def test_a_bad_shape_or_A_is_refused(shape, magnitude, message):
 def test_parameters_are_read_from_texts_and_lengths_as_shares():
     settings = ["half_life_min=2", "half_life_max=0.5L", "chrono_max=2L", "value=1e-2"]
     read = DtParams.read(settings, length=256, t_max=0.2)
-    assert read == DtParams(t_max=0.2, half_life_min=2.0, half_life_max=128.0, chrono_max=512.0, value=0.01)
+    assert read == DtParams(t_max=0.2, half_life_min=2.0, half_life_max=128.0, chrono_max=512.0, value=0.01, length=256)
 
 
 @pytest.mark.parametrize(

@@ -75,6 +75,19 @@ def test_every_optimizer_resumes_to_the_bit(run, tmp_path, monkeypatch, optimize
     assert {name.partition(".")[2] for name in stored} == set(weights)
 
 
+@pytest.mark.parametrize("kind", ["passed", "noise"])
+def test_initial_states_resume_to_the_bit(run, tmp_path, monkeypatch, kind):
+    options = "--initial-state", kind, "--keep", 2
+    run(*options, into="whole")
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        interrupt_after(patch, 3)
+        run(*options)
+    with pytest.raises(ValueError, match=f"--initial-state was '{kind}' and is 'zero'"):
+        run()
+    assert_same_files(run(*options), tmp_path / "whole")
+    assert (tmp_path / "run" / "latest" / "states.safetensors").is_file()
+
+
 def test_every_signal_stops_with_a_checkpoint_and_its_own_code(study, tmp_path, monkeypatch):
     for number in (signal.SIGINT, signal.SIGUSR1):
         output, before = tmp_path / str(number), signal.getsignal(number)

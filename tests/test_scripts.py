@@ -232,11 +232,30 @@ def test_parameters_and_factors_are_set_recorded_and_never_changed_in_silence(tm
         "--set value=1": "--set value: none of halflife+A=ones reads it",
         "--set t_min=1": "--set t_min: use --t-min",
         "--set half_life_max=0.5L": "how long L is, --length says",
-        "--length 256": "--length 256 is for shares such as --set half_life_max=0.5L, and there is none",
+        "--length 256": "--length 256 is for shares such as --set half_life_max=0.5L and for initialisations that",
+        "--dataset-path stdlib": "--dataset-path stdlib is for autocorrelation to be measured in, and nothing reads it",
         "--initializations uniform+A=two": "unknown factor 'A=two'",
     }.items():
         assert message in run_script(tmp_path, base + more, code=1).stderr
     assert (folder / "model.safetensors").read_bytes() == before
+
+
+def test_dt_from_the_length_and_the_data(tmp_path):
+    small_config(num_hidden_layers=2, vocab_size=257).save(tmp_path / "config.json")
+    (tmp_path / "train.txt").write_text("abcdefgh" * 100)
+    base = "init.py --config-path config.json --output-path o --initializations "
+    result = run_script(tmp_path, base + "inverse_length autocorrelation --length 32 --dataset-path train.txt")
+    # Every eighth token is the same: the matrix has four 1 in each row, and the largest eigenvalue 4.
+    assert "eigenvalue   4 of the autocorrelation in windows of 32 of train.txt" in result.stdout
+    config = Mamba2Config.from_json(tmp_path / "o/seed-42-autocorrelation")
+    assert config.dt_bias_init["eigenvalue"] == pytest.approx(4) and config.dt_bias_init["length"] == 32
+    for command, message in {
+        "inverse_length": "inverse_length reads the length of the windows to train on: give --length",
+        "autocorrelation --length 32": "autocorrelation is measured in data: give --dataset-path",
+    }.items():
+        assert message in run_script(tmp_path, base + command, code=1).stderr
+    assert "stays" in run_script(tmp_path, base + "inverse_length --length 32").stdout
+    assert "length = 32, and not 64" in run_script(tmp_path, base + "inverse_length --length 64", code=1).stderr
 
 
 def test_a_preview_shows_memory_and_signals_and_writes_no_model(tmp_path):
@@ -293,7 +312,7 @@ def test_a_study_goes_from_models_to_its_report_and_is_not_done_twice(study):
     assert "wrote grid/report/report.html" in first.stdout
     page = (folder / "grid/report/report.md").read_text()
     assert "2 seeds cannot show a difference by the exact test: p ≥ 0.5 whatever the data" in page
-    assert "length extrapolation, up to 16 times" in page and "4 runs: 2 initialisations, seeds 1, 2" in page
+    assert "length extrapolation, up to 32 times" in page and "4 runs: 2 initialisations, seeds 1, 2" in page
     results = json.loads((folder / "grid/perplexity_results.json").read_text())
     assert set(results) == {"log_uniform", "linear_decay"} and len(results["log_uniform"]["mean"]) == 2
 

@@ -56,7 +56,7 @@ def suspicions(config: Mamba2Config, dt_bias: torch.Tensor, A_log: torch.Tensor)
     dt, A = F.softplus(dt_bias.double()), A_log.double().exp()
     low, high = config.time_step_min, config.time_step_max
     record, factors = config.dt_bias_init or {}, config.factors_init or {}
-    initializer = INITIALIZERS.get(record.get("name"))
+    initializer = INITIALIZERS["dt_bias"].get(record.get("name"))
     bounded = initializer is None or "t_min" in initializer.parameters  # dt of the others knows no range
     if not dt_bias.isfinite().all():
         found.append(

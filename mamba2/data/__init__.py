@@ -27,9 +27,10 @@ from mamba2.data.sources import STDLIB, open_source, read_documents, wikitext_ar
 from mamba2.data.splits import NoSplit, describe
 from mamba2.data.synthetic import is_synthetic, synthetic_samples
 from mamba2.data.tokens import Tokens
-from mamba2.data.windows import Windows
+from mamba2.data.windows import INITIAL_STATES, Windows
 
 __all__ = [
+    "INITIAL_STATES",
     "STDLIB",
     "NoSplit",
     "Plan",

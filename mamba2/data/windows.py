@@ -6,6 +6,8 @@ import torch
 from mamba2.data.tokens import Tokens
 from mamba2.ops import IGNORE_INDEX
 
+INITIAL_STATES = ("zero", "passed", "noise")  # what a window of training starts from
+
 
 class Windows:
     """Windows of T + 1 tokens, one every T tokens. The last window is padded, and the padding does not count.
@@ -34,6 +36,21 @@ class Windows:
         """The windows of a step, in order."""
         samples = range(step * batch, (step + 1) * batch)
         return [self._shuffled(seed, i // len(self))[i % len(self)] for i in samples]
+
+    def streams(self, seed: int, step: int, batch: int) -> tuple[list[int], bool]:
+        """The windows of a step where each row of the batch goes on with the next window of the data, and whether the
+        rows begin anew, as they do in each epoch: row r then begins r/batch of the data after a place drawn from the
+        seed. An epoch visits every window, and fewer of them than a batch has rows twice."""
+        rows = -(-len(self) // batch)
+        epoch, place = divmod(step, rows)
+        shift = int(np.random.default_rng([seed, epoch]).integers(len(self)))
+        return [(shift + row * rows + place) % len(self) for row in range(batch)], place == 0
+
+    def begins_document(self, index: int) -> bool:
+        """Whether a window's first token is the first of a document at which the state restarts, or of the data."""
+        start = index * self.length
+        found = np.searchsorted(self.tokens.starts, start)
+        return index == 0 or bool(self.reset and found < len(self.tokens.starts) and self.tokens.starts[found] == start)
 
     def _shuffled(self, seed: int, epoch: int) -> np.ndarray:
         if self._permutation is None or self._permutation[0] != (seed, epoch):

@@ -103,9 +103,12 @@ def initial_model(model: Mamba2LM) -> Mamba2LM:
         raise ValueError(
             "the model's config.json has no dt_bias_init with seed and sha256: models made by init.py have"
         )
-    parameters = {key: record[key] for key in ("half_life_min", "half_life_max", "chrono_max") if key in record}
-    parameters |= {"value": record["constant"]} if "constant" in record else {}
-    dt = DtParams(config.time_step_min, config.time_step_max, config.time_step_floor, **parameters)
+    recorded: dict = {}
+    for of_parameter in (record, *(config.factors_init or {}).values()):
+        recorded |= {key: of_parameter[key] for key in DtParams.__dataclass_fields__ if key in of_parameter}
+    recorded |= {"value": record["constant"]} if "constant" in record else {}
+    ranges = {"t_min": config.time_step_min, "t_max": config.time_step_max, "dt_floor": config.time_step_floor}
+    dt = DtParams(**{**recorded, **ranges})
     name = config.initialization
     initial = Mamba2LM(config, record["seed"], name, dt)
     if initial.config.factors_init != config.factors_init:
@@ -219,7 +222,7 @@ def batches(documents: Iterator[list[int]], length: int, count: int) -> torch.Te
 
 
 def diagnose(model: Mamba2LM, ids: torch.Tensor, context: int, batch_size: int, positions: bool = True) -> dict:
-    """All diagnostics of a trained model and of its initial state, JSON-ready. ids (b, l), l up to 16 * context + 1.
+    """All diagnostics of a trained model and of its initial state, JSON-ready. ids (b, l), of any length l.
 
     `positions`: also the loss by position, which is meaningful for text only.
     """

@@ -112,58 +112,59 @@ def causal_conv1d_blocked(
 
 
 class Taps:
-    """One sequence and one piece of the channels: its inputs in blocks, and which taps stay inside a document."""
+    """Some sequences and one piece of the channels: their inputs in blocks, and which taps stay inside a document."""
 
-    def __init__(self, x, weight, bias, seq_idx, initial, sequence: int, channels: slice):
+    def __init__(self, x, weight, bias, seq_idx, initial, sequences: slice, channels: slice):
         wide = torch.promote_types(x.dtype, torch.float32)
         self.window = weight.shape[1] - 1
-        self.x = x[sequence, :, channels]  # (l, c)
+        self.x = x[sequences, :, channels]  # (s, l, c)
         self.weight = weight[channels].to(wide).t().contiguous()  # (K, c)
         self.bias = None if bias is None else bias[channels].to(wide)
-        before = self.x.new_zeros(self.window, self.x.shape[1]) if initial is None else initial[sequence, :, channels]
-        self.start = torch.cat([before.to(x.dtype), self.x[: self.window]])  # (2 (K - 1), c) or shorter
+        count, length, c = self.x.shape
+        before = self.x.new_zeros(count, self.window, c) if initial is None else initial[sequences, :, channels]
+        self.start = torch.cat([before.to(x.dtype), self.x[:, : self.window]], dim=1)  # (s, 2 (K - 1), c) or shorter
         self.reaches = None
-        length = self.x.shape[0]
         if seq_idx is not None:
-            changes = (seq_idx[sequence, 1:] != seq_idx[sequence, :-1]).cumsum(dim=0)
+            changes = (seq_idx[sequences, 1:] != seq_idx[sequences, :-1]).cumsum(dim=1)
             # The window before the sequence belongs to the first token's document; nothing is after the end.
             document = F.pad(F.pad(changes, (self.window + 1, 0)), (0, self.window), value=-1)
-            # (l + window, K, 1): does tap k of token t see a token of t's own document?
-            taps = [document[k : k + length] == document[self.window :][:length] for k in range(self.window + 1)]
-            self.reaches = F.pad(torch.stack(taps, dim=1), (0, 0, 0, self.window)).unsqueeze(-1)
+            # (s, l + window, K, 1): does tap k of token t see a token of t's own document?
+            own = document[:, self.window :][:, :length]
+            taps = [document[:, k : k + length] == own for k in range(self.window + 1)]
+            self.reaches = F.pad(torch.stack(taps, dim=2), (0, 0, 0, self.window)).unsqueeze(-1)
 
     def blocks(self) -> list[slice]:
-        length, c = self.x.shape
-        size = max(self.window, 1, block_elements(self.x.device) * (8 if is_fused() else 1) // c)
+        count, length, c = self.x.shape
+        size = max(self.window, 1, _cached(self.x.device) // (count * c))
         count = -(-(length - self.window) // size)
         size = -(-(length - self.window) // max(1, count))  # of nearly equal size
         first = [slice(0, min(self.window, length))] if self.window else []
         return first + [slice(i, min(i + size, length)) for i in range(self.window, length, max(1, size))]
 
     def inputs(self, block: slice) -> torch.Tensor:
-        """Inputs of the block's tokens and of the window before, (window + rows, c)."""
-        return self.start if block.start < self.window else self.x[block.start - self.window : block.stop]
+        """Inputs of the block's tokens and of the window before, (s, window + rows, c)."""
+        return self.start if block.start < self.window else self.x[:, block.start - self.window : block.stop]
 
 
 def _sums(
-    inputs: torch.Tensor,  # (K - 1 + rows, c) wide
+    inputs: torch.Tensor,  # (s, K - 1 + rows, c) wide
     weight: torch.Tensor,  # (K, c) wide
     bias: torch.Tensor | None,  # (c,) wide
-    reaches: torch.Tensor | None,  # (rows, K, 1)
+    reaches: torch.Tensor | None,  # (s, rows, K, 1)
 ) -> torch.Tensor:
-    """Σ_k weight_k x_{t-(K-1)+k} + bias, (rows, c)."""
+    """Σ_k weight_k x_{t-(K-1)+k} + bias, (s, rows, c)."""
     window = weight.shape[0] - 1
-    rows = inputs.shape[0] - window
-    total = inputs[window:] * weight[window]
+    rows = inputs.shape[1] - window
+    total = inputs[:, window:] * weight[window]
     for k in range(window):
-        seen = inputs[k : k + rows]
-        total.addcmul_(seen if reaches is None else torch.where(reaches[:, k], seen, 0.0), weight[k])
+        seen = inputs[:, k : k + rows]
+        total.addcmul_(seen if reaches is None else torch.where(reaches[:, :, k], seen, 0.0), weight[k])
     return total if bias is None else total.add_(bias)
 
 
 @fusable
 def _convolve(
-    y: torch.Tensor,  # (rows, c), written
+    y: torch.Tensor,  # (s, rows, c), written
     inputs: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
@@ -176,8 +177,8 @@ def _convolve(
 
 @fusable
 def _sum_gradients(
-    da: torch.Tensor,  # (rows, c) wide, written
-    dy: torch.Tensor,  # (rows, c)
+    da: torch.Tensor,  # (s, rows, c) wide, written
+    dy: torch.Tensor,  # (s, rows, c)
     inputs: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
@@ -185,39 +186,47 @@ def _sum_gradients(
     activation: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """da, and the block's share of dweight (K, c) and dbias (c,)."""
-    inputs, rows = inputs.to(weight.dtype), dy.shape[0]
+    inputs, rows = inputs.to(weight.dtype), dy.shape[1]
     gradient = dy.to(weight.dtype)
     if activation:
         gradient = torch.ops.aten.silu_backward(gradient, _sums(inputs, weight, bias, reaches))
     da.copy_(gradient)
     shares = []
     for k in range(weight.shape[0]):
-        share = gradient * inputs[k : k + rows]
-        shares.append((share if reaches is None else torch.where(reaches[:, k], share, 0.0)).sum(dim=0))
-    return torch.stack(shares), gradient.sum(dim=0)
+        share = gradient * inputs[:, k : k + rows]
+        shares.append((share if reaches is None else torch.where(reaches[:, :, k], share, 0.0)).sum(dim=(0, 1)))
+    return torch.stack(shares), gradient.sum(dim=(0, 1))
 
 
 @fusable
 def _input_gradients(
-    dx: torch.Tensor,  # (rows, c), written
-    da: torch.Tensor,  # (rows + K - 1, c) wide, of the block's tokens and those after
+    dx: torch.Tensor,  # (s, rows, c), written
+    da: torch.Tensor,  # (s, rows + K - 1, c) wide, of the block's tokens and those after
     weight: torch.Tensor,
-    reaches: torch.Tensor | None,  # (rows + K - 1, K, 1)
+    reaches: torch.Tensor | None,  # (s, rows + K - 1, K, 1)
 ) -> None:
-    window, rows = weight.shape[0] - 1, dx.shape[0]
-    total = da[:rows] * weight[window]
+    window, rows = weight.shape[0] - 1, dx.shape[1]
+    total = da[:, :rows] * weight[window]
     for k in range(window):
-        later = slice(window - k, window - k + rows)
-        total.addcmul_(da[later] if reaches is None else torch.where(reaches[later, k], da[later], 0.0), weight[k])
+        later = da[:, window - k : window - k + rows]
+        if reaches is not None:
+            later = torch.where(reaches[:, window - k : window - k + rows, k], later, 0.0)
+        total.addcmul_(later, weight[k])
     dx.copy_(total)
 
 
-def _pieces(batch: int, splits: Sequence[int]) -> Iterator[tuple[int, int, slice]]:
-    """(piece, sequence, the piece's channels)"""
+def _cached(device: torch.device) -> int:
+    """How many elements of a block stay in cache; a fused pass holds fewer tensors at a time."""
+    return block_elements(device) * (8 if is_fused() else 1)
+
+
+def _pieces(x: torch.Tensor, splits: Sequence[int]) -> Iterator[tuple[int, slice, slice]]:
+    """(piece, sequences, the piece's channels); short sequences go together as long as they fit in cache."""
     start = 0
     for piece, width in enumerate(splits):
-        for sequence in range(batch):
-            yield piece, sequence, slice(start, start + width)
+        together = max(1, _cached(x.device) // (x.shape[1] * width))
+        for sequence in range(0, x.shape[0], together):
+            yield piece, slice(sequence, sequence + together), slice(start, start + width)
         start += width
 
 
@@ -233,11 +242,11 @@ def conv_op(
 ) -> list[torch.Tensor]:
     """The pieces of y."""
     ys = empty_pieces(x, splits)
-    for piece, sequence, channels in _pieces(x.shape[0], splits):
-        taps = Taps(x, weight, bias, seq_idx, initial, sequence, channels)
+    for piece, sequences, channels in _pieces(x, splits):
+        taps = Taps(x, weight, bias, seq_idx, initial, sequences, channels)
         for block in taps.blocks():
-            reaches = None if taps.reaches is None else taps.reaches[block]
-            _convolve(ys[piece][sequence, block], taps.inputs(block), taps.weight, taps.bias, reaches, activation)
+            reaches = None if taps.reaches is None else taps.reaches[:, block]
+            _convolve(ys[piece][sequences, block], taps.inputs(block), taps.weight, taps.bias, reaches, activation)
     return ys
 
 
@@ -256,29 +265,35 @@ def conv_backward_op(
     wide = torch.promote_types(x.dtype, torch.float32)
     dx, dinitial = outputs[0], outputs[3]
     dweight, dbias = weight.new_zeros(weight.shape[::-1], dtype=wide), weight.new_zeros(weight.shape[0], dtype=wide)
-    for piece, sequence, channels in _pieces(x.shape[0], [dy.shape[2] for dy in dys]):
-        taps = Taps(x, weight, bias, seq_idx, initial, sequence, channels)
-        window, blocks = taps.window, taps.blocks()
-        buffer = taps.weight.new_empty(max(block.stop - block.start for block in blocks) + window, taps.x.shape[1])
-        after = taps.weight.new_zeros(window, taps.x.shape[1])  # da of the K - 1 tokens after the block
+    for piece, sequences, channels in _pieces(x, [dy.shape[2] for dy in dys]):
+        taps = Taps(x, weight, bias, seq_idx, initial, sequences, channels)
+        window, blocks, (count, _, c) = taps.window, taps.blocks(), taps.x.shape
+        buffer = taps.weight.new_empty(count, max(block.stop - block.start for block in blocks) + window, c)
+        after = taps.weight.new_zeros(count, window, c)  # da of the K - 1 tokens after the block
         for block in reversed(blocks):
             rows = block.stop - block.start
-            da = buffer[: rows + window]
-            da[rows:] = after
+            da = buffer[:, : rows + window]
+            da[:, rows:] = after
             reaches = later = None
             if taps.reaches is not None:
-                reaches, later = taps.reaches[block], taps.reaches[block.start : block.stop + window]
+                reaches, later = taps.reaches[:, block], taps.reaches[:, block.start : block.stop + window]
             shares = _sum_gradients(
-                da[:rows], dys[piece][sequence, block], taps.inputs(block), taps.weight, taps.bias, reaches, activation
+                da[:, :rows],
+                dys[piece][sequences, block],
+                taps.inputs(block),
+                taps.weight,
+                taps.bias,
+                reaches,
+                activation,
             )
             dweight[:, channels] += shares[0]
             dbias[channels] += shares[1]
-            _input_gradients(dx[sequence, block, channels], da, taps.weight, later)
-            after = da[:window].clone()
+            _input_gradients(dx[sequences, block, channels], da, taps.weight, later)
+            after = da[:, :window].clone()
         if initial is not None and window:
-            reaches = None if taps.reaches is None else F.pad(taps.reaches[:window], (0, 0, 0, 0, window, 0))
+            reaches = None if taps.reaches is None else F.pad(taps.reaches[:, :window], (0, 0, 0, 0, window, 0))
             da = F.pad(after, (0, 0, window, 0))  # there are no outputs before the first token
-            _input_gradients(dinitial[sequence, :, channels], da, taps.weight, reaches)
+            _input_gradients(dinitial[sequences, :, channels], da, taps.weight, reaches)
     outputs[1].copy_(dweight.t())
     if bias is not None:
         outputs[2].copy_(dbias)

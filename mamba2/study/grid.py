@@ -8,15 +8,17 @@
 Each script skips finished runs, so a command can be given again. The file has a table [study]: seeds, initializations,
 baseline (what the others are compared with), output (a folder), and optionally hypothesis: initialisations in the
 expected order of loss, lowest first, which the report tests; and the tables [init], [train], [eval] with flags of the
-scripts, as presets have them. Files:
+scripts, as presets have them. A name may also say how that run is trained, log_uniform+dt_lr=0, so that training is
+crossed with initialisations: dt_lr, A_lr and initial_state of train.py. Files:
 
-    OUTPUT/models/seed-S-NAME           from init.py
+    OUTPUT/models/seed-S-NAME           from init.py; NAME without what it says of training
     OUTPUT/trained/seed-S-NAME          metrics and checkpoints from train.py, and the final model in seed-S-NAME-final
     OUTPUT/evaluations/seed-S-NAME.json from eval.py
     OUTPUT/report                       eval.py --report
 """
 
 import argparse
+import math
 import sys
 import tomllib
 from dataclasses import dataclass
@@ -24,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from mamba2 import cli
+from mamba2.data import INITIAL_STATES
 from mamba2.factors import parse_initialization
 from mamba2.files import sha256
 
@@ -34,6 +37,40 @@ DECIDED = {
     "eval": ("model_base_path", "seeds", "initializations", "output_file", "baseline", "checkpoint"),
 }
 KEYS = ("seeds", "initializations", "baseline", "output")  # and, if there is one, hypothesis
+TRAINED = ("dt_lr", "A_lr", "initial_state")  # options of train.py that a name may state
+
+
+def split_name(name: str) -> tuple[str, dict[str, Any]]:
+    """An initialisation, and the options of training that the name states: log_uniform+A=ones+dt_lr=0 is
+    log_uniform+A=ones and {"dt_lr": 0.0}. Raises ValueError naming what is unknown or out of its domain."""
+    first, *products = name.split("+")
+    options: dict[str, Any] = {}
+    for product in products:
+        key, _, text = product.partition("=")
+        if key not in TRAINED:
+            first += f"+{product}"
+        elif key in options:
+            raise ValueError(f"{name!r} names {key} twice")
+        elif key == "initial_state":
+            if text not in INITIAL_STATES:
+                raise ValueError(f"{key} of {name!r} must be one of {', '.join(INITIAL_STATES)}, not {text!r}")
+            options[key] = text
+        else:
+            try:
+                options[key] = float(text)
+            except ValueError:
+                options[key] = -1.0
+            if not 0 <= options[key] < math.inf:
+                raise ValueError(f"{key} of {name!r} must be a number of at least 0, not {text!r}")
+    parse_initialization(first)
+    return first, options
+
+
+def factors(name: str) -> dict[str, Any]:
+    """What a name says, by factor: {"dt_bias": "log_uniform", "A": "ones", "dt_lr": 0.0}."""
+    initialization, options = split_name(name)
+    of_dt_bias, products = parse_initialization(initialization)
+    return {"dt_bias": of_dt_bias, **products, **options}
 
 
 @dataclass(frozen=True)
@@ -45,6 +82,7 @@ class StudyRun:
     model: Path
     output: Path
     evaluation: Path
+    options: dict[str, Any]  # of train.py, that the name states
     arguments: list[str]  # of train.py
 
     @property
@@ -76,10 +114,13 @@ class Study:
         for seed in self.seeds:
             for name in self.initializations:
                 label = f"seed-{seed}-{name}"
-                model, output = self.output / "models" / label, self.output / "trained" / label
-                arguments = ["--model-path", str(model), "--output-dir", str(output), *cli.flags(self.tables["train"])]
+                initialization, options = split_name(name)
+                model = self.output / "models" / f"seed-{seed}-{initialization}"
+                output = self.output / "trained" / label
+                flags = cli.flags({**self.tables["train"], **options})
+                arguments = ["--model-path", str(model), "--output-dir", str(output), *flags]
                 evaluation = self.output / "evaluations" / f"{label}.json"
-                runs.append(StudyRun(seed, name, model, output, evaluation, arguments))
+                runs.append(StudyRun(seed, name, model, output, evaluation, options, arguments))
         return runs
 
     @property
@@ -91,7 +132,8 @@ class Study:
         """The flags of a script that [study] sets, and their values."""
         grid = {"seeds": self.seeds, "initializations": self.initializations}
         if section == "init":
-            return {**grid, "output_path": str(self.output / "models")}
+            made = list(dict.fromkeys(split_name(name)[0] for name in self.initializations))
+            return {"seeds": self.seeds, "initializations": made, "output_path": str(self.output / "models")}
         if section == "train":
             models = [str(run.model) for run in self.runs()]
             return {"model_path": models, "output_dir": str(self.output / "trained")}
@@ -127,7 +169,7 @@ def read_study(path: str | Path) -> Study:
         raise ValueError(f"{path}, [study]: initializations is {names!r}, and must be a list of names")
     for name in names:
         try:
-            parse_initialization(name)
+            split_name(name)
         except ValueError as error:
             raise ValueError(f"{path}, [study]: {error}") from None
     hypothesis = values.get("hypothesis", [])

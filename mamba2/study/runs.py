@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from mamba2.initializers import inverse_softplus
+from mamba2.study.grid import split_name
 
 # Options in train.toml that two runs may differ in.
 FREE = (
@@ -43,7 +44,7 @@ class History:
     losses: np.ndarray  # nats per token, held out
     sum_of_rates: float  # of all steps
     dt_drift: tuple[np.ndarray, np.ndarray]  # Σ lr, and how far the layers' median dt_bias has moved (mean over layers)
-    settings: dict[str, Any]  # what runs that are compared must share
+    settings: dict[str, Any]  # what runs that are compared must share, without what their names state
     diverged: str | None  # how; None: it did not
 
     @property
@@ -134,9 +135,12 @@ def _dt_drift(rows: list[dict], sum_at: dict[int, float]) -> tuple[np.ndarray, n
 
 def _settings(folder: Path) -> dict[str, Any]:
     settings: dict[str, Any] = {}
+    stated = split_name(folder.name.split("-", 2)[2])[1] if folder.name.startswith("seed-") else {}
     if (folder / "train.toml").is_file():
         options = tomllib.loads((folder / "train.toml").read_text(encoding="utf-8")).get("train", {})
-        settings |= {f"--{key.replace('_', '-')}": value for key, value in options.items() if key not in FREE}
+        settings |= {
+            f"--{key.replace('_', '-')}": value for key, value in options.items() if key not in (*FREE, *stated)
+        }
     checkpoints = sorted(folder.glob("checkpoint-*/trainer_state.json"), key=lambda f: int(f.parent.name.split("-")[1]))
     if checkpoints:
         identity = json.loads(checkpoints[-1].read_text(encoding="utf-8")).get("identity", {})

@@ -38,6 +38,7 @@ from mamba2.training.hardware import (
     peak_flops,
     versions,
 )
+from mamba2.training.initial_state import InitialStates
 from mamba2.training.metrics import Progress
 from mamba2.training.optimizer import Schedule, make_optimizer
 from mamba2.training.step import accumulate_gradients, add_gradients, mean_loss, update
@@ -46,9 +47,14 @@ from mamba2.training.step import accumulate_gradients, add_gradients, mean_loss,
 # saved, may change. Schedules are compared by their rates up to the step of the checkpoint.
 SAME_ON_RESUME = (
     *("learning_rate", "weight_decay", "decay", "betas", "eps", "clip", "max_length", "no_reset", "seed"),
-    *("eval_windows", "optimizer", "dt_lr", "A_lr"),
+    *("eval_windows", "optimizer", "dt_lr", "A_lr", "initial_state"),
 )
-BEFORE = {"optimizer": "adamw", "dt_lr": 1.0, "A_lr": 1.0}  # of checkpoints older than the option
+BEFORE = {
+    "optimizer": "adamw",
+    "dt_lr": 1.0,
+    "A_lr": 1.0,
+    "initial_state": "zero",
+}  # of checkpoints older than the option
 
 
 @dataclasses.dataclass
@@ -94,6 +100,10 @@ class Job:
         if args.compile == "graph" and (self.device.type != "cuda" or world.size > 1):
             place = f"on {self.device.type}, in {world.size} process{'es' if world.size > 1 else ''}"
             raise ValueError(f"--compile graph records what one GPU does in one process, and this runs {place}")
+        if args.compile == "graph" and args.initial_state != "zero":
+            raise ValueError(
+                f"--compile graph records a step from empty states; --initial-state is {args.initial_state}"
+            )
         self.sharded = args.parallel == "fsdp"
         self.model = self._load(model_path)
         self.config = self.model.config
@@ -112,6 +122,10 @@ class Job:
         windows = functools.partial(Windows, length=args.max_length, reset=not args.no_reset)
         self.windows = windows(self.train_tokens)
         self.validation = self.validation_tokens and windows(self.validation_tokens)
+        if args.initial_state != "zero" and self.train_tokens.sample_length:
+            raise ValueError(
+                f"--initial-state {args.initial_state} has no effect on {args.dataset_path}: each sample starts empty"
+            )
         if args.patience is not None and self.validation is None:
             raise ValueError(
                 f"--patience {args.patience} needs evaluations, and {args.dataset_path} has no validation split"
@@ -161,9 +175,14 @@ class Job:
             args.optimizer,
             {"dt": args.dt_lr, "A": args.A_lr},
         )
+        self.states = None
+        if args.initial_state != "zero":
+            self.states = InitialStates(args.initial_state, self.model, self.batch, args.seed, self.world, self.device)
         if checkpoint is not None:
             load_optimizer(checkpoint, self.model, self.optimizer, updates)
             load_rng(checkpoint, self.world.rank)
+            if self.states:
+                self.states.load(checkpoint)
         self.model.train()
 
     # ------------------------------------------------------------------------------------ train, evaluate, sample, save
@@ -173,14 +192,28 @@ class Job:
         args, factor = self.args, self.schedule.factor(step)
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * factor
-        indices = self.windows.indices(args.seed, step, self.batch)[: self.samples - step * self.batch]
+        indices, anew = self.windows.indices(args.seed, step, self.batch), False
+        if args.initial_state == "passed":
+            indices, anew = self.windows.streams(args.seed, step, self.batch)
+        indices = indices[: self.samples - step * self.batch]
+        if self.states:
+            self.states.begin(step, [anew or self.windows.begins_document(index) for index in indices])
         with explain_out_of_memory(
             args.batch_size, args.max_length, args.gradient_accumulation_steps, args.checkpoint_every
         ):
             loss, tokens = accumulate_gradients(
-                self.parallel_model, self.windows, indices, args.batch_size, self.dtype, self.world, self.add
+                self.parallel_model,
+                self.windows,
+                indices,
+                args.batch_size,
+                self.dtype,
+                self.world,
+                self.add,
+                self.states,
             )
             norm = update(self.model, self.optimizer, args.clip, keep_gradients=self.add is not None)
+        if norm is None and self.states:
+            self.states.clear()
         return {"loss": loss, "learning_rate": args.learning_rate * factor, "gradient_norm": norm, "tokens": tokens}
 
     def evaluate(self) -> float:
@@ -228,6 +261,8 @@ class Job:
             self.world.first(lambda: sort_headers(folder))
         else:
             self.world.first(lambda: save_optimizer(folder, self.model, self.optimizer))
+        if self.states:
+            self.states.save(folder)
         generators = self.world.gather(rng_tensors())
         self.world.first(lambda: save_rng(folder, generators))
 
@@ -294,6 +329,9 @@ class Job:
         if train.source is None and (Path(args.dataset_path) / SIDECAR).is_file():
             print(f"             {SIDECAR} does not say of which files; what python -m mamba2.data writes now does")
         print(f"step         {self.batch} windows of {args.max_length} = {self.batch * args.max_length:,} tokens")
+        if self.states:
+            held = sum(part.nbytes for layer in self.states.ended for part in layer)
+            print(f"starts from  {args.initial_state} states, {held / 1e9:.2g} GB a device")
         print(f"steps        {self.steps:,}, {tokens:.3g} tokens, {flops:.3g} FLOP")
         print(
             f"schedule     {args.schedule}, peak {args.learning_rate:g}, {self.schedule.warmup_steps} steps of warm-up"

@@ -9,9 +9,11 @@ from torch import nn
 
 from mamba2.data import Windows
 from mamba2.distributed import ALONE, World, full, gradient_sync, reshard
+from mamba2.mixer import MixerState
 from mamba2.model import Mamba2LM
 from mamba2.ops import IGNORE_INDEX
 from mamba2.training.hardware import autocast
+from mamba2.training.initial_state import InitialStates
 
 
 def accumulate_gradients(
@@ -22,11 +24,13 @@ def accumulate_gradients(
     dtype: torch.dtype,
     world: World = ALONE,
     add: Callable | None = None,
+    states: InitialStates | None = None,
 ) -> tuple[float, int]:
     """Add the gradient of the mean loss over every token of the windows `indices`, `micro_batch` windows at a time.
 
     The mean is over the tokens of the whole batch, so it does not depend on how the batch is split into micro-batches
-    and among the processes of `world`. `add(batch, tokens, total)` replaces `add_gradients` if given.
+    and among the processes of `world`. `add(batch, tokens, total)` replaces `add_gradients` if given. `states`: what
+    the windows start from, and what they end with afterwards; None: empty states.
     Returns (mean loss in nats per token, number of tokens), the same in every process.
     """
     device = next(model.parameters()).device
@@ -36,8 +40,12 @@ def accumulate_gradients(
     total = torch.zeros((), dtype=torch.float64, device=device)
     add = add or functools.partial(add_gradients, model, dtype, world.size)
     for i, batch in enumerate(batches):
+        rows = slice(i * micro_batch, i * micro_batch + len(batch[0]))
         with gradient_sync(model, wanted=i == len(batches) - 1):
-            add(_to(batch, device), tokens, total)
+            if states is None:
+                add(_to(batch, device), tokens, total)
+            else:
+                states.put(rows, add(_to(batch, device), tokens, total, states.take(rows)))
     return world.sum(total).item(), tokens
 
 
@@ -48,14 +56,18 @@ def add_gradients(
     batch: Sequence[torch.Tensor | None],
     tokens: int | torch.Tensor,
     total: torch.Tensor,
-) -> None:
+    state: list[MixerState] | None = None,
+) -> list[MixerState] | None:
     """Backward of one micro-batch's summed loss / tokens, and add that loss to `total`. Nothing here synchronises with
-    the device, so a CUDA graph can capture it."""
+    the device, so a CUDA graph can capture it. With a `state` to start from, returns the one after the last token."""
     inputs, targets, seq_idx = batch
     with autocast(total.device, dtype):
-        loss = model(inputs, targets, seq_idx=seq_idx) / tokens
+        result = model(inputs, targets, seq_idx=seq_idx, state=state, return_state=state is not None)
+    loss, state = (result, None) if state is None else result
+    loss = loss / tokens
     (loss * processes).backward()  # DDP and FSDP average over the processes; we need the sum
     total += loss.detach()
+    return state
 
 
 def update(

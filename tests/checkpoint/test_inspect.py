@@ -9,11 +9,14 @@ import torch
 from mamba2 import Mamba2LM
 from mamba2.checkpoint.__main__ import main
 from mamba2.checkpoint.inspect import report, suspicions
-from mamba2.factors import FACTORS
-from mamba2.initializers import INITIALIZERS, inverse_softplus
+from mamba2.initializers import INITIALIZERS, DtParams, inverse_softplus
 from tests.runs import small_config
 
-SOUND = [*INITIALIZERS, *(f"log_uniform+{factor}={choice}" for factor in FACTORS for choice in FACTORS[factor])]
+FACTORS = {parameter: choices for parameter, choices in INITIALIZERS.items() if parameter != "dt_bias"}
+SOUND = [
+    *INITIALIZERS["dt_bias"],
+    *(f"log_uniform+{factor}={choice}" for factor in FACTORS for choice in FACTORS[factor]),
+]
 
 
 def found(model: Mamba2LM) -> list[str]:
@@ -25,7 +28,7 @@ def found(model: Mamba2LM) -> list[str]:
 @pytest.mark.parametrize("initialization", SOUND)
 def test_no_initialisation_is_suspicious(initialization, weight_init):
     config = small_config(num_hidden_layers=3).with_weight_init(weight_init)
-    assert found(Mamba2LM(config, 1, initialization)) == []
+    assert found(Mamba2LM(config, 1, initialization, DtParams(length=64.0, eigenvalue=4.0))) == []
 
 
 def test_a_trained_model_is_not_suspicious():

@@ -41,6 +41,20 @@ def test_a_run_has_its_folders_and_its_command(tmp_path):
     assert runs[1].arguments == [*folders, "--learning-rate=0.003", "--no-reset", "--betas", "0.9", "0.99"]
 
 
+def test_a_name_may_say_how_a_run_is_trained(tmp_path):
+    names = '["log_uniform", "log_uniform+dt_lr=0", "ones+A=slow+dt_lr=10+initial_state=passed"]'
+    study = read_study(write(tmp_path, TEXT.replace('["log_uniform", "constant"]', names)))
+    plain, frozen, last = study.runs()[:3]
+    assert plain.model == frozen.model != last.model and plain.output != frozen.output
+    assert (plain.options, frozen.options) == ({}, {"dt_lr": 0.0})
+    assert last.options == {"dt_lr": 10.0, "initial_state": "passed"}
+    assert str(last.model) == "out/models/seed-1-ones+A=slow"
+    assert frozen.arguments[-1] == "--dt-lr=0.0" and str(frozen.final).endswith("seed-1-log_uniform+dt_lr=0-final")
+    assert study.options("init")["initializations"] == ["log_uniform", "ones+A=slow"]
+    assert len(study.options("eval")["initializations"]) == 3
+    assert grid.factors("ones+A=slow+dt_lr=10") == {"dt_bias": "ones", "A": "slow", "dt_lr": 10.0}
+
+
 def test_the_state_of_a_run_is_what_is_there(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     file = write(tmp_path)
@@ -98,6 +112,15 @@ def test_options_of_each_script(tmp_path):
         ("[train]", "[training]", "the table training is unknown; a study has study, init, train, eval"),
         ("output =", "folder =", "the key folder is unknown; choose seeds, initializations, baseline, output"),
         ('output = "out"', "", "output is missing"),
+        (
+            '"constant"]',
+            '"constant+dt_lr=-1"]',
+            "dt_lr of 'constant.dt_lr=-1' must be a number of at least 0, not '-1'",
+        ),
+        ('"constant"]', '"constant+A_lr=fast"]', "A_lr of .* must be a number of at least 0, not 'fast'"),
+        ('"constant"]', '"constant+dt_lr=0+dt_lr=1"]', "names dt_lr twice"),
+        ('"constant"]', '"constant+initial_state=x"]', "must be one of zero, passed, noise, not 'x'"),
+        ('"constant"]', '"constant+lr=1"]', "unknown factor 'lr=1'"),
         ("[1, 2]", "[1, 1]", "seeds names one twice"),
         ("[1, 2]", '["a"]', "must be a list of integers"),
         ('"constant"]', '"constnat"]', "unknown initialization 'constnat': choose from uniform, linear_decay"),
