@@ -6,7 +6,7 @@
     python eval.py ... --dataset-name wikitext data.txt --dataset-split test train --protocol stateful lm_eval
     python eval.py ... --dataset-name synthetic:mqar            accuracy by distance, of models trained on the task
     python eval.py ... --report FOLDER                          report.html: which is better, how sure is that, and why
-    python eval.py --study configs/study-tiny.toml --report     every run of a study; what is measured stays measured
+    python eval.py --study configs/study-text.toml --report     every run of a study; what is measured stays measured
 
 Prints a table by initialisation and seed, and writes JSON: {initialization: {"mean": [one perplexity per model],
 "all_perplexities": [[one per document] per model], "model_paths": [...], "details": [all results per model]}};
@@ -144,10 +144,11 @@ def main() -> None:
         runs = {key: Evaluated(histories[key], records[key]) for key in keys}
         measured = f"{args.evaluations}/*.json" if args.evaluations else args.output_file
         sources = {"metrics": f"{base}/seed-*/metrics.jsonl", "evaluations": measured}
-        hypothesis = []
+        plan, hypothesis = "", []
         if args.study_file:
-            hypothesis, sources["study"] = args.study_file.hypothesis, args.study_file.registered
-        print(f"wrote {write_report(folder, runs, args.baseline, sources, hypothesis)}")
+            plan, hypothesis = args.study_file.plan, args.study_file.hypothesis
+            sources["study"] = args.study_file.registered
+        print(f"wrote {write_report(folder, runs, args.baseline, sources, plan, hypothesis)}")
 
 
 def identify(path: Path, corpora: list[Corpus], args: argparse.Namespace) -> dict:

@@ -2,7 +2,7 @@
 
     python init.py                                              the tiny study, into runs/tiny/models
     python init.py --config-path configs --seeds 1 2 3          the study's 40M model, 3 seeds x 3 initialisations
-    python init.py --study configs/study-tiny.toml              every model of a study
+    python init.py --study configs/study-text.toml              every model of a study
     python init.py --list                                       the initialisations and what they mean
     python init.py --config-path configs --preview              what they do before any training: table and preview.png
 

@@ -3,7 +3,7 @@
     python train.py                                             the tiny study, into runs/tiny/trained
     python train.py --model-path MODEL --dataset-path DATA --output-dir OUT
     python train.py --model-path models/seed-*-* --output-dir OUT              each into OUT/<name of its folder>
-    python train.py --study configs/study-tiny.toml                            every run of a grid (mamba2/study)
+    python train.py --study configs/study-text.toml                            every run of a grid (mamba2/study)
 
 Writes {output-dir}/checkpoint-N while training, {output-dir}/metrics.jsonl, and {output-dir}-final at the end. The same
 command again resumes from the last checkpoint, bit for bit; a model whose -final folder exists is not trained again.

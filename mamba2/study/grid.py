@@ -1,13 +1,14 @@
 """A grid of runs in one file: seeds × initialisations × budget.
 
-    python init.py  --study configs/study-tiny.toml
-    python train.py --study configs/study-tiny.toml
-    python eval.py  --study configs/study-tiny.toml --report
-    python -m mamba2.study configs/study-tiny.toml        what there is to do, and what is done
+    python init.py  --study configs/study-text.toml
+    python train.py --study configs/study-text.toml
+    python eval.py  --study configs/study-text.toml --report
+    python -m mamba2.study configs/study-text.toml        what there is to do, and what is done
 
 Each script skips finished runs, so a command can be given again. The file has a table [study]: seeds, initializations,
-baseline (what the others are compared with), output (a folder), and optionally hypothesis: initialisations in the
-expected order of loss, lowest first, which the report tests; and the tables [init], [train], [eval] with flags of the
+baseline (what the others are compared with), output (a folder), and optionally plan: what is expected and why so many
+seeds, in words that the report prints with the file's hash; and hypothesis: initialisations in the expected order of
+loss, lowest first, which the report tests. Two studies may share an output, and what they both name. And the tables [init], [train], [eval] with flags of the
 scripts, as presets have them. A name may also say how that run is trained, log_uniform+dt_lr=0, so that training is
 crossed with initialisations: dt_lr, A_lr and initial_state of train.py. Files:
 
@@ -36,7 +37,8 @@ DECIDED = {
     "train": ("model_path", "output_dir"),
     "eval": ("model_base_path", "seeds", "initializations", "output_file", "baseline", "checkpoint"),
 }
-KEYS = ("seeds", "initializations", "baseline", "output")  # and, if there is one, hypothesis
+KEYS = ("seeds", "initializations", "baseline", "output")
+OPTIONAL = ("plan", "hypothesis")
 TRAINED = ("dt_lr", "A_lr", "initial_state")  # options of train.py that a name may state
 
 
@@ -104,6 +106,7 @@ class Study:
     seeds: list[int]
     initializations: list[str]
     baseline: str
+    plan: str  # what was said before the runs, or nothing
     hypothesis: list[str]  # initialisations in the order of loss that is expected, or none
     output: Path
     tables: dict[str, dict[str, Any]]
@@ -125,7 +128,7 @@ class Study:
 
     @property
     def registered(self) -> str:
-        """The file that states the hypothesis, and its sha256, for the report."""
+        """The file that states plan and hypothesis, and its sha256, for the report."""
         return f"{self.path}, sha256 {sha256(self.path)}"
 
     def options(self, section: str) -> dict[str, Any]:
@@ -146,7 +149,7 @@ def read_study(path: str | Path) -> Study:
     """Read a study. Raises FileNotFoundError, or ValueError naming the key that is missing, unknown or wrong."""
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"no study at {path}: give a .toml file such as configs/study-tiny.toml")
+        raise FileNotFoundError(f"no study at {path}: give a .toml file such as configs/study-text.toml")
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
     except tomllib.TOMLDecodeError as error:
@@ -154,8 +157,9 @@ def read_study(path: str | Path) -> Study:
     if unknown := sorted(content.keys() - {"study", *DECIDED}):
         raise ValueError(f"{path}: the table {unknown[0]} is unknown; a study has study, init, train, eval")
     values = content.get("study", {})
-    if unknown := sorted(values.keys() - {*KEYS, "hypothesis"}):
-        raise ValueError(f"{path}, [study]: the key {unknown[0]} is unknown; choose {', '.join(KEYS)}, hypothesis")
+    if unknown := sorted(values.keys() - {*KEYS, *OPTIONAL}):
+        known = ", ".join((*KEYS, *OPTIONAL))
+        raise ValueError(f"{path}, [study]: the key {unknown[0]} is unknown; choose {known}")
     if missing := [key for key in KEYS if key not in values]:
         raise ValueError(f"{path}, [study]: {missing[0]} is missing")
     tables = {section: content.get(section, {}) for section in DECIDED}
@@ -172,7 +176,9 @@ def read_study(path: str | Path) -> Study:
             split_name(name)
         except ValueError as error:
             raise ValueError(f"{path}, [study]: {error}") from None
-    hypothesis = values.get("hypothesis", [])
+    plan, hypothesis = values.get("plan", ""), values.get("hypothesis", [])
+    if not isinstance(plan, str):
+        raise ValueError(f"{path}, [study]: plan is {plan!r}, and must be text")
     if not isinstance(hypothesis, list) or len(hypothesis) == 1 or any(name not in names for name in hypothesis):
         raise ValueError(
             f"{path}, [study]: hypothesis is {hypothesis!r}, and must be two or more of {', '.join(names)}, the lowest "
@@ -183,7 +189,7 @@ def read_study(path: str | Path) -> Study:
             raise ValueError(f"{path}, [study]: {key} names one twice")
     if baseline not in names:
         raise ValueError(f"{path}, [study]: baseline is {baseline!r}, and must be one of {', '.join(names)}")
-    return Study(path, seeds, names, baseline, hypothesis, Path(values["output"]), tables)
+    return Study(path, seeds, names, baseline, plan, hypothesis, Path(values["output"]), tables)
 
 
 def study_runs(path: str | Path) -> list[StudyRun]:
@@ -196,7 +202,7 @@ def add_study(parser: argparse.ArgumentParser, section: str) -> Study | None:
 
     Call it after all other flags are added and before parsing. Keys and values are checked like flags.
     """
-    parser.add_argument("--study", metavar="FILE", help="run a grid, e.g. configs/study-tiny.toml; see mamba2/study")
+    parser.add_argument("--study", metavar="FILE", help="run a grid, e.g. configs/study-text.toml; see mamba2/study")
     peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     peek.add_argument("--study")
     path = peek.parse_known_args(sys.argv[1:])[0].study

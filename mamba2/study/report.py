@@ -41,12 +41,13 @@ def write_report(
     runs: dict[Key, Evaluated],
     baseline: str,
     sources: dict[str, str],
+    plan: str = "",
     hypothesis: Sequence[str] = (),
 ) -> Path:
     """Write report.html, report.md, figures/ and statistics.json into `folder`. Returns the HTML file.
 
-    `sources` names the files of "metrics" and "evaluations". `hypothesis`: initialisations in the order
-    of loss that was expected, registered in sources["study"]. Raises ValueError naming two runs that cannot be
+    `sources` names the files of "metrics" and "evaluations". `plan` and `hypothesis`, initialisations in the
+    order of loss that was expected, are registered in sources["study"]. Raises ValueError naming two runs that cannot be
     compared, because data, tokenizer, steps or another setting differ. Runs that diverged are named on the page and
     left out of every mean, each with its pair.
     """
@@ -61,7 +62,7 @@ def write_report(
     page.heading("What the initialisation of dt_bias does", 1)
     primary, name = _primary(good)
     comparisons = compare(primary, baseline)
-    _answer(page, comparisons, name, primary, good, bad, sources, hypothesis)
+    _answer(page, comparisons, name, primary, good, bad, sources, plan, hypothesis)
     _comparison(page, comparisons, name, primary, sources)
     _secondary(page, good, baseline, sources)
     _learning(page, good, baseline, sources)
@@ -144,6 +145,7 @@ def _answer(
     good: dict[Key, Evaluated],
     bad: dict[Key, str],
     sources: dict[str, str],
+    plan: str,
     hypothesis: Sequence[str],
 ) -> None:
     first, *rest = answer(comparisons, name)
@@ -151,6 +153,8 @@ def _answer(
     page.items(rest)
     if bad:
         page.text(f"Left out, because they diverged: {_listed(bad)}. Of their seeds only complete pairs are compared.")
+    if plan:
+        page.text(f"Registered in {sources['study']}: {' '.join(plan.split())}")
     if hypothesis and all(n in primary for n in hypothesis):
         seeds = set.intersection(*(set(primary[n]) for n in hypothesis))
         losses = [[primary[n][seed] for n in hypothesis] for seed in seeds]

@@ -6,6 +6,7 @@ import sys
 import pytest
 
 from mamba2.study import add_study, grid, read_study, study_runs
+from mamba2.study.statistics import seeds_for_significance
 
 TEXT = """
 [study]
@@ -150,7 +151,7 @@ def test_an_unknown_key_of_a_script_and_a_missing_file_are_named(tmp_path, monke
         read_study("absent.toml")
 
 
-@pytest.mark.parametrize("name", ["tiny", "mqar"])
+@pytest.mark.parametrize("name", ["text", "text-large", "text-rates", "recall", "recall-short", "recall-rates"])
 def test_the_studies_that_come_with_it_are_valid_and_large_enough(name):
     s = read_study(f"configs/study-{name}.toml")
-    assert len(s.seeds) >= 6 and {"log_uniform", "constant"} <= set(s.initializations) and len(s.initializations) >= 4
+    assert len(s.seeds) >= seeds_for_significance(len(s.initializations) - 1) and s.plan and s.hypothesis
