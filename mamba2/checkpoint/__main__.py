@@ -1,6 +1,6 @@
 """Describe a model folder, convert it to another project's layout, or export a checkpoint's optimizer state.
 
-    python -m mamba2.checkpoint inspect MODEL [--strict]
+    python -m mamba2.checkpoint inspect MODEL [--strict] [--no-text]
     python -m mamba2.checkpoint convert SOURCE TARGET --to transformers
     python -m mamba2.checkpoint convert SOURCE TARGET --to mamba-ssm --dtype bfloat16
     python -m mamba2.checkpoint export-optimizer OUT/checkpoint-2000 moments.safetensors
@@ -25,7 +25,9 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     inspect = commands.add_parser("inspect", help="config, parameters, dt and half-lives, and what looks wrong")
     inspect.add_argument("model", help="model folder")
-    inspect.add_argument("--strict", action="store_true", help="exit code 1 if dt_bias or A_log looks wrong")
+    inspect.add_argument("--strict", action="store_true", help="exit code 1 if something looks wrong")
+    what = "do not load the model to see on text whether z and x are exchanged in in_proj"
+    inspect.add_argument("--no-text", action="store_true", help=what)
     conversion = commands.add_parser("convert", help="write a folder that another project loads")
     conversion.add_argument("source", help="model folder of any layout")
     conversion.add_argument("target", help="folder to write; must not exist")
@@ -41,7 +43,7 @@ def main() -> None:
     moments.add_argument("file", type=Path, help="safetensors file to write; must not exist")
     args = parser.parse_args()
     if args.command == "inspect":
-        text, found = report(args.model)
+        text, found = report(args.model, not args.no_text)
         print(text)
         if found and args.strict:
             sys.exit(1)

@@ -8,9 +8,9 @@
 Each script skips finished runs, so a command can be given again. The file has a table [study]: seeds, initializations,
 baseline (what the others are compared with), output (a folder), and optionally plan: what is expected and why so many
 seeds, in words that the report prints with the file's hash; and hypothesis: initialisations in the expected order of
-loss, lowest first, which the report tests. Two studies may share an output, and what they both name. And the tables [init], [train], [eval] with flags of the
-scripts, as presets have them. A name may also say how that run is trained, log_uniform+dt_lr=0, so that training is
-crossed with initialisations: dt_lr, A_lr and initial_state of train.py. Files:
+loss, lowest first, which the report tests. The tables [init], [train], [eval] have flags of the scripts, like presets.
+A name may also say how a run is trained, log_uniform+dt_lr=0, so that training is crossed with initialisations: dt_lr,
+A_lr and initial_state of train.py. Two studies with one output share the runs that both name. Files:
 
     OUTPUT/models/seed-S-NAME           from init.py; NAME without what it says of training
     OUTPUT/trained/seed-S-NAME          metrics and checkpoints from train.py, and the final model in seed-S-NAME-final

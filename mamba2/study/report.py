@@ -13,6 +13,7 @@ import numpy as np
 
 from mamba2.cli import json_ready
 from mamba2.study import figures
+from mamba2.study.grid import factors
 from mamba2.study.page import Page
 from mamba2.study.runs import LAST, History, check_comparable
 from mamba2.study.statistics import (
@@ -20,6 +21,7 @@ from mamba2.study.statistics import (
     Paired,
     answer,
     compare,
+    crossed,
     seeds_for_significance,
     smallest_p,
 )
@@ -46,8 +48,8 @@ def write_report(
 ) -> Path:
     """Write report.html, report.md, figures/ and statistics.json into `folder`. Returns the HTML file.
 
-    `sources` names the files of "metrics" and "evaluations". `plan` and `hypothesis`, initialisations in the
-    order of loss that was expected, are registered in sources["study"]. Raises ValueError naming two runs that cannot be
+    `sources` names the files of "metrics" and "evaluations". `plan` and `hypothesis`, initialisations in the order of
+    loss that was expected, are registered in sources["study"]. Raises ValueError naming two runs that cannot be
     compared, because data, tokenizer, steps or another setting differ. Runs that diverged are named on the page and
     left out of every mean, each with its pair.
     """
@@ -59,11 +61,12 @@ def write_report(
             f"no run of the baseline {baseline} is left to compare with; {_listed(bad) or 'give --baseline'}"
         )
     page = Page()
-    page.heading("What the initialisation of dt_bias does", 1)
+    page.heading("What the initialisation does", 1)
     primary, name = _primary(good)
     comparisons = compare(primary, baseline)
     _answer(page, comparisons, name, primary, good, bad, sources, plan, hypothesis)
     _comparison(page, comparisons, name, primary, sources)
+    _factors(page, primary, baseline)
     _secondary(page, good, baseline, sources)
     _learning(page, good, baseline, sources)
     _positions(page, good, baseline, sources)
@@ -217,6 +220,24 @@ def _comparison(page: Page, comparisons: list[Paired], name: str, primary: Value
         f"of at most {EQUIVALENCE} nats, which count as none."
     )
     page.figure("comparison", figures.forest(comparisons, "loss"), shows, sources["metrics"])
+
+
+def _factors(page: Page, primary: Values, baseline: str) -> None:
+    effects, interactions = crossed(primary, {name: factors(name) for name in primary}, baseline)
+    if not effects and not interactions:
+        return
+    page.heading("Factors that are crossed", 3)
+    rows = [
+        [kind, c.name, f"{c.interval.mean:+.4f}", _interval(c), _f(c.p, ".3g"), _f(c.p_holm, ".3g"), _f(c.d_z, "+.2f")]
+        for kind, found in (("effect", effects), ("interaction", interactions))
+        for c in found
+    ]
+    note = (
+        f"An effect: what a level changes against that of {baseline}, averaged over all pairs of names that differ in "
+    )
+    note += "nothing else. An interaction: by how much one level changes the effect of the other. Holm's correction is "
+    note += f"over these {len(rows)} tests."
+    page.table(["", "level", "difference", "95 % t interval", "p sign flip", "p Holm", "d_z"], rows, note)
 
 
 def _secondary(page: Page, runs: dict[Key, Evaluated], baseline: str, sources: dict[str, str]) -> None:

@@ -8,6 +8,7 @@ import itertools
 import math
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from scipy import stats
@@ -145,6 +146,11 @@ def compare(values: dict[str, dict[int, float]], baseline: str) -> list[Paired]:
         _paired(name, baseline, seeds[name], [values[name][seed] - values[baseline][seed] for seed in seeds[name]])
         for name in names
     ]
+    return _corrected(found)
+
+
+def _corrected(found: list[Paired]) -> list[Paired]:
+    """With Holm's correction over all of them."""
     tested = [c for c in found if len(c.seeds) > 1]  # one difference has no p-value
     differ, equal = holm([c.p for c in tested]), holm([c.p_equivalence for c in tested])
     corrected = iter([replace(c, p_holm=p, p_equivalence_holm=q) for c, p, q in zip(tested, differ, equal)])
@@ -172,6 +178,61 @@ def _paired(name: str, baseline: str, seeds: list[int], differences: list[float]
     interval = Interval(mean, mean - half, mean + half, error, n)
     p = sign_flip_p(differences)
     return Paired(name, baseline, seeds, differences, interval, p, nan, p_t, d_z, p_equivalence, nan)
+
+
+# ------------------------------------------------------------------------------------------------------------- factors
+
+
+def crossed(
+    values: dict[str, dict[int, float]], factors: dict[str, dict[str, Any]], baseline: str
+) -> tuple[list[Paired], list[Paired]]:
+    """Effects and interactions of the factors that a design crosses, paired by seed; none where nothing is crossed.
+
+    `factors`: the levels of each name, {"dt_bias": "halflife", "dt_lr": 0.0}; a factor that a name leaves out is at its
+    default. An effect is the difference of a level from the baseline's level, averaged over all pairs of names that
+    differ in nothing else, of which there must be two. An interaction of two levels is how much the effect of the one
+    differs between the other and the baseline's: (ab - b) - (a - baseline), averaged likewise.
+    Holm's correction is over effects and interactions together.
+    """
+    levels = {name: frozenset(of_name.items()) for name, of_name in factors.items()}
+    name_of = {level: name for name, level in levels.items()}
+    base = factors[baseline]
+
+    def without(name: str, factor: str) -> str | None:
+        """The name that differs in having the baseline's level of the factor."""
+        changed = {key: value for key, value in factors[name].items() if key != factor}
+        if factor in base:
+            changed[factor] = base[factor]
+        return name_of.get(frozenset(changed.items()))
+
+    pairs: dict[str, list[dict[str, int]]] = {}  # by label: sums of names, each with its sign
+    both: dict[str, list[dict[str, int]]] = {}
+    for name in values:
+        moved = [(key, value) for key, value in factors[name].items() if base.get(key) != value]
+        for factor, level in moved:
+            other = without(name, factor)
+            if other is not None:
+                pairs.setdefault(f"{factor}={level}", []).append({name: 1, other: -1})
+        for (one, a), (two, b) in itertools.combinations(moved, 2):
+            no_one, no_two = without(name, one), without(name, two)
+            neither = no_one and without(no_one, two)
+            if no_one and no_two and neither:
+                both.setdefault(f"{one}={a} with {two}={b}", []).append({name: 1, no_one: -1, no_two: -1, neither: 1})
+    effects = [_averaged(label, sums, values) for label, sums in pairs.items() if len(sums) > 1]
+    interactions = [_averaged(label, sums, values) for label, sums in both.items()]
+    corrected = _corrected([c for c in (*effects, *interactions) if c is not None])
+    count = sum(c is not None for c in effects)
+    return corrected[:count], corrected[count:]
+
+
+def _averaged(label: str, sums: list[dict[str, int]], values: dict[str, dict[int, float]]) -> Paired | None:
+    """The mean of signed sums of names, over the seeds that all of them have; None if there are none."""
+    seeds = sorted(set.intersection(*(set(values[name]) for of_names in sums for name in of_names)))
+    if not seeds:
+        return None
+    totals = [sum(sign * values[n][seed] for of_names in sums for n, sign in of_names.items()) for seed in seeds]
+    what = f"{label} ({len(sums)} pairs)" if len(sums[0]) == 2 else label
+    return _paired(what, "", seeds, [total / len(sums) for total in totals])
 
 
 # ------------------------------------------------------------------------------------------------------------ in words

@@ -1,15 +1,22 @@
 """What `inspect` finds suspicious in a checkpoint: nothing in a sound one, and each fault by its name."""
 
+import json
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from mamba2 import Mamba2LM
 from mamba2.checkpoint.__main__ import main
-from mamba2.checkpoint.inspect import report, suspicions
+from mamba2.checkpoint.inspect import exchange, exchanged, report, suspicions
+from mamba2.data import Tokens, Windows
 from mamba2.initializers import INITIALIZERS, DtParams, inverse_softplus
+from mamba2.tokenizer import get_tokenizer, save_tokenizer
+from mamba2.training import make_optimizer
+from mamba2.training.step import accumulate_gradients, update
 from tests.runs import small_config
 
 FACTORS = {parameter: choices for parameter, choices in INITIALIZERS.items() if parameter != "dt_bias"}
@@ -72,3 +79,40 @@ def test_each_fault_is_named_and_strict_fails(name, change, message, tmp_path, m
     with pytest.raises(SystemExit) as ended:
         main()
     assert ended.value.code == 1
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A model that has learnt some of the text of Python's json, 1 nat below where it began."""
+    tokenizer = get_tokenizer("bytes")
+    text = "".join(Path(module.__file__).read_text(encoding="utf-8") for module in (json, json.decoder, json.encoder))
+    ids = np.array(tokenizer.encode(text), dtype=np.uint16)
+    windows = Windows(Tokens(ids, np.array([0]), tokenizer.eot_id, 256), 64)
+    model = Mamba2LM(small_config(vocab_size=257, num_hidden_layers=2), 1).train()
+    optimizer = make_optimizer(model, 2e-2, (0.9, 0.99), 0.0)
+    for step in range(80):
+        accumulate_gradients(model, windows, windows.indices(0, step, 8), 8, torch.float32)
+        update(model, optimizer, 1.0)
+    folder = model.save_pretrained(tmp_path_factory.mktemp("trained"))
+    save_tokenizer(tokenizer, folder)
+    return folder
+
+
+def test_exchanged_halves_of_a_projection_are_named(trained, tmp_path):
+    tokenizer, model = get_tokenizer("bytes"), Mamba2LM.from_pretrained(trained)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    assert exchanged(model, tokenizer) == []
+    assert all(value.equal(before[name]) for name, value in model.state_dict().items())
+    exchange(model)
+    save_tokenizer(tokenizer, model.save_pretrained(tmp_path))
+    (what,) = report(tmp_path)[1]
+    assert "z and x seem to be exchanged in in_proj" in what
+
+
+def test_a_model_that_learnt_nothing_or_has_no_tokenizer_is_not_judged_by_text(trained, tmp_path):
+    assert exchanged(Mamba2LM(small_config(vocab_size=257), 1), get_tokenizer("bytes")) == []
+    text, found = report(trained)
+    assert found == [] and "not checked" not in text
+    assert "was not checked: it was not asked for" in report(trained, reads_text=False)[0]
+    bare = Mamba2LM(small_config(vocab_size=257), 1).save_pretrained(tmp_path)
+    assert "was not checked: there is no tokenizer" in report(bare)[0]

@@ -11,6 +11,7 @@ from mamba2.study.statistics import (
     answer,
     clustered_interval,
     compare,
+    crossed,
     holm,
     seeds_for_power,
     seeds_for_significance,
@@ -18,6 +19,9 @@ from mamba2.study.statistics import (
     smallest_p,
 )
 
+# Two initialisations by three rates of dt_bias, and one more that is crossed with nothing.
+CROSSED = {f"{a}{b}": {"dt_bias": a, **({"dt_lr": b} if b != "" else {})} for a in ("x", "y") for b in ("", 0.0, 10.0)}
+CROSSED["z"] = {"dt_bias": "z"}
 RNG = np.random.default_rng(3)
 
 
@@ -162,3 +166,70 @@ def test_a_contrast_with_one_pair_left_does_not_speak_for_the_others():
     text = " ".join(answer(compare(values, "b"), "nats"))
     assert "better than b (sign flip, Holm: p = 0.0078)" in text and "y: -1.0000 nats in the one seed." in text
     assert "One seed only" not in text and "cannot show" not in text
+
+
+# ------------------------------------------------------------------------------------------------------------- factors
+
+
+def crossed_values(rng, effect=None, seeds=9):
+    """Losses that are the same for all names but for noise, and what `effect` gives for the levels of a name."""
+    return {
+        name: {s: 3.0 + 0.1 * rng.standard_normal() + (effect(levels) if effect else 0.0) for s in range(seeds)}
+        for name, levels in CROSSED.items()
+    }
+
+
+def test_effects_and_interactions_are_those_of_the_cells():
+    def effect(levels):
+        of_rate = {None: 0.0, 0.0: 0.5, 10.0: -0.2}[levels.get("dt_lr")]
+        return 1.0 * (levels["dt_bias"] == "y") + of_rate * (3 if levels["dt_bias"] == "y" else 1)
+
+    values = {name: {s: effect(levels) + s for s in range(4)} for name, levels in CROSSED.items()}
+    effects, interactions = crossed(values, CROSSED, "x")
+    # y: 1, 1 + 2 * 0.5, 1 - 2 * 0.2 at the three rates; a rate: once and three times its effect
+    assert {c.name: pytest.approx(c.interval.mean) for c in effects} == {
+        "dt_lr=0.0 (2 pairs)": 1.0,
+        "dt_lr=10.0 (2 pairs)": -0.4,
+        "dt_bias=y (3 pairs)": (1 + 2 + 0.6) / 3,
+    }
+    assert {c.name: pytest.approx(c.interval.mean) for c in interactions} == {
+        "dt_bias=y with dt_lr=0.0": 1.0,
+        "dt_bias=y with dt_lr=10.0": -0.4,
+    }
+    # by hand, of one seed
+    by_hand = (values["y0.0"][2] - values["y"][2]) - (values["x0.0"][2] - values["x"][2])
+    assert interactions[0].differences[2] == pytest.approx(by_hand)
+
+
+def test_a_design_that_crosses_nothing_has_no_factors():
+    names = {"x": {"dt_bias": "x"}, "y": {"dt_bias": "y"}, "x+A": {"dt_bias": "x", "A": "ones"}}
+    values = {name: {0: 1.0, 1: 2.0} for name in names}
+    assert crossed(values, names, "x") == ([], [])
+
+
+def test_a_lost_run_takes_its_seed_out_of_what_it_is_part_of():
+    values = crossed_values(np.random.default_rng(0))
+    del values["y10.0"][4]
+    effects, interactions = crossed(values, CROSSED, "x")
+    seeds = {c.name: c.seeds for c in (*effects, *interactions)}
+    assert 4 in seeds["dt_lr=0.0 (2 pairs)"] and 4 not in seeds["dt_lr=10.0 (2 pairs)"]
+    assert 4 in seeds["dt_bias=y with dt_lr=0.0"] and 4 not in seeds["dt_bias=y (3 pairs)"]
+    del values["y0.0"]
+    effects, interactions = crossed(values, CROSSED, "x")
+    assert [c.name for c in interactions] == ["dt_bias=y with dt_lr=10.0"]
+
+
+def test_crossed_designs_without_effects_show_one_in_one_of_twenty():
+    """By simulation: where nothing differs, a table of contrasts and one of factors each show anything at all in at
+    most 5 % of studies; with an effect of twice the noise they show it."""
+    rng, studies = np.random.default_rng(7), 400
+    wrong = np.zeros(2)
+    for _ in range(studies):
+        values = crossed_values(rng, seeds=10)
+        tables = compare(values, "x"), [c for found in crossed(values, CROSSED, "x") for c in found]
+        wrong += [any(c.shown for c in table) for table in tables]
+    limit = stats.binom.ppf(0.999, studies, 0.05)
+    assert wrong.max() <= limit and wrong.sum() > 0
+    values = crossed_values(rng, lambda levels: 0.2 * (levels.get("dt_lr") == 0.0), seeds=10)
+    shown = {c.name for c in crossed(values, CROSSED, "x")[0] if c.shown}
+    assert shown == {"dt_lr=0.0 (2 pairs)"}
