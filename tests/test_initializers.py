@@ -5,6 +5,7 @@ import json
 import math
 import re
 import struct
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -318,6 +319,11 @@ def test_the_study_figures_for_half_life():
     assert abs((tokens > 100).double().mean().item() - 0.06) < 0.005
     tokens = half_life(torch.from_numpy(dt_of("uniform", (n, H), A)), A)
     assert abs(tokens.median().item() - 1.5) < 0.2
+
+
+def test_the_readme_names_every_choice_of_every_parameter():
+    text = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    assert [name for choices in INITIALIZERS.values() for name in choices if f"`{name}`" not in text] == []
 
 
 def test_dt_by_length_and_by_autocorrelation():

@@ -115,8 +115,8 @@ def exchanged(model: Mamba2LM, tokenizer: Tokenizer) -> list[str]:
     if back > as_is - EXCHANGED:
         return []
     return [
-        f"z and x seem to be exchanged in in_proj: with them exchanged back a text has {back:.2f} nats per token instead "
-        f"of {as_is:.2f}"
+        f"z and x seem to be exchanged in in_proj: with them exchanged back a text has {back:.2f} nats per token, "
+        f"not {as_is:.2f}"
     ]
 
 
