@@ -5,7 +5,7 @@ An initialisation has the same colour everywhere. Every run is drawn, thin; a me
 
 import io
 import textwrap
-import zlib
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -38,14 +38,32 @@ def png(figure) -> bytes:
     return file.getvalue()
 
 
+_products: list[str] = []  # of the report that is being drawn
+
+
+def use_names(names: Iterable[str]) -> None:
+    """The names of a report, so that its products have colours that differ."""
+    _products[:] = [name for name in names if name not in INITIALIZERS["dt_bias"]]
+
+
 def color(name: str):
-    """The colour of an initialisation, by its place in the registry: the same in every figure of every report."""
+    """The colour of an initialisation, by its place in the registry: the same in every figure of every report. That of
+    a product is by its place among those of the report."""
     names = list(INITIALIZERS["dt_bias"])
-    # The strong half of tab20 first: the first ten initialisations can be told apart best.
-    if name not in names:  # a product with factors
-        return _pyplot().get_cmap("hsv")(zlib.crc32(name.encode()) / 2**32)
+    if name not in names:
+        return _pyplot().get_cmap("Dark2")(_products.index(name) % 8)
     place = names.index(name)
+    # The strong half of tab20 first: the first ten initialisations can be told apart best.
     return _pyplot().get_cmap("tab20")((2 * place) % 20 + (place >= 10))
+
+
+def _legend(figure, axis) -> None:
+    """What `axis` names, below all panels, where it hides nothing."""
+    handles, labels = axis.get_legend_handles_labels()
+    kept = [(handle, label) for handle, label in zip(handles, labels) if label]
+    columns = max(1, min(4, int(12 * figure.get_figwidth() / max(len(label) + 5 for _, label in kept))))
+    figure.tight_layout()
+    figure.legend(*zip(*kept), loc="upper center", bbox_to_anchor=(0.5, 0.0), ncols=columns, frameon=False, fontsize=8)
 
 
 def _above(name: str, what: str) -> str:
@@ -146,8 +164,7 @@ def curves(
         ]
         reach = 1.1 * max(float(np.abs(d).max()) for d in late) + 1e-6
         right.set_ylim(-reach, reach)
-    left.legend(frameon=False, fontsize=8)
-    figure.tight_layout()
+    _legend(figure, left)
     return figure
 
 
@@ -175,10 +192,7 @@ def two_states(data: dict[str, tuple[Curves, Curves]], title: str, x: str, y: st
         axis.set_yscale("log")
     for axis in list(axes.flat)[len(data) :]:
         axis.set_visible(False)
-    handles, labels = axes.flat[0].get_legend_handles_labels()
-    kept = [(handle, label) for handle, label in zip(handles, labels) if label]
-    figure.tight_layout()
-    figure.legend(*zip(*kept), loc="upper left", bbox_to_anchor=(1.0, 0.95), frameon=False, fontsize=8)
+    _legend(figure, axes.flat[0])
     return figure
 
 
@@ -232,8 +246,7 @@ def by_layer(data: dict[str, dict[str, list[np.ndarray]]], quantities: dict[str,
         axis.set_yscale("log")
         axis.set_ylim(low / 1.5, high * 1.5)  # or a difference of 10 % would fill the panel
         axis.set_xticks(range(0, len(next(iter(data.values()))[key][0]), 1 + len(values[key][0]) // 8))
-    axes[0][0].legend(frameon=False, fontsize=8)
-    figure.tight_layout()
+    _legend(figure, axes[0][0])
     return figure
 
 
@@ -252,12 +265,13 @@ def drift(data: dict[str, list[tuple[np.ndarray, np.ndarray, float, float]]]):
             label = name if number == 0 else None
             axis.plot(end, moved, "D", color=color(name), alpha=0.6, markersize=5, label=label)
     _labelled(axis, "drift of dt_bias", "Σ learning rate", "mean distance of dt_bias from its beginning")
-    axis.legend(frameon=False, fontsize=8)
+    _legend(figure, axis)
     return figure
 
 
 def preview(rows: dict[str, dict[str, np.ndarray]], labels: dict[str, str], panels: list[str]):
     """A row for each initialisation: heat-maps of dt and half-life, and lines by layer for each of `panels`."""
+    use_names(rows)
     plt = _pyplot()
     width = 2 + len(panels)
     figure, axes = plt.subplots(len(rows), width, figsize=(3.1 * width, 2.2 * len(rows) + 0.4), squeeze=False)

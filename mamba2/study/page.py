@@ -76,5 +76,6 @@ body { font: 15px/1.5 system-ui, sans-serif; max-width: 1060px; margin: 2em auto
 h1 { font-size: 1.6em } h2 { margin-top: 2em; border-bottom: 1px solid #ccc }
 table { border-collapse: collapse; margin: 1em 0; font-size: 13px; font-variant-numeric: tabular-nums }
 td, th { padding: 3px 10px; border-bottom: 1px solid #ddd; text-align: right } td:first-child, th:first-child { text-align: left }
-td:not(:first-child) { white-space: nowrap } figure { margin: 1.5em 0 } img { max-width: 100% } figcaption { max-width: 60em } .note { color: #666; font-size: 13px }
+td:not(:first-child) { white-space: nowrap } td:first-child { overflow-wrap: anywhere; min-width: 9em }
+table { display: block; overflow-x: auto } p, li, figcaption { overflow-wrap: anywhere } figure { margin: 1.5em 0 } img { max-width: 100% } figcaption { max-width: 60em } .note { color: #666; font-size: 13px }
 """  # noqa: E501

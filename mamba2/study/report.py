@@ -60,6 +60,7 @@ def write_report(
         raise ValueError(
             f"no run of the baseline {baseline} is left to compare with; {_listed(bad) or 'give --baseline'}"
         )
+    figures.use_names(_names(good))
     page = Page()
     page.heading("What the initialisation does", 1)
     primary, name = _primary(good)
@@ -163,8 +164,9 @@ def _answer(
         losses = [[primary[n][seed] for n in hypothesis] for seed in seeds]
         holds = sum(of_seed == sorted(of_seed) for of_seed in losses)
         page.text(
-            f"The hypothesis registered in {sources['study']}, {' ≤ '.join(hypothesis)} in loss, holds in {holds} of "
-            f"{len(seeds)} seeds; by chance alone it would in one of {math.factorial(len(hypothesis))}."
+            f"The hypothesis registered in {'the same file' if plan else sources['study']}, {' ≤ '.join(hypothesis)} in "
+            f"loss, holds in {holds} of {len(seeds)} seeds; by chance alone it would in one of "
+            f"{math.factorial(len(hypothesis))}."
         )
     settings = next(iter(good.values())).history.settings
     config = next(iter(good.values())).record["settings"]
@@ -423,15 +425,15 @@ def _drift(page: Page, runs: dict[Key, Evaluated], sources: dict[str, str]) -> N
         moved = [run.record["diagnostics"]["drift"] for run in chosen]
         mean, largest = (float(np.mean([d[key] for d in moved])) for key in ("mean", "largest"))
         ranks = [d["rank_correlation"] for d in moved if d["rank_correlation"] is not None]
-        rate = float(np.mean([run.history.sum_of_rates for run in chosen]))
+        rate = factors(name).get("dt_lr", 1.0) * float(np.mean([run.history.sum_of_rates for run in chosen]))
         medians = [
             f"{np.median([np.median(run.record['diagnostics'][when][kind]) for run in chosen]):.3g}"
             for kind in ("nominal", "effective")
             for when in ("before", "after")
         ]
-        cells = [f"{mean:.3f}", f"{largest:.3f}", f"{rate:.3f}", f"{largest / rate:.0%}"]
+        cells = [f"{mean:.3f}", f"{largest:.3f}", f"{rate:.3f}", f"{largest / rate:.0%}" if rate else "-"]
         rows.append([name, *cells, f"{np.mean(ranks):+.3f}" if ranks else "-", *medians])
-    header = ["dt_bias", "mean drift", "largest", "Σ lr", "largest / Σ lr", "rank correlation"]
+    header = ["dt_bias", "mean drift", "largest", "its Σ lr", "largest / Σ lr", "rank correlation"]
     header += ["nominal before", "after", "effective before", "after"]
     note = "Rank correlation: Spearman's, of dt before and after, over all heads; none where all begin alike. "
     note += "The last four: median half-life over layers and heads, tokens."

@@ -151,7 +151,9 @@ def test_an_unknown_key_of_a_script_and_a_missing_file_are_named(tmp_path, monke
         read_study("absent.toml")
 
 
-@pytest.mark.parametrize("name", ["text", "text-large", "text-rates", "text-states", "recall", "recall-short", "recall-rates"])
+@pytest.mark.parametrize(
+    "name", ["text", "text-large", "text-rates", "text-states", "recall", "recall-short", "recall-rates"]
+)
 def test_the_studies_that_come_with_it_are_valid_and_large_enough(name):
     s = read_study(f"configs/study-{name}.toml")
     assert len(s.seeds) >= seeds_for_significance(len(s.initializations) - 1) and s.plan and s.hypothesis

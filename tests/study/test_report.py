@@ -72,7 +72,7 @@ def written(diagnostics, tmp_path_factory):
 
 def test_the_page_needs_nothing_beside_it(written):
     text = (written[0] / "report.html").read_text()
-    assert "http" not in text and "<script" not in text and "@import" not in text and "url(" not in text
+    assert "://" not in text and "<script" not in text and "@import" not in text and "url(" not in text
     sources = re.findall(r'src="([^"]{30})', text)
     assert len(sources) == len(list((written[0] / "figures").glob("*.png"))) == 10
     assert all(source.startswith("data:image/png;base64,") for source in sources)
@@ -147,9 +147,12 @@ def test_the_registered_order_is_counted(diagnostics, tmp_path):
         for name, loss in zip(("linear_decay_reverse", "uniform", "linear_decay"), losses):
             runs[name, seed] = make_run({name: diagnostics["constant"]}, name, loss)
     sources = SOURCES | {"study": "s.toml, sha256 abc"}
-    write_report(tmp_path, runs, "uniform", sources, ("linear_decay_reverse", "uniform", "linear_decay"))
+    write_report(
+        tmp_path, runs, "uniform", sources, "Said  before.", ("linear_decay_reverse", "uniform", "linear_decay")
+    )
     text = (tmp_path / "report.md").read_text()
-    assert "registered in s.toml, sha256 abc, linear_decay_reverse ≤ uniform ≤ linear_decay in loss" in text
+    assert "Registered in s.toml, sha256 abc: Said before." in text
+    assert "registered in the same file, linear_decay_reverse ≤ uniform ≤ linear_decay in loss" in text
     assert "holds in 1 of 2 seeds" in text
     assert "by chance alone it would in one of 6" in text
     write_report(tmp_path, runs, "uniform", SOURCES)
