@@ -15,6 +15,9 @@ import tomli_w
 
 from mamba2.files import write_text
 
+# Packages that only some commands need, and the extra of pyproject.toml that installs each.
+EXTRAS = {"triton": "gpu", "datasets": "data", "pyarrow": "data", "wandb": "wandb"}
+EXTRAS |= dict.fromkeys(("matplotlib", "PIL", "scipy"), "report")
 CONFIGS = Path(__file__).parent.parent / "configs"
 SECTIONS = ("init", "train", "eval")
 NO_NAME = f"text in {sys.getfilesystemencoding()}, in which files are named here; PYTHONUTF8=1 makes that UTF-8"
@@ -108,6 +111,17 @@ def json_ready(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def extra_of(error: Exception) -> str | None:
+    """The extra that a missing package belongs to; None for any other error."""
+    return EXTRAS.get((error.name or "").partition(".")[0]) if isinstance(error, ModuleNotFoundError) else None
+
+
+def explain_missing(error: Exception) -> str:
+    """Of a missing package the command that installs it, else what the error says."""
+    extra, folder = extra_of(error), Path(__file__).parent.parent
+    return f"this needs the package {error.name}: pip install '{folder}[{extra}]'" if extra else str(error)
+
+
 def run(main: Callable[[], None]) -> None:
     """Run a script's `main`. User errors end as one sentence and exit code 1; MAMBA2_DEBUG=1 raises them."""
     for stream in (sys.stdout, sys.stderr):
@@ -118,6 +132,11 @@ def run(main: Callable[[], None]) -> None:
             if any("\ud800" <= character <= "\udfff" for character in argument):
                 raise ValueError(f"the argument {os.fsencode(argument)} is not {NO_NAME}")
         main()
+    except ModuleNotFoundError as error:
+        if os.environ.get("MAMBA2_DEBUG") == "1" or extra_of(error) is None:
+            raise
+        print(f"error: {explain_missing(error)}", file=sys.stderr)
+        sys.exit(1)
     except (ValueError, OSError, MemoryError) as error:
         if os.environ.get("MAMBA2_DEBUG") == "1":
             raise

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy import stats
 from torch import nn
 
 from mamba2.evaluation.perplexity import token_nats
@@ -120,6 +119,8 @@ def initial_model(model: Mamba2LM) -> Mamba2LM:
 
 def drift(before: Mamba2LM, after: Mamba2LM) -> dict[str, float]:
     """How far training moved dt_bias: mean and largest distance over heads, and Spearman's rank correlation."""
+    from scipy import stats
+
     a, b = (model.dt_bias().double().flatten().numpy(force=True) for model in (before, after))
     moved = np.abs(b - a)
     constant = np.ptp(a) == 0 or np.ptp(b) == 0  # ranks are undefined

@@ -1,7 +1,6 @@
 """MAMBA2_AUTOTUNE=1: choose the launch of a kernel by timing candidates, once per device and shape; kept on disk."""
 
 import contextlib
-import fcntl
 import json
 import os
 import time
@@ -11,10 +10,9 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
-import triton
-from triton.errors import TritonError
 
 from mamba2.files import write_text
+from mamba2.ops.language import triton
 
 Candidate = TypeVar("Candidate")
 
@@ -48,6 +46,8 @@ def path() -> Path:
 
 @contextlib.contextmanager
 def _locked() -> Iterator[None]:
+    import fcntl  # not on Windows
+
     path().parent.mkdir(parents=True, exist_ok=True)
     with open(path().with_suffix(".lock"), "w", encoding="utf-8") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -61,7 +61,7 @@ def _seconds(candidate: Candidate, start: Callable[[Candidate], object]) -> floa
         begin = time.perf_counter()
         start(candidate)
         return time.perf_counter() - begin
-    except TritonError:  # of the compiler or assembler, or too much shared memory
+    except triton.errors.TritonError:  # of the compiler or assembler, or too much shared memory
         return float("inf")
     except RuntimeError as error:
         if "PassManager" not in str(error):  # of the compiler, too; any other is a fault of the kernel

@@ -1,9 +1,10 @@
 """Chooses which implementation of an op runs.
 
-CUDA and ROCm tensors go to the Triton kernels; CPU tensors, and inputs that the kernels do not take (float64, a
-convolution wider than 8), to plain torch. MAMBA2_BACKEND=reference, torch or triton overrides this; Triton then takes a
-CPU tensor only in its interpreter (TRITON_INTERPRET=1), as in the tests. Forward-mode differentiation and the
-transforms of `torch.func` (jvp, vmap, grad, hessian, …) run the reference forms: slow, but plain torch operations.
+CUDA and ROCm tensors go to the Triton kernels, if Triton is installed; CPU tensors, and inputs that the kernels do not
+take (float64, a convolution wider than 8), to plain torch. MAMBA2_BACKEND=reference, torch or triton overrides this;
+Triton then takes a CPU tensor only in its interpreter (TRITON_INTERPRET=1), as in the tests. Forward-mode
+differentiation and the transforms of `torch.func` (jvp, vmap, grad, hessian, …) run the reference forms, slow but plain
+torch operations.
 """
 
 import os
@@ -11,6 +12,7 @@ import os
 import torch
 
 from mamba2.ops.gradient import ADVICE, is_transformed
+from mamba2.ops.language import HAS_TRITON
 
 BACKENDS = ("reference", "torch", "triton")
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -29,7 +31,7 @@ def choose_backend(tensor: torch.Tensor, available: tuple[str, ...], kernel_fits
     if not asked and transformed:
         return "reference"
     if not asked:
-        fits = kernel_fits and "triton" in available and tensor.dtype in TRITON_DTYPES
+        fits = HAS_TRITON and kernel_fits and "triton" in available and tensor.dtype in TRITON_DTYPES
         return "triton" if tensor.is_cuda and fits else "torch"
     if asked not in BACKENDS:
         raise ValueError(f"MAMBA2_BACKEND={asked!r} is unknown; choose one of {', '.join(BACKENDS)}")

@@ -27,8 +27,6 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-import triton
-import triton.language as tl
 
 from mamba2.ops.backend import choose_backend
 from mamba2.ops.conv1d_torch import (
@@ -51,6 +49,7 @@ from mamba2.ops.kernel import (
     strided,
     sum_rows,
 )
+from mamba2.ops.language import tl, triton
 
 MAX_WIDTH = 8  # of the kernels, which hold the window and its gradients in registers
 

@@ -20,13 +20,12 @@ Bytes per token, 16-bit logits: read 2 v, written 2 v, and 12 for target and los
 from collections.abc import Callable
 
 import torch
-import triton
-import triton.language as tl
 
 from mamba2.ops.backend import choose_backend
 from mamba2.ops.fusion import block_elements, fusable, is_fused
 from mamba2.ops.gradient import is_transformed, register_gradient, unwatched
 from mamba2.ops.kernel import LOG2E, aligned, alignment, require_kernel_tensors
+from mamba2.ops.language import tl, triton
 
 IGNORE_INDEX = -100
 

@@ -16,10 +16,9 @@ import math
 from typing import Any, NamedTuple
 
 import torch
-import triton
-import triton.language as tl
 
 from mamba2.ops.backend import TRITON_DTYPES
+from mamba2.ops.language import tl, triton
 
 
 @functools.cache

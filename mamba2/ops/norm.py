@@ -23,8 +23,6 @@ Bytes per token, 16-bit activations, float32 stream: add 12 d forward, 16 d back
 from typing import Any, NamedTuple
 
 import torch
-import triton
-import triton.language as tl
 
 from mamba2.ops.backend import choose_backend
 from mamba2.ops.gradient import empty_gradients, register_gradient, unwatched
@@ -39,6 +37,7 @@ from mamba2.ops.kernel import (
     strided,
     sum_rows,
 )
+from mamba2.ops.language import tl, triton
 from mamba2.ops.norm_torch import (
     add_rms_norm_blocked,
     add_rms_norm_reference,

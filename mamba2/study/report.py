@@ -164,8 +164,8 @@ def _answer(
         losses = [[primary[n][seed] for n in hypothesis] for seed in seeds]
         holds = sum(of_seed == sorted(of_seed) for of_seed in losses)
         page.text(
-            f"The hypothesis registered in {'the same file' if plan else sources['study']}, {' ≤ '.join(hypothesis)} in "
-            f"loss, holds in {holds} of {len(seeds)} seeds; by chance alone it would in one of "
+            f"The hypothesis registered in {'the same file' if plan else sources['study']}, {' ≤ '.join(hypothesis)} "
+            f"in loss, holds in {holds} of {len(seeds)} seeds; by chance alone it would in one of "
             f"{math.factorial(len(hypothesis))}."
         )
     settings = next(iter(good.values())).history.settings

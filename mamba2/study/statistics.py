@@ -11,7 +11,6 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-from scipy import stats
 
 LEVEL = 0.95
 ALPHA = 0.05
@@ -19,6 +18,13 @@ EQUIVALENCE = 0.005  # nats: smaller differences count as none
 EXACT_UP_TO = 20  # differences: 2^20 sign patterns
 DRAWS = 100_000  # of sign patterns, above that
 MOST_SEEDS = 10_000
+
+
+def _scipy():
+    """scipy.stats, which takes a second to import, and which training does without."""
+    from scipy import stats
+
+    return stats
 
 
 @dataclass(frozen=True)
@@ -43,7 +49,7 @@ def clustered_interval(sums: list[float], counts: list[float], clusters: list[in
     if len(s) < 2:
         return Interval(mean, math.nan, math.nan, math.nan, len(s))
     error = math.sqrt(len(s) / (len(s) - 1) * float(((s - mean * n) ** 2).sum())) / float(n.sum())
-    half = float(stats.t.ppf(0.5 + LEVEL / 2, len(s) - 1)) * error
+    half = float(_scipy().t.ppf(0.5 + LEVEL / 2, len(s) - 1)) * error
     return Interval(mean, mean - half, mean + half, error, len(s))
 
 
@@ -83,8 +89,8 @@ def seeds_for_power(deviation: float, effect: float, power: float = 0.8, alpha: 
         return 2
 
     def enough(n: int) -> bool:
-        limit = stats.t.ppf(1 - alpha / 2, n - 1)
-        return stats.nct.sf(limit, n - 1, effect / deviation * math.sqrt(n)) >= power
+        limit = _scipy().t.ppf(1 - alpha / 2, n - 1)
+        return _scipy().nct.sf(limit, n - 1, effect / deviation * math.sqrt(n)) >= power
 
     found = bisect.bisect_left(range(2, MOST_SEEDS + 1), True, key=enough) + 2
     return found if found <= MOST_SEEDS else None
@@ -167,13 +173,13 @@ def _paired(name: str, baseline: str, seeds: list[int], differences: list[float]
         )
     deviation = float(d.std(ddof=1))
     error = deviation / math.sqrt(n)
-    half = float(stats.t.ppf(0.5 + LEVEL / 2, n - 1)) * error
+    half = float(_scipy().t.ppf(0.5 + LEVEL / 2, n - 1)) * error
     if deviation == 0:  # all differences are equal: no spread to estimate
         p_t = 1.0 if mean == 0 else 0.0
         p_equivalence, d_z = (0.0 if abs(mean) < EQUIVALENCE else 1.0), nan
     else:
-        p_t = float(2 * stats.t.sf(abs(mean) / error, n - 1))
-        p_equivalence = float(stats.t.sf((EQUIVALENCE - abs(mean)) / error, n - 1))
+        p_t = float(2 * _scipy().t.sf(abs(mean) / error, n - 1))
+        p_equivalence = float(_scipy().t.sf((EQUIVALENCE - abs(mean)) / error, n - 1))
         d_z = mean / deviation
     interval = Interval(mean, mean - half, mean + half, error, n)
     p = sign_flip_p(differences)

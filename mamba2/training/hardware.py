@@ -10,10 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-import triton
 
 from mamba2.config import Mamba2Config
 from mamba2.model import num_parameters
+from mamba2.ops.language import HAS_TRITON, triton
 
 # Peak of dense matrix products in 1e12 FLOP/s, from the vendors' data sheets: (float32 without TF32, bfloat16, or
 # float16 if the device lacks bfloat16). The first key that occurs as a word in the device's name counts.
@@ -152,5 +152,5 @@ def versions() -> str:
         revision = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         revision = "unknown (not a git checkout)"
-    parts = f"python {platform.python_version()}, torch {torch.__version__}, triton {triton.__version__}"
-    return f"{parts}, revision {revision}"
+    kernels = f"triton {triton.__version__}" if HAS_TRITON else "no triton"
+    return f"python {platform.python_version()}, torch {torch.__version__}, {kernels}, revision {revision}"

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from mamba2.cli import explain_missing
 from mamba2.files import write_text
 from mamba2.initializers import half_life
 
@@ -103,7 +104,10 @@ class Tracker:
         try:
             yield
         except Exception as error:  # wandb raises its own errors and those of the network
-            print(f"warning: wandb {what} ({error}); metrics.jsonl holds everything all the same", flush=True)
+            print(
+                f"warning: wandb {what} ({explain_missing(error)}); metrics.jsonl holds everything all the same",
+                flush=True,
+            )
             self._run = None
 
 

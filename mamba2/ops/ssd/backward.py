@@ -21,9 +21,7 @@ C, dB, dC 8 g n; decays 8 h; sums 16 h. Bound by instructions: for a chunk of 64
 800 in each of four warps, 1 100 where the other chunk lies between this one and the state.
 """
 
-import triton
-import triton.language as tl
-
+from mamba2.ops.language import tl, triton
 from mamba2.ops.ssd.decay import between, into, load_decays, out_of, through
 from mamba2.ops.ssd.tiles import dot, dot_rows, dot_state, load_head, load_kept, load_rows, store_tile
 

@@ -28,10 +28,8 @@ over a span of two chunks, at whose ends the backward pass has the states.
 
 from typing import Any, NamedTuple
 
-import triton
-import triton.language as tl
-
 from mamba2.ops.kernel import LOG2E, sigmoid, softplus
+from mamba2.ops.language import tl, triton
 from mamba2.ops.ssd.tiles import at
 
 

@@ -24,9 +24,7 @@ in each of four warps for a chunk of 64 tokens and 64 channels, a tenth of them 
 
 from typing import Any, NamedTuple
 
-import triton
-import triton.language as tl
-
+from mamba2.ops.language import tl, triton
 from mamba2.ops.ssd.decay import between, into, load_decays, out_of, step_of, through
 from mamba2.ops.ssd.tiles import (
     add_outer,

@@ -14,12 +14,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-import triton
 
 from mamba2.ops.autotune import autotuning, fastest
 from mamba2.ops.backend import TRITON_DTYPES
 from mamba2.ops.gradient import empty_gradients, register_gradient, unwatched
 from mamba2.ops.kernel import constant, multiprocessors, sum_rows, target_of
+from mamba2.ops.language import triton
 from mamba2.ops.ssd.backward import _gradient_kernel
 from mamba2.ops.ssd.decay import Activation, Decays, Sums, _decays_gradient_kernel, _decays_kernel
 from mamba2.ops.ssd.forward import Edges, Outputs, _pass_kernel, _walk_kernel

@@ -11,11 +11,10 @@ and C.
 import math
 
 import torch
-import triton
-import triton.language as tl
 
 from mamba2.ops.backend import choose_backend
 from mamba2.ops.kernel import LOG2E, constant, require_kernel_tensors, silu, softplus
+from mamba2.ops.language import tl, triton
 from mamba2.ops.ssd.decay import Activation
 from mamba2.ops.ssd.reference import ssd_step_reference
 from mamba2.ops.ssd.tiles import Sizes, view

@@ -11,10 +11,9 @@ import functools
 from typing import Any, NamedTuple
 
 import torch
-import triton
-import triton.language as tl
 
 from mamba2.ops.kernel import constant
+from mamba2.ops.language import tl, triton
 
 
 class View(NamedTuple):
