@@ -6,16 +6,16 @@ It begins with the answer in words, from `mamba2.study.statistics.answer`.
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 
 from mamba2.cli import json_ready
-from mamba2.study import figures
+from mamba2.study import causes, figures
 from mamba2.study.grid import factors
 from mamba2.study.page import Page
-from mamba2.study.runs import LAST, History, check_comparable
+from mamba2.study.runs import LAST, Evaluated, Key, Values, check_comparable, names, unit
 from mamba2.study.statistics import (
     EQUIVALENCE,
     Paired,
@@ -25,17 +25,6 @@ from mamba2.study.statistics import (
     seeds_for_significance,
     smallest_p,
 )
-
-Key = tuple[str, int]  # initialisation, seed
-Values = dict[str, dict[int, float]]  # by initialisation and seed
-
-
-@dataclass(frozen=True)
-class Evaluated:
-    """One run: its training, and what eval.py measured (see eval.py for the keys of `record`)."""
-
-    history: History
-    record: dict
 
 
 def write_report(
@@ -60,7 +49,7 @@ def write_report(
         raise ValueError(
             f"no run of the baseline {baseline} is left to compare with; {_listed(bad) or 'give --baseline'}"
         )
-    figures.use_names(_names(good))
+    figures.use_names(names(good))
     page = Page()
     page.heading("What the initialisation does", 1)
     primary, name = _primary(good)
@@ -69,11 +58,11 @@ def write_report(
     _comparison(page, comparisons, name, primary, sources)
     _factors(page, primary, baseline)
     _secondary(page, good, baseline, sources)
-    _learning(page, good, baseline, sources)
-    _positions(page, good, baseline, sources)
-    _recall(page, good, baseline, sources)
-    _memory(page, good, sources)
-    _signals(page, good, sources)
+    causes.learning(page, good, baseline, sources)
+    causes.positions(page, good, baseline, sources)
+    causes.recall(page, good, baseline, sources)
+    causes.memory(page, good, sources)
+    causes.signals(page, good, sources)
     _runs(page, runs, bad, primary)
 
     (folder / "figures").mkdir(parents=True, exist_ok=True)
@@ -106,21 +95,12 @@ def _diverged(run: Evaluated) -> str | None:
     return None
 
 
-def _unit(runs: dict[Key, Evaluated]) -> str:
-    """The unit that losses are averaged over: in synthetic tasks only answers count."""
-    return "token" if any(run.record["results"] for run in runs.values()) else "answer"
-
-
 def _listed(bad: dict[Key, str]) -> str:
     return "; ".join(f"{_label(key)}: {reason}" for key, reason in bad.items())
 
 
-def _names(runs: dict[Key, Evaluated]) -> list[str]:
-    return list(dict.fromkeys(name for name, _ in runs))
-
-
 def _by_name(runs: dict[Key, Evaluated], value: Callable[[Evaluated], float]) -> Values:
-    return {name: {seed: value(run) for (n, seed), run in runs.items() if n == name} for name in _names(runs)}
+    return {name: {seed: value(run) for (n, seed), run in runs.items() if n == name} for name in names(runs)}
 
 
 def _primary(runs: dict[Key, Evaluated]) -> tuple[Values, str]:
@@ -129,7 +109,7 @@ def _primary(runs: dict[Key, Evaluated]) -> tuple[Values, str]:
     if not any(math.isnan(v) for by_seed in values.values() for v in by_seed.values()):
         count = min(LAST, min(int((run.history.steps > 0).sum()) for run in runs.values()))
         what = f"the mean of the last {count} evaluations" if count > 1 else "the last evaluation"
-        return values, f"held-out nats per {_unit(runs)} ({what})"
+        return values, f"held-out nats per {unit(runs)} ({what})"
     if not all(run.record["results"] for run in runs.values()):
         raise ValueError("training had no evaluations and eval.py no text to measure: there is nothing to compare")
     first = next(iter(runs.values())).record["results"][0]
@@ -173,9 +153,9 @@ def _answer(
     kind = f" of {config['tokenizer']}" if config["tokenizer"] else ""
     seeds_used = ", ".join(map(str, sorted({seed for _, seed in good})))
     page.text(
-        f"{len(good)} runs: {len(_names(good))} initialisations, seeds {seeds_used}. "
+        f"{len(good)} runs: {len(names(good))} initialisations, seeds {seeds_used}. "
         f"Each: {config['parameters']:,} parameters, {settings['steps']:,} steps, {settings['tokens']:,} "
-        f"{_unit(good)}s{kind}. "
+        f"{unit(good)}s{kind}. "
         "For one seed, all weights but those that an initialisation names and the order of the data are the same. The "
         "conclusions hold for this size, this budget and these data."
     )
@@ -249,7 +229,7 @@ def _secondary(page: Page, runs: dict[Key, Evaluated], baseline: str, sources: d
     if evaluated:
         target = max(run.history.endpoint for run in runs.values())
         endpoints["mean held-out loss over training, nats"] = _by_name(runs, lambda run: run.history.area)
-        endpoints[f"million {_unit(runs)}s to {target:.3f} nats"] = _by_name(
+        endpoints[f"million {unit(runs)}s to {target:.3f} nats"] = _by_name(
             runs, lambda run: run.history.tokens_to(target) / 1e6
         )
     first = next(iter(runs.values())).record
@@ -286,7 +266,7 @@ def _test_data(page: Page, runs: dict[Key, Evaluated], sources: dict[str, str]) 
     first = next(iter(runs.values())).record
     rows = []
     for i, result in enumerate(first["results"]):
-        for name in _names(runs):
+        for name in names(runs):
             chosen = [run.record["results"][i] for (n, _), run in runs.items() if n == name]
             halves = [
                 (r["interval_95"][1] - r["interval_95"][0]) / 2 for r in chosen if r["interval_95"][0] is not None
@@ -297,7 +277,7 @@ def _test_data(page: Page, runs: dict[Key, Evaluated], sources: dict[str, str]) 
             ]
             half = _f(float(np.mean(halves))) if halves else "-"
             label = f"{result['dataset']['label']}, {result['protocol']}"
-            rows.append([label if name == _names(runs)[0] else "", name, *means, half, str(result["clusters"])])
+            rows.append([label if name == names(runs)[0] else "", name, *means, half, str(result["clusters"])])
     if rows:
         page.heading("Test data", 3)
         header = [
@@ -316,205 +296,6 @@ def _test_data(page: Page, runs: dict[Key, Evaluated], sources: dict[str, str]) 
             f"Context {first['results'][0]['context']} tokens, float32, from {sources['evaluations']}."
         )
         page.table(header, rows, note)
-
-
-def _learning(page: Page, runs: dict[Key, Evaluated], baseline: str, sources: dict[str, str]) -> None:
-    if any(len(run.history.losses) < 2 for run in runs.values()):
-        return
-    page.heading("Learning curves")
-    data = {
-        name: {seed: (run.history.tokens / 1e6, run.history.losses) for (n, seed), run in runs.items() if n == name}
-        for name in _names(runs)
-    }
-    drawn = figures.curves(
-        data, baseline, "held-out loss", f"million {_unit(runs)}s seen", f"nats per {_unit(runs)}", zoom=True
-    )
-    shows = (
-        "Held-out loss while training, every run thin, means thick; right, minus the baseline's run of the same seed. "
-    )
-    shows += "The axes leave out the first quarter of the evaluations' range."
-    page.figure("learning", drawn, shows, sources["metrics"])
-
-
-def _diagnosed(runs: dict[Key, Evaluated], get: Callable[[dict], tuple]) -> figures.Curves:
-    """x and y of every run, from its diagnostics."""
-    return {
-        name: {
-            seed: tuple(np.asarray(v, dtype=np.float64) for v in get(run.record["diagnostics"]))
-            for (n, seed), run in runs.items()
-            if n == name
-        }
-        for name in _names(runs)
-    }
-
-
-def _positions(page: Page, runs: dict[Key, Evaluated], baseline: str, sources: dict[str, str]) -> None:
-    first = next(iter(runs.values())).record["diagnostics"]
-    if "position_losses" not in first:
-        return
-    page.heading("Position and length")
-    context, longest = first["context"], first["position_ends"][-1]
-    data = _diagnosed(runs, lambda d: (d["position_ends"], d["position_losses"]))
-    drawn = figures.curves(
-        data,
-        baseline,
-        "loss by position",
-        "tokens before the one predicted",
-        "nats per token",
-        log_x=True,
-        mark=context,
-    )
-    shows = (
-        f"Loss in bins (2^(k-1), 2^k] of the position, {first['tokens'][0]} sequences of {first['tokens'][1]} tokens, "
-        f"state carried throughout; a bin is drawn at its right end. Left of the dotted line: loss by position up to "
-        f"the training length of {context}. Right of it: length extrapolation, up to {longest / context:g} times that. "
-        "Bins hold different text, so that only differences between initialisations can be read, not between positions."
-    )
-    page.figure("positions", drawn, shows, sources["evaluations"])
-
-
-def _recall(page: Page, runs: dict[Key, Evaluated], baseline: str, sources: dict[str, str]) -> None:
-    for i, task in enumerate(next(iter(runs.values())).record["recall"]):
-        if i == 0:
-            page.heading("Recall by distance")
-        data = {
-            name: {
-                seed: (
-                    np.array(run.record["recall"][i]["distances"], dtype=np.float64),
-                    np.array(run.record["recall"][i]["right"]) / np.array(run.record["recall"][i]["counts"]),
-                )
-                for (n, seed), run in runs.items()
-                if n == name
-            }
-            for name in _names(runs)
-        }
-        drawn = figures.curves(
-            data, baseline, "accuracy", "distance, tokens", "share of right answers", log_x=True,
-            unit="share   (above zero: better)",
-        )  # fmt: skip
-        shows = f"Share of right answers in {task['source']}, {task['split']}, in bins (2^(k-1), 2^k] of the distance."
-        page.figure(f"recall-{i}", drawn, shows, sources["evaluations"])
-
-
-def _memory(page: Page, runs: dict[Key, Evaluated], sources: dict[str, str]) -> None:
-    page.heading("Memory of the heads")
-    names = _names(runs)
-
-    def maps(name: str) -> dict[str, np.ndarray]:
-        chosen = [run.record["diagnostics"] for (n, _), run in runs.items() if n == name]
-        return {
-            f"{kind}, {when} training": np.exp(np.mean([np.log(d[when][kind]) for d in chosen], axis=0))
-            for kind in ("nominal", "effective")
-            for when in ("before", "after")
-        }
-
-    shows = (
-        "Half-life in tokens by layer and head, geometric mean over seeds. Nominal: at W_dt x = 0, what dt_bias alone "
-        "says. Effective: from the mean dt on data."
-    )
-    page.figure("half-life", figures.half_lives({name: maps(name) for name in names}), shows, sources["evaluations"])
-    _drift(page, runs, sources)
-    _masks(page, runs, sources)
-
-
-def _drift(page: Page, runs: dict[Key, Evaluated], sources: dict[str, str]) -> None:
-    names = _names(runs)
-    rows = []
-    for name in names:
-        chosen = [run for (n, _), run in runs.items() if n == name]
-        moved = [run.record["diagnostics"]["drift"] for run in chosen]
-        mean, largest = (float(np.mean([d[key] for d in moved])) for key in ("mean", "largest"))
-        ranks = [d["rank_correlation"] for d in moved if d["rank_correlation"] is not None]
-        rate = factors(name).get("dt_lr", 1.0) * float(np.mean([run.history.sum_of_rates for run in chosen]))
-        medians = [
-            f"{np.median([np.median(run.record['diagnostics'][when][kind]) for run in chosen]):.3g}"
-            for kind in ("nominal", "effective")
-            for when in ("before", "after")
-        ]
-        cells = [f"{mean:.3f}", f"{largest:.3f}", f"{rate:.3f}", f"{largest / rate:.0%}" if rate else "-"]
-        rows.append([name, *cells, f"{np.mean(ranks):+.3f}" if ranks else "-", *medians])
-    header = ["dt_bias", "mean drift", "largest", "its Σ lr", "largest / Σ lr", "rank correlation"]
-    header += ["nominal before", "after", "effective before", "after"]
-    note = "Rank correlation: Spearman's, of dt before and after, over all heads; none where all begin alike. "
-    note += "The last four: median half-life over layers and heads, tokens."
-    page.table(header, rows, note)
-
-    drawn = figures.drift(
-        {
-            name: [
-                (*run.history.dt_drift, run.history.sum_of_rates, run.record["diagnostics"]["drift"]["mean"])
-                for (n, _), run in runs.items()
-                if n == name
-            ]
-            for name in names
-        }
-    )
-    shows = (
-        "How far dt_bias has moved, against the sum of the learning rates so far. Diamonds: mean over all heads, at "
-        "the end. Lines: of each layer's median dt while training, mean over layers, where metrics.jsonl has them."
-    )
-    page.figure("drift", drawn, shows, f"{sources['metrics']} and {sources['evaluations']}")
-
-
-def _masks(page: Page, runs: dict[Key, Evaluated], sources: dict[str, str]) -> None:
-    names = _names(runs)
-    first_seed = {name: next(run for (n, _), run in runs.items() if n == name).record["diagnostics"] for name in names}
-    masks = {
-        name: {f"layer {i}, head {d['mask_head']}": np.array(mask, dtype=float) for i, mask in d["masks"].items()}
-        for name, d in first_seed.items()
-    }
-    shows = (
-        "Decay mask after training: the share of what token j wrote that is left at token i, for the first 64 tokens "
-        "of a sample of the data. First seed; the head is the one with the longest effective half-life in any layer."
-    )
-    page.figure("decay-masks", figures.decay_masks(masks), shows, sources["evaluations"])
-
-
-def _signals(page: Page, runs: dict[Key, Evaluated], sources: dict[str, str]) -> None:
-    page.heading("Signals")
-    quantities = {
-        "residual_rms": "rms of residual stream",
-        "output_rms": "rms of mixer output",
-        "gradient_norm": "gradient norm",
-        "ssm_to_skip": "state / skip D x, rms",
-    }
-    data = {
-        name: {
-            key: [
-                np.array(run.record["diagnostics"]["before"]["signals"][key])
-                for (n, _), run in runs.items()
-                if n == name
-            ]
-            for key in quantities
-        }
-        for name in _names(runs)
-    }
-    shows = (
-        "Before training, by layer: sizes of activations and gradients, and what the state gives over what D x gives."
-    )
-    page.figure("signals", figures.by_layer(data, quantities), shows, sources["evaluations"])
-
-    pair = tuple(
-        _diagnosed(runs, lambda d, w=when: (d[w]["distances"], d[w]["gradient"])) for when in ("before", "after")
-    )
-    drawn = figures.two_states(
-        {"": pair}, "gradient against distance", "distance, tokens", "norm of d loss / d embedding"
-    )
-    shows = "How strongly the loss of one token depends on a token so far before it, in bins (2^(k-1), 2^k]. "
-    page.figure("gradient", drawn, f"{shows}Dashed: before training; solid: after.", sources["evaluations"])
-
-    layers = len(next(iter(runs.values())).record["diagnostics"]["after"]["nominal"])
-    panels = {
-        f", layer {i}": tuple(
-            _diagnosed(runs, lambda d, w=when, i=i: (d[w]["positions"], np.array(d[w]["state_rms"])[:, i]))
-            for when in ("before", "after")
-        )
-        for i in sorted({0, layers // 2, layers - 1})
-    }
-    shows = (
-        "Root mean square of the state after so many tokens from an empty one. Dashed: before training; solid: after."
-    )
-    page.figure("state", figures.two_states(panels, "state", "position, tokens", "rms"), shows, sources["evaluations"])
 
 
 def _runs(page: Page, runs: dict[Key, Evaluated], bad: dict[Key, str], primary: Values) -> None:

@@ -34,6 +34,10 @@ RECORDED = ("training data (sha256)", "validation data (sha256)", "tokenizer", "
 LAST = 5  # evaluations that make up the primary endpoint
 
 
+Key = tuple[str, int]  # initialisation, seed
+Values = dict[str, dict[int, float]]  # by initialisation and seed
+
+
 @dataclass(frozen=True)
 class History:
     """The training of one run."""
@@ -68,6 +72,23 @@ class History:
             return float(self.tokens[0])
         share = (self.losses[i - 1] - target) / (self.losses[i - 1] - self.losses[i])
         return float(self.tokens[i - 1] + share * (self.tokens[i] - self.tokens[i - 1]))
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """One run: its training, and what eval.py measured (see eval.py for the keys of `record`)."""
+
+    history: History
+    record: dict
+
+
+def unit(runs: dict[Key, Evaluated]) -> str:
+    """The unit that losses are averaged over: in synthetic tasks only answers count."""
+    return "token" if any(run.record["results"] for run in runs.values()) else "answer"
+
+
+def names(runs: dict[Key, Evaluated]) -> list[str]:
+    return list(dict.fromkeys(name for name, _ in runs))
 
 
 def read_history(folder: Path) -> History:

@@ -13,8 +13,8 @@ from mamba2.evaluation.diagnostics import diagnose
 from mamba2.initializers import INITIALIZERS
 from mamba2.model import Mamba2LM
 from mamba2.study import figures
-from mamba2.study.report import Evaluated, write_report
-from mamba2.study.runs import History, check_comparable, read_history
+from mamba2.study.report import write_report
+from mamba2.study.runs import Evaluated, History, check_comparable, read_history
 from mamba2.study.statistics import compare
 from tests.test_model import small_config
 
