@@ -35,7 +35,8 @@ def write_report(
     plan: str = "",
     hypothesis: Sequence[str] = (),
 ) -> Path:
-    """Write report.html, report.md, figures/ and statistics.json into `folder`. Returns the HTML file.
+    """Write report.html, report.md, figures/, statistics.json and metrics.jsonl (the held-out losses of each run) into
+    `folder`. Returns the HTML file.
 
     `sources` names the files of "metrics" and "evaluations". `plan` and `hypothesis`, initialisations in the order of
     loss that was expected, are registered in sources["study"]. Raises ValueError naming two runs that cannot be
@@ -78,6 +79,12 @@ def write_report(
     }
     statistics["comparisons"] = [asdict(c) | {"seeds_needed": c.seeds_needed} for c in comparisons if len(c.seeds) > 1]
     (folder / "statistics.json").write_text(json.dumps(json_ready(statistics), indent=1) + "\n", encoding="utf-8")
+    losses = [
+        {"run": _label(key), "tokens": run.history.tokens.tolist(), "nats": run.history.losses.round(6).tolist()}
+        for key, run in runs.items()
+    ]
+    lines = "".join(json.dumps(json_ready(row)) + "\n" for row in losses)
+    (folder / "metrics.jsonl").write_text(lines, encoding="utf-8")
     (folder / "report.md").write_text(page.markdown(), encoding="utf-8")
     (folder / "report.html").write_text(page.html("dt_bias"), encoding="utf-8")
     return folder / "report.html"

@@ -99,6 +99,9 @@ def test_numbers_are_those_of_the_statistics(written):
     for c in statistics["comparisons"]:
         assert c["interval"]["mean"] == pytest.approx(expected[c["name"]].interval.mean)
         assert c["p_holm"] == expected[c["name"]].p_holm == 0.5
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["run"] for line in lines] == [f"seed-{seed}-{name}" for name, seed in runs]
+    assert lines[0]["nats"] == pytest.approx(runs["log_uniform", 1].history.losses) and lines[0]["tokens"][1] == 640
     assert f"{expected['constant'].interval.mean:+.4f}" in (folder / "report.md").read_text()
 
 
