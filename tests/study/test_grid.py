@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+import init
 from mamba2.study import add_study, grid, read_study, study_runs
 from mamba2.study.statistics import seeds_for_significance
 
@@ -154,6 +155,13 @@ def test_an_unknown_key_of_a_script_and_a_missing_file_are_named(tmp_path, monke
 @pytest.mark.parametrize(
     "name", ["text", "text-large", "text-rates", "text-states", "recall", "recall-short", "recall-rates"]
 )
-def test_the_studies_that_come_with_it_are_valid_and_large_enough(name):
+def test_the_studies_that_come_with_it_are_valid_and_large_enough(name, monkeypatch):
     s = read_study(f"configs/study-{name}.toml")
+    begun = []  # init.py gets as far as making models, with parameters that something reads
+    monkeypatch.setattr(init, "preview", lambda config, seed, names, parameters, output: begun.append(names))
+    monkeypatch.setattr(init, "load_tokens", lambda data, split, tokenizer: None)
+    monkeypatch.setattr(init, "measure_eigenvalue", lambda tokens, length: 2.0)
+    monkeypatch.setattr(sys, "argv", ["init.py", "--study", str(s.path), "--preview"])
+    init.main()
+    assert begun == [s.options("init")["initializations"]]
     assert len(s.seeds) >= seeds_for_significance(len(s.initializations) - 1) and s.plan and s.hypothesis
