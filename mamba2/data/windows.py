@@ -6,6 +6,7 @@ import torch
 from mamba2.data.tokens import Tokens
 from mamba2.ops import IGNORE_INDEX
 
+STRETCH = 16  # windows that a row reads on with passed states
 INITIAL_STATES = ("zero", "passed", "noise")  # what a window of training starts from
 
 
@@ -27,7 +28,7 @@ class Windows:
                 f"windows of {length} tokens cut samples of {tokens.sample_length}; make T a multiple of it"
             )
         self.tokens, self.length, self.reset = tokens, length, reset
-        self._permutation: tuple[tuple[int, int], np.ndarray] | None = None
+        self._permutation: tuple[tuple[int, int, int], np.ndarray] | None = None
 
     def __len__(self) -> int:
         return max(1, -(-(len(self.tokens.ids) - 1) // self.length))
@@ -35,16 +36,22 @@ class Windows:
     def indices(self, seed: int, step: int, batch: int) -> list[int]:
         """The windows of a step, in order."""
         samples = range(step * batch, (step + 1) * batch)
-        return [self._shuffled(seed, i // len(self))[i % len(self)] for i in samples]
+        return [self._shuffled(seed, i // len(self), len(self))[i % len(self)] for i in samples]
 
-    def streams(self, seed: int, step: int, batch: int) -> tuple[list[int], bool]:
-        """The windows of a step where each row of the batch goes on with the next window of the data, and whether the
-        rows begin anew, as they do in each epoch: row r then begins r/batch of the data after a place drawn from the
-        seed. An epoch visits every window, and fewer of them than a batch has rows twice."""
-        rows = -(-len(self) // batch)
-        epoch, place = divmod(step, rows)
-        shift = int(np.random.default_rng([seed, epoch]).integers(len(self)))
-        return [(shift + row * rows + place) % len(self) for row in range(batch)], place == 0
+    def streams(self, seed: int, step: int, batch: int) -> tuple[list[int], list[bool]]:
+        """The windows of a step where each row of the batch goes on with the next window of the data, for STRETCH
+        windows, then at another place; and which rows are at such a place. The stretches of an epoch are in random
+        order, as windows are in `indices`, and the rows begin theirs at different steps. (Rows that read on to the end
+        would see few parts of the data: with 8 rows and 150 steps that cost 0.2 nats.)"""
+        stretches = -(-len(self) // STRETCH)
+        windows, anew = [], []
+        for row in range(batch):
+            visit, place = divmod(step + row * STRETCH // batch, STRETCH)
+            epoch, number = divmod(visit * batch + row, stretches)
+            stretch = int(self._shuffled(seed, epoch, stretches)[number])
+            windows.append((stretch * STRETCH + place) % len(self))
+            anew.append(place == 0 or step == 0)
+        return windows, anew
 
     def begins_document(self, index: int) -> bool:
         """Whether a window's first token is the first of a document at which the state restarts, or of the data."""
@@ -52,12 +59,12 @@ class Windows:
         found = np.searchsorted(self.tokens.starts, start)
         return index == 0 or bool(self.reset and found < len(self.tokens.starts) and self.tokens.starts[found] == start)
 
-    def _shuffled(self, seed: int, epoch: int) -> np.ndarray:
-        if self._permutation is None or self._permutation[0] != (seed, epoch):
-            # the order is that of rng.permutation(len(self)), which takes twice the memory
-            numbers = np.arange(len(self), dtype=np.uint32 if len(self) < 2**32 else np.uint64)
+    def _shuffled(self, seed: int, epoch: int, count: int) -> np.ndarray:
+        if self._permutation is None or self._permutation[0] != (seed, epoch, count):
+            # the order is that of rng.permutation(count), which takes twice the memory
+            numbers = np.arange(count, dtype=np.uint32 if count < 2**32 else np.uint64)
             np.random.default_rng([seed, epoch]).shuffle(numbers)
-            self._permutation = (seed, epoch), numbers
+            self._permutation = (seed, epoch, count), numbers
         return self._permutation[1]
 
     def batch(self, indices: list[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:

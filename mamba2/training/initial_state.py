@@ -3,7 +3,7 @@
 A model that is trained from empty states only never sees those that long texts lead to, and may fail there.
 
     passed   the state after the window before, of the same text, without gradient: truncated back-propagation through
-             time. The windows of a step are then the next ones of as many streams (`Windows.streams`).
+             time. Each row of the batch then reads 16 windows on before it goes elsewhere (`Windows.streams`).
     noise    normal numbers as large as the states with which the last step ended: for each layer and head their root
              mean square. The convolution starts empty.
 

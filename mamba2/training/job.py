@@ -192,12 +192,14 @@ class Job:
         args, factor = self.args, self.schedule.factor(step)
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * factor
-        indices, anew = self.windows.indices(args.seed, step, self.batch), False
         if args.initial_state == "passed":
             indices, anew = self.windows.streams(args.seed, step, self.batch)
+        else:
+            indices, anew = self.windows.indices(args.seed, step, self.batch), [False] * self.batch
         indices = indices[: self.samples - step * self.batch]
         if self.states:
-            self.states.begin(step, [anew or self.windows.begins_document(index) for index in indices])
+            empty = [first or self.windows.begins_document(index) for index, first in zip(indices, anew)]
+            self.states.begin(step, empty)
         with explain_out_of_memory(
             args.batch_size, args.max_length, args.gradient_accumulation_steps, args.checkpoint_every
         ):

@@ -1,7 +1,5 @@
 """What windows start from in training: the state before them, noise, or nothing."""
 
-import math
-
 import numpy as np
 import pytest
 import torch
@@ -114,17 +112,28 @@ def test_a_row_has_the_same_state_whatever_the_processes(kind, tmp_path, monkeyp
             assert all(torch.equal(m[: part.mine], a[rank::2]) for m, a in zip(mine, all_rows))
 
 
-def test_streams_go_on_from_step_to_step_and_visit_every_window():
-    windows = make_windows()  # 12
-    for batch in (1, 3, 5, 12, 20):
-        rows = math.ceil(12 / batch)
-        for epoch in range(2):
-            seen = [windows.streams(9, epoch * rows + step, batch) for step in range(rows)]
-            assert [anew for _, anew in seen] == [True] + [False] * (rows - 1)
-            steps = np.array([indices for indices, _ in seen])
-            assert ((steps[1:] - steps[:-1]) % 12 == 1).all()
-            assert set(steps.flatten()) == set(range(12)) and steps.size < 12 + batch
-    assert windows.streams(9, 0, 3) != windows.streams(9, 4, 3)  # another place in the next epoch
+@pytest.mark.parametrize("count", [5, 16, 47, 160])
+@pytest.mark.parametrize("batch", [1, 3, 16, 40])
+def test_streams_go_on_from_step_to_step_and_visit_every_window(count, batch):
+    ids = (np.arange(LENGTH * count + 1) % 61).astype(np.uint16)
+    windows = Windows(Tokens(ids, np.array([0]), eot_id=0, largest=60), length=LENGTH)
+    steps = [windows.streams(9, step, batch) for step in range(16 * (2 + 20 // batch))]
+    indices, anew = np.array([step[0] for step in steps]), np.array([step[1] for step in steps])
+    assert anew[0].all() and anew[:, 0].sum() == len(steps) / 16
+    goes_on = ~anew[1:]
+    assert ((indices[1:] - indices[:-1]) % count == 1)[goes_on].all()
+    assert (anew[1:].sum(axis=1) <= -(-batch // 16)).all()  # the rows begin anew at different steps
+    assert set(indices.flatten()) == set(range(count))
+
+
+def test_streams_are_as_mixed_as_single_windows():
+    """One pass of ten stretches by two rows: each is read once, in an order drawn from the seed."""
+    ids = (np.arange(LENGTH * 160 + 1) % 61).astype(np.uint16)
+    windows = Windows(Tokens(ids, np.array([0]), eot_id=0, largest=60), length=LENGTH)
+    first = [windows.streams(9, 16 * visit, 2)[0][0] // 16 for visit in range(5)]
+    second = [windows.streams(9, 8 + 16 * visit, 2)[0][1] // 16 for visit in range(5)]
+    assert len(set(first)) == len(set(second)) == 5 and sorted(first) != first
+    assert windows.streams(9, 0, 2) != windows.streams(8, 0, 2)
 
 
 def test_states_are_empty_after_clearing_and_attention_is_refused():
