@@ -117,7 +117,7 @@ def _drift(page: Page, runs: dict[Key, Evaluated], sources: dict[str, str]) -> N
         moved = [run.record["diagnostics"]["drift"] for run in chosen]
         mean, largest = (float(np.mean([d[key] for d in moved])) for key in ("mean", "largest"))
         ranks = [d["rank_correlation"] for d in moved if d["rank_correlation"] is not None]
-        rate = factors(name).get("dt_lr", 1.0) * float(np.mean([run.history.sum_of_rates for run in chosen]))
+        rate = float(factors(name).get("dt_lr", 1)) * float(np.mean([run.history.sum_of_rates for run in chosen]))
         medians = [
             f"{np.median([np.median(run.record['diagnostics'][when][kind]) for run in chosen]):.3g}"
             for kind in ("nominal", "effective")

@@ -68,11 +68,10 @@ def split_name(name: str) -> tuple[str, dict[str, Any]]:
     return first, options
 
 
-def factors(name: str) -> dict[str, Any]:
-    """What a name says, by factor: {"dt_bias": "log_uniform", "A": "ones", "dt_lr": 0.0}."""
-    initialization, options = split_name(name)
-    of_dt_bias, products = parse_initialization(initialization)
-    return {"dt_bias": of_dt_bias, **products, **options}
+def factors(name: str) -> dict[str, str]:
+    """What a name says, by factor: {"dt_bias": "log_uniform", "A": "ones", "dt_lr": "0"}. Any name, known or not."""
+    first, *products = name.split("+")
+    return {"dt_bias": first, **{key: level for key, _, level in (product.partition("=") for product in products)}}
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from mamba2.initializers import inverse_softplus
-from mamba2.study.grid import split_name
+from mamba2.study.grid import TRAINED, factors
 
 # Options in train.toml that two runs may differ in.
 FREE = (
@@ -156,7 +156,7 @@ def _dt_drift(rows: list[dict], sum_at: dict[int, float]) -> tuple[np.ndarray, n
 
 def _settings(folder: Path) -> dict[str, Any]:
     settings: dict[str, Any] = {}
-    stated = split_name(folder.name.split("-", 2)[2])[1] if folder.name.startswith("seed-") else {}
+    stated = [key for key in factors(folder.name) if key in TRAINED]
     if (folder / "train.toml").is_file():
         options = tomllib.loads((folder / "train.toml").read_text(encoding="utf-8")).get("train", {})
         settings |= {
@@ -170,12 +170,15 @@ def _settings(folder: Path) -> dict[str, Any]:
 
 
 def check_comparable(settings: dict[str, dict[str, Any]]) -> None:
-    """Raises ValueError naming two runs and what they differ in. `settings` by the name of the run."""
-    first = next(iter(settings), None)
-    for other in settings:
-        for key in dict.fromkeys([*settings[first], *settings[other]]):
-            a, b = settings[first].get(key), settings[other].get(key)
-            if a != b:
+    """Raises ValueError naming two runs and what they differ in. `settings` by the name of the run; what runs state in
+    their names is left out of theirs, and compared among the others."""
+    stated = {f"--{key.replace('_', '-')}" for key in TRAINED}
+    for key in dict.fromkeys(key for of_run in settings.values() for key in of_run):
+        values = {name: of_run.get(key) for name, of_run in settings.items() if key in of_run or key not in stated}
+        first = next(iter(values))
+        for other, value in values.items():
+            if value != values[first]:
                 raise ValueError(
-                    f"{first} and {other} cannot be compared: {key} is {a!r} in the one and {b!r} in the other"
+                    f"{first} and {other} cannot be compared: {key} is {values[first]!r} in the one and {value!r} in "
+                    "the other"
                 )

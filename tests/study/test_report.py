@@ -142,6 +142,15 @@ def test_runs_that_differ_are_refused_by_name(diagnostics, tmp_path):
         write_report(tmp_path / "new", runs, "log_uniform", SOURCES)
     assert not (tmp_path / "new").exists()
     check_comparable({"a": {"x": 1}, "b": {"x": 1}})
+    check_comparable({"a": {"--dt-lr": 1.0}, "b+dt_lr=0": {}, "c": {"--dt-lr": 1.0}})
+    with pytest.raises(
+        ValueError, match=r"b\+dt_lr=0 and c cannot be compared: --x is None in the one and 1 in the other"
+    ):
+        check_comparable({"b+dt_lr=0": {}, "c": {"--x": 1}})
+    with pytest.raises(
+        ValueError, match=r"a and c cannot be compared: --dt-lr is 1\.0 in the one and 2\.0 in the other"
+    ):
+        check_comparable({"b+dt_lr=0": {}, "a": {"--dt-lr": 1.0}, "c": {"--dt-lr": 2.0}})
 
 
 def test_the_registered_order_is_counted(diagnostics, tmp_path):
@@ -160,6 +169,12 @@ def test_the_registered_order_is_counted(diagnostics, tmp_path):
     assert "by chance alone it would in one of 6" in text
     write_report(tmp_path, runs, "uniform", SOURCES)
     assert "hypothesis" not in (tmp_path / "report.md").read_text()
+
+
+def test_what_a_name_states_of_training_is_no_setting(tmp_path):
+    toml = "[train]\ndt_lr = 0.0\nA_lr = 1.0\n"
+    run = read_history(write_run(tmp_path / "seed-1-log_uniform+dt_lr=0", ROWS, toml))
+    assert run.settings["--A-lr"] == 1.0 and "--dt-lr" not in run.settings
 
 
 def write_run(folder, rows, toml="", identity=None):
