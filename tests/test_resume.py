@@ -75,7 +75,7 @@ def test_every_optimizer_resumes_to_the_bit(run, tmp_path, monkeypatch, optimize
     assert {name.partition(".")[2] for name in stored} == set(weights)
 
 
-@pytest.mark.parametrize("kind", ["passed", "noise"])
+@pytest.mark.parametrize("kind", ["passed", "noise", "continued"])
 def test_initial_states_resume_to_the_bit(run, tmp_path, monkeypatch, kind):
     options = "--initial-state", kind, "--keep", 2
     run(*options, into="whole")

@@ -6,8 +6,8 @@ import torch
 from mamba2.data.tokens import Tokens
 from mamba2.ops import IGNORE_INDEX
 
-STRETCH = 16  # windows that a row reads on with passed states
-INITIAL_STATES = ("zero", "passed", "noise")  # what a window of training starts from
+STRETCH = 16  # windows that a row reads on with continued states
+INITIAL_STATES = ("zero", "noise", "passed", "continued")  # what a window of training starts from
 
 
 class Windows:
@@ -41,8 +41,8 @@ class Windows:
     def streams(self, seed: int, step: int, batch: int) -> tuple[list[int], list[bool]]:
         """The windows of a step where each row of the batch goes on with the next window of the data, for STRETCH
         windows, then at another place; and which rows are at such a place. The stretches of an epoch are in random
-        order, as windows are in `indices`, and the rows begin theirs at different steps. (Rows that read on to the end
-        would see few parts of the data: with 8 rows and 150 steps that cost 0.2 nats.)"""
+        order, as windows are in `indices`, and the rows begin theirs at different steps. A small batch sees fewer parts
+        of the data so."""
         stretches = -(-len(self) // STRETCH)
         windows, anew = [], []
         for row in range(batch):

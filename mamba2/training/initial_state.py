@@ -2,10 +2,13 @@
 
 A model that is trained from empty states only never sees those that long texts lead to, and may fail there.
 
-    passed   the state after the window before, of the same text, without gradient: truncated back-propagation through
-             time. Each row of the batch then reads 16 windows on before it goes elsewhere (`Windows.streams`).
-    noise    normal numbers as large as the states with which the last step ended: for each layer and head their root
-             mean square. The convolution starts empty.
+    noise      normal numbers as large as the states with which the last step ended: for each layer and head their root
+               mean square. The convolution starts empty.
+    passed     the state with which the same row of the batch ended the last step, of another text. The order of the
+               data stays as it is.
+    continued  the state after the window before, of the same text, without gradient: truncated back-propagation through
+               time. Each row of the batch reads 16 windows on before it goes elsewhere (`Windows.streams`), so that a
+               small batch sees fewer parts of the data.
 
 A window that begins with a document starts empty, and so do all windows after a step without a finite gradient. Row r
 of the batch has the same state however the batch is split among micro-batches and processes.
@@ -29,7 +32,7 @@ class InitialStates:
     """The states of this process's rows of the batch, after the last step."""
 
     def __init__(self, kind: str, model: Mamba2LM, batch: int, seed: int, world: World, device: torch.device):
-        """`kind`: passed or noise; `batch`: rows of all processes. Raises ValueError for a model with attention, whose
+        """`kind`: noise, passed or continued; `batch`: rows of all processes. Raises ValueError for a model with attention, whose
         state grows with every window."""
         if model.config.attn_layer_idx:
             raise ValueError(f"--initial-state {kind} is for states of a fixed size, and the model has attention")

@@ -192,7 +192,7 @@ class Job:
         args, factor = self.args, self.schedule.factor(step)
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * factor
-        if args.initial_state == "passed":
+        if args.initial_state == "continued":
             indices, anew = self.windows.streams(args.seed, step, self.batch)
         else:
             indices, anew = self.windows.indices(args.seed, step, self.batch), [False] * self.batch

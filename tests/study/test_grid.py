@@ -122,7 +122,7 @@ def test_options_of_each_script(tmp_path):
         ),
         ('"constant"]', '"constant+A_lr=fast"]', "A_lr of .* must be a number of at least 0, not 'fast'"),
         ('"constant"]', '"constant+dt_lr=0+dt_lr=1"]', "names dt_lr twice"),
-        ('"constant"]', '"constant+initial_state=x"]', "must be one of zero, passed, noise, not 'x'"),
+        ('"constant"]', '"constant+initial_state=x"]', "must be one of zero, noise, passed, continued, not 'x'"),
         ('"constant"]', '"constant+lr=1"]', "unknown factor 'lr=1'"),
         ("[1, 2]", "[1, 1]", "seeds names one twice"),
         ("[1, 2]", '["a"]', "must be a list of integers"),

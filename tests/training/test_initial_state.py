@@ -35,12 +35,12 @@ def train(model: Mamba2LM, windows: Windows, of_steps: list[list[int]], carried:
 
 @pytest.mark.parametrize("micro_batch", [1, 2, 3])
 @pytest.mark.parametrize("checkpoint_every", [0, 1])
-def test_passed_states_make_windows_one_long_text(micro_batch, checkpoint_every):
+def test_continued_states_make_windows_one_long_text(micro_batch, checkpoint_every):
     """Three streams of four windows have the losses of three texts four times as long, whatever the split."""
     windows, model = make_windows(), Mamba2LM(small_config()).train()
     model.backbone.checkpoint_every = checkpoint_every
     steps = [[0 + step, 4 + step, 8 + step] for step in range(4)]
-    *losses, _ = train(model, windows, steps, states("passed", model, 3), micro_batch)
+    *losses, _ = train(model, windows, steps, states("continued", model, 3), micro_batch)
     ids = torch.from_numpy(windows.tokens.ids.astype(np.int64))
     text = ids[:-1].view(3, 4 * LENGTH), ids[1:].view(3, 4 * LENGTH)
     expected = model.token_losses(*text)[0].view(3, 4, LENGTH).mean(dim=(0, 2))
@@ -88,7 +88,7 @@ def test_noise_is_as_large_as_the_states_of_the_step_before():
         assert abs(layer.ssm[:5].mean()) < 0.1 * rms.max()
 
 
-@pytest.mark.parametrize("kind", ["passed", "noise"])
+@pytest.mark.parametrize("kind", ["passed", "noise", "continued"])
 def test_a_row_has_the_same_state_whatever_the_processes(kind, tmp_path, monkeypatch):
     """Five rows among two processes: what the first and the second of them hold is what one process holds."""
     model = Mamba2LM(small_config())
