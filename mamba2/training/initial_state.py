@@ -32,8 +32,8 @@ class InitialStates:
     """The states of this process's rows of the batch, after the last step."""
 
     def __init__(self, kind: str, model: Mamba2LM, batch: int, seed: int, world: World, device: torch.device):
-        """`kind`: noise, passed or continued; `batch`: rows of all processes. Raises ValueError for a model with attention,
-        whose state grows with every window."""
+        """`kind`: noise, passed or continued; `batch`: rows of all processes. Raises ValueError for a model with
+        attention, whose state grows with every window."""
         if model.config.attn_layer_idx:
             raise ValueError(f"--initial-state {kind} is for states of a fixed size, and the model has attention")
         self.kind, self.seed, self.world = kind, seed, world
