@@ -57,7 +57,7 @@ def positions(page: Page, runs: dict[Key, Evaluated], baseline: str, sources: di
         mark=context,
     )
     shows = (
-        f"Loss in bins (2^(k-1), 2^k] of the position, {first['tokens'][0]} sequences of {first['tokens'][1]} tokens, "
+        f"Loss in bins (2^(k-1), 2^k] of the position, {first['tokens'][0]} x {first['tokens'][1]} tokens, "
         f"state carried throughout; a bin is drawn at its right end. Left of the dotted line: loss by position up to "
         f"the training length of {context}. Right of it: length extrapolation, up to {longest / context:g} times that. "
         "Bins hold different text, so that only differences between initialisations can be read, not between positions."
