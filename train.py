@@ -25,7 +25,7 @@ from mamba2.data import INITIAL_STATES, STDLIB
 from mamba2.distributed import PARALLEL, World
 from mamba2.host_memory import keep_freed_memory
 from mamba2.initializers import dt_table
-from mamba2.study import add_study
+from mamba2.study import add_study, read_study
 from mamba2.training import (
     DECAYS,
     OPTIMIZERS,
@@ -116,10 +116,8 @@ def parse() -> argparse.Namespace:
     )
     add("--compile", choices=("off", "blocks", "model", "fused", "graph"), default="off", help=what)
     add("--cuda-visible-devices", help='GPUs to use ["0", unless CUDA_VISIBLE_DEVICES is set]')
-    study = add_study(parser, "train")
+    add_study(parser, "train")
     args = parse_arguments(parser, "train", required=("model_path", "output_dir"))
-    given = study and (args.model_path, args.output_dir) == tuple(study.options("train").values())
-    args.runs = study.runs() if given else []
     check(args, parser)
     return args
 
@@ -174,9 +172,9 @@ def main() -> None:
         os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
 
     runs = [(Path(path), Path(args.output_dir), args) for path in args.model_path]
-    if args.runs:
-        options = [argparse.Namespace(**{**vars(args), **run.options}) for run in args.runs]
-        runs = [(run.model, run.output, of_run) for run, of_run in zip(args.runs, options)]
+    study = read_study(args.study) if args.study else None
+    if study and {"model_path": args.model_path, "output_dir": args.output_dir} == study.options("train"):
+        runs = [(run.model, run.output, argparse.Namespace(**{**vars(args), **run.options})) for run in study.runs()]
     elif len(runs) > 1 or args.study:
         runs = [(model, output / model.name, args) for model, output, _ in runs]
         if len({output for _, output, _ in runs}) < len(runs):
@@ -259,7 +257,7 @@ def starting_point(job: Job, folder: RunFolder, identity: dict[str, Any]) -> tup
 
 def resolved_options(job: Job, folder: RunFolder) -> dict[str, Any]:
     """The options of this model's run, defaults included, without those that only say how to start."""
-    starting = ("preset", "study", "runs", "resume", "overwrite", "dry_run", "wandb_token")
+    starting = ("preset", "study", "resume", "overwrite", "dry_run", "wandb_token")
     options = {name: value for name, value in vars(job.args).items() if name not in starting}
     return {**options, "model_path": [str(job.model_path)], "output_dir": str(folder.path)}
 

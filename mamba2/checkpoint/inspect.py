@@ -50,8 +50,8 @@ def report(path: str | os.PathLike, reads_text: bool = True) -> tuple[str, list[
             f"initialised by: {config.initialization or 'not recorded'}",
             dt_table(dt_bias, A_log.double().exp()) if dt_bias.isfinite().all() and A_log.isfinite().all() else "",
             "",
-            *(f"suspicious: {what}" for what in found or ["nothing"]),
             *([f"whether z and x are exchanged in in_proj was not checked: {why_not}"] if why_not else []),
+            *(f"suspicious: {what}" for what in found or ["nothing"]),
         ]
     )
     return text, found
