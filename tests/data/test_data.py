@@ -58,4 +58,4 @@ def test_the_order_does_not_depend_on_the_batch_or_on_what_was_asked_before(batc
 def test_the_order_in_half_the_memory_is_that_of_a_permutation():
     windows = windows_of(1001, 1)
     assert windows.indices(7, 0, 1000) == np.random.default_rng([7, 0]).permutation(1000).tolist()
-    assert windows._shuffled(7, 0).nbytes == 4 * 1000
+    assert windows._shuffled(7, 0, 1000).nbytes == 4 * 1000

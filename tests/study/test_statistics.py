@@ -222,7 +222,7 @@ def test_a_lost_run_takes_its_seed_out_of_what_it_is_part_of():
 def test_crossed_designs_without_effects_show_one_in_one_of_twenty():
     """By simulation: where nothing differs, a table of contrasts and one of factors each show anything at all in at
     most 5 % of studies; with an effect of twice the noise they show it."""
-    rng, studies = np.random.default_rng(7), 400
+    rng, studies = np.random.default_rng(7), 200
     wrong = np.zeros(2)
     for _ in range(studies):
         values = crossed_values(rng, seeds=10)
