@@ -33,11 +33,10 @@ from mamba2.host_memory import keep_freed_memory
 from mamba2.model import Mamba2LM, num_parameters
 from mamba2.study import add_study
 from mamba2.study.report import write_report
-from mamba2.study.runs import Evaluated, check_comparable, read_history
+from mamba2.study.runs import Evaluated, Key, check_comparable, read_history
 from mamba2.tokenizer import Tokenizer, load_tokenizer
 from mamba2.training import choose_device
 
-Key = tuple[str, int]  # initialisation, seed
 DIAGNOSED = 8  # sequences, of LONGEST windows each
 LONGEST = 32
 RECORD_VERSION = 1  # of what `measure` gives

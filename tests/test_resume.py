@@ -59,33 +59,32 @@ def test_a_run_in_two_parts_is_the_run_in_one_in_every_bit(run, kept, tmp_path, 
     assert_same_files(run("--keep", 2), kept)
 
 
-@pytest.mark.parametrize("optimizer", [name for name in OPTIMIZERS if name != "adamw"])
-def test_every_optimizer_resumes_to_the_bit(run, tmp_path, monkeypatch, optimizer):
-    """AdamW does in the tests above. Something is kept of each parameter, and another optimizer is refused."""
-    options = "--optimizer", optimizer, "--keep", 2
+def stop_and_resume(run, tmp_path, monkeypatch, flag: str, value: str, default: str) -> Path:
+    """The last checkpoint of a run that was stopped in step 3 and went on: equal to the whole run, refused without the
+    flag."""
+    options = flag, value, "--keep", 2
     run(*options, into="whole")
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
         interrupt_after(patch, 3)
         run(*options)
-    with pytest.raises(ValueError, match=f"--optimizer was '{optimizer}' and is 'adamw'"):
+    with pytest.raises(ValueError, match=f"{flag} was '{value}' and is '{default}'"):
         run()
     assert_same_files(run(*options), tmp_path / "whole")
-    stored = load_file(tmp_path / "run" / "latest" / MOMENTS)
-    weights = load_file(tmp_path / "run" / "latest" / "model.safetensors")
+    return tmp_path / "run" / "latest"
+
+
+@pytest.mark.parametrize("optimizer", [name for name in OPTIMIZERS if name != "adamw"])
+def test_every_optimizer_resumes_to_the_bit(run, tmp_path, monkeypatch, optimizer):
+    """AdamW does in the tests above. Something is kept of each parameter, and another optimizer is refused."""
+    latest = stop_and_resume(run, tmp_path, monkeypatch, "--optimizer", optimizer, "adamw")
+    stored, weights = load_file(latest / MOMENTS), load_file(latest / "model.safetensors")
     assert {name.partition(".")[2] for name in stored} == set(weights)
 
 
 @pytest.mark.parametrize("kind", ["passed", "noise", "continued"])
 def test_initial_states_resume_to_the_bit(run, tmp_path, monkeypatch, kind):
-    options = "--initial-state", kind, "--keep", 2
-    run(*options, into="whole")
-    with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        interrupt_after(patch, 3)
-        run(*options)
-    with pytest.raises(ValueError, match=f"--initial-state was '{kind}' and is 'zero'"):
-        run()
-    assert_same_files(run(*options), tmp_path / "whole")
-    assert (tmp_path / "run" / "latest" / "states.safetensors").is_file()
+    latest = stop_and_resume(run, tmp_path, monkeypatch, "--initial-state", kind, "zero")
+    assert (latest / "states.safetensors").is_file()
 
 
 def test_every_signal_stops_with_a_checkpoint_and_its_own_code(study, tmp_path, monkeypatch):
