@@ -23,6 +23,7 @@ import torch
 from mamba2.checkpoint import WEIGHTS
 from mamba2.cli import json_ready, parse_arguments, run
 from mamba2.data import is_synthetic, synthetic_samples
+from mamba2.device import choose_device
 from mamba2.evaluation.corpus import Corpus, load_corpus
 from mamba2.evaluation.diagnostics import batches, diagnose
 from mamba2.evaluation.perplexity import PROTOCOLS, Perplexity, evaluate, exp
@@ -35,7 +36,6 @@ from mamba2.study import add_study
 from mamba2.study.report import write_report
 from mamba2.study.runs import Evaluated, Key, check_comparable, read_history
 from mamba2.tokenizer import Tokenizer, load_tokenizer
-from mamba2.training import choose_device
 
 DIAGNOSED = 8  # sequences, of LONGEST windows each
 LONGEST = 32
@@ -66,6 +66,7 @@ def parse() -> argparse.Namespace:
     add("--max-tokens", type=int, help="evaluate the first documents only, up to this many tokens")
     add("--output-file", default="perplexity_results.json", help="[perplexity_results.json]")
     add("--batch-size", type=int, default=1, help="rows at a time; does not change the result [1]")
+    add("--device", default="auto", help="auto (the GPU that is there), cpu, cuda, mps or xpu [auto]")
     add("--sample-tokens", type=int, default=0, help="tokens of text to show from each model [0]")
     add("--report", nargs="?", const="", metavar="FOLDER", help="write a report [report, beside --output-file]")
     add("--baseline", metavar="NAME", help="what the report compares with [log_uniform if it is there, else the first]")
@@ -180,7 +181,7 @@ def measure(
     path: Path, tokenizer: Tokenizer | None, corpora: list[Corpus], tasks: list[str], args: argparse.Namespace
 ) -> dict:
     """Evaluate one model: results, recall, diagnostics and settings, JSON-ready."""
-    device = choose_device()
+    device = choose_device(args.device)
     model = Mamba2LM.from_pretrained(path, device, finite=True).eval()
     results = [
         described(evaluate(model, tokenizer, corpus, protocol, args.context, args.batch_size, args.stride), corpus)

@@ -115,6 +115,7 @@ def parse() -> argparse.Namespace:
         "forward and backward as one CUDA graph (one GPU; not run on any yet) [off]"
     )
     add("--compile", choices=("off", "blocks", "model", "fused", "graph"), default="off", help=what)
+    add("--device", default="auto", help="auto (the GPU that is there), cpu, cuda, mps or xpu [auto]")
     add("--cuda-visible-devices", help='GPUs to use ["0", unless CUDA_VISIBLE_DEVICES is set]')
     add_study(parser, "train")
     args = parse_arguments(parser, "train", required=("model_path", "output_dir"))
@@ -182,7 +183,7 @@ def main() -> None:
     for model_path, _, _ in runs:
         if not model_path.is_dir():
             raise FileNotFoundError(f"no model folder at {model_path}")
-    world, stopped = World.join(), 0
+    world, stopped = World.join(args.device), 0
     for model_path, output, args in runs:
         folder = RunFolder(output, args.keep, args.keep_best, args.keep_early, world)
         if world.first(folder.final.exists) and not args.overwrite and not args.dry_run:
@@ -233,7 +234,7 @@ def train(job: Job, folder: RunFolder) -> int:
         return 0
     finally:
         if world.is_main:
-            os.close(lock)
+            lock.release()
 
 
 def starting_point(job: Job, folder: RunFolder, identity: dict[str, Any]) -> tuple[Path | None, dict[str, Any]]:

@@ -28,10 +28,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from mamba2.config import Mamba2Config
+from mamba2.device import choose_device
 from mamba2.host_memory import keep_freed_memory
 from mamba2.model import Mamba2LM, flops_per_token, num_parameters
 from mamba2.ops.fusion import fuse
-from mamba2.training import autocast, choose_device, make_optimizer
+from mamba2.training import autocast, make_optimizer
 
 CONFIG = Path(__file__).parent.parent / "configs" / "config.json"
 

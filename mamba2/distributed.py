@@ -21,10 +21,13 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from mamba2.device import choose_device
 from mamba2.model import Mamba2LM
 
 T = TypeVar("T")
 PARALLEL = ("ddp", "fsdp")
+CPU = torch.device("cpu")
+COLLECTIVES = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl", "xpu": "cpu:gloo,xpu:xccl"}
 
 
 @dataclass(frozen=True)
@@ -34,17 +37,24 @@ class World:
     rank: int = 0
     size: int = 1
     local_rank: int = 0
+    device: torch.device = CPU
 
     @classmethod
-    def join(cls) -> Self:
-        """Join the processes that torchrun started, found by its environment variables; without them, a World of 1."""
+    def join(cls, device: str = "auto") -> Self:
+        """Join the processes that torchrun started, found by its environment variables; without them, a World of 1.
+
+        `device`: see `choose_device`. Raises ValueError if it is not there or serves no second process.
+        """
         if "WORLD_SIZE" not in os.environ:
-            return cls()
+            return cls(device=choose_device(device))
         local_rank = int(os.environ["LOCAL_RANK"])
-        if torch.cuda.is_available():
-            torch.cuda.set_device(local_rank)
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
-        return cls(dist.get_rank(), dist.get_world_size(), local_rank)
+        chosen = choose_device(device, local_rank)
+        if chosen.type not in COLLECTIVES:
+            raise ValueError(f"several processes train on {', '.join(COLLECTIVES)}, not on {chosen.type}")
+        if chosen.type != "cpu":
+            torch.accelerator.set_device_index(chosen.index)
+        dist.init_process_group(COLLECTIVES[chosen.type])
+        return cls(dist.get_rank(), dist.get_world_size(), local_rank, chosen)
 
     @staticmethod
     def leave() -> None:
@@ -125,7 +135,7 @@ def parallelize(model: Mamba2LM, world: World, parallel: str, dtype: torch.dtype
         return DistributedDataParallel(model, gradient_as_bucket_view=True)
     # The states that blocks return are views of larger tensors; nothing writes into them.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
-    mesh = init_device_mesh("cuda" if torch.cuda.is_available() else "cpu", (world.size,))
+    mesh = init_device_mesh(world.device.type, (world.size,))
     float32 = MixedPrecisionPolicy(cast_forward_inputs=False)
     reduced = MixedPrecisionPolicy(dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for layer in model.backbone.layers:

@@ -13,8 +13,13 @@ from safetensors.torch import save_file
 
 
 def flush(path: Path) -> None:
-    """fsync a file or a folder. Contents must reach the disk before the rename that makes them visible."""
-    descriptor = os.open(path, os.O_RDONLY)
+    """fsync a file or a folder. Contents must reach the disk before the rename that makes them visible.
+
+    Windows flushes files that are open for writing only, and no folders.
+    """
+    if os.name == "nt" and path.is_dir():
+        return
+    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -18,6 +18,7 @@ import torch
 from mamba2.cli import run
 from mamba2.decoding import make_decoder
 from mamba2.decoding.sampling import Sampling
+from mamba2.device import choose_device
 from mamba2.host_memory import keep_freed_memory
 from mamba2.model import Mamba2LM, State
 from mamba2.tokenizer import Tokenizer, get_tokenizer, load_tokenizer
@@ -182,7 +183,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights")
     what = "on a processor: compile first, a quarter of a minute, then write half as fast again"
     parser.add_argument("--compile", action="store_true", help=what)
-    parser.add_argument("--device", default=None, help="cuda where there is one, else cpu")
+    parser.add_argument("--device", default="auto", help="auto (the GPU that is there), cpu, cuda, mps or xpu [auto]")
     parser.add_argument("--tokenizer", default=None, help="name or tokenizer.json, for a model that carries none")
     return parser.parse_args()
 
@@ -194,7 +195,7 @@ def main() -> None:
     if args.interactive and args.samples > 1:
         raise ValueError("--interactive carries one text on: --samples must be 1")
     keep_freed_memory()
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = choose_device(args.device)
     tokenizer = get_tokenizer(args.tokenizer) if args.tokenizer else load_tokenizer(args.model)
     model = Mamba2LM.from_pretrained(args.model, device, getattr(torch, args.dtype), finite=True).eval()
     sampling = Sampling(

@@ -3,6 +3,7 @@
 import ctypes
 import os
 import platform
+import sys
 from pathlib import Path
 
 CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
@@ -25,7 +26,10 @@ def keep_freed_memory() -> bool:
 
 
 def machine_memory() -> int:
-    """Bytes of memory that this process can have: the machine's, or the limit of its container if that is lower."""
+    """Bytes of memory that this process can have: the machine's, or the limit of its container if that is lower. On
+    Windows, which does not say, any number fits."""
+    if not hasattr(os, "sysconf"):
+        return sys.maxsize
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     limit = CGROUP_LIMIT.read_text(encoding="ascii").strip() if CGROUP_LIMIT.is_file() else "max"
     return total if limit == "max" else min(total, int(limit))

@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 from mamba2.attention import AttentionMixer, AttentionState
 from mamba2.checkpoint import Shapes, read_model, write_model
 from mamba2.config import Mamba2Config
+from mamba2.device import widen
 from mamba2.factors import apply_factor, parse_initialization
 from mamba2.host_memory import require_memory
 from mamba2.initializers import INITIALIZERS, DtParams, make_dt_bias, require_normal, seed_stream
@@ -371,7 +372,7 @@ class Mamba2LM(nn.Module):
 
     def A(self) -> torch.Tensor:
         """Decay rate |A| of every Mamba-2 layer and head, (L, h) float64, detached: a token's decay is exp(-dt |A|)."""
-        return torch.stack([mixer.A_log.detach().double().exp() for mixer in self.mixers()])
+        return torch.stack([widen(mixer.A_log.detach()).exp() for mixer in self.mixers()])
 
     # ---------------------------------------------------------------------------------------------------------- storage
 

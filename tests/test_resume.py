@@ -326,7 +326,7 @@ def test_two_runs_do_not_share_a_folder(run, tmp_path):
     lock = RunFolder(tmp_path / "run").lock()
     with pytest.raises(OSError, match="another run is training in"):
         run()
-    os.close(lock)
+    lock.release()
 
 
 def test_what_a_killed_run_left_half_written_goes(run, whole, tmp_path):

@@ -187,8 +187,8 @@ def export_optimizer(folder: Path, file: Path) -> int:
 def rng_tensors() -> dict[str, torch.Tensor]:
     """The state of torch's generators in this process."""
     tensors = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        tensors["cuda"] = torch.cuda.get_rng_state()
+    if gpu := torch.accelerator.current_accelerator(check_available=True):
+        tensors[gpu.type] = torch.get_device_module(gpu).get_rng_state()
     return tensors
 
 
@@ -203,5 +203,6 @@ def load_rng(folder: Path, rank: int) -> None:
     tensors = load_file(folder / RNG)
     if f"cpu.{rank}" in tensors:
         torch.set_rng_state(tensors[f"cpu.{rank}"])
-    if f"cuda.{rank}" in tensors and torch.cuda.is_available():
-        torch.cuda.set_rng_state(tensors[f"cuda.{rank}"])
+    gpu = torch.accelerator.current_accelerator(check_available=True)
+    if gpu is not None and f"{gpu.type}.{rank}" in tensors:
+        torch.get_device_module(gpu).set_rng_state(tensors[f"{gpu.type}.{rank}"])

@@ -9,7 +9,6 @@ Memory: some batches of documents per thread, whatever the size of the source. A
 a text file, which comes in pieces.
 """
 
-import fcntl
 import hashlib
 import itertools
 import json
@@ -24,6 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from mamba2.data.readers import Document, Place
@@ -142,26 +142,28 @@ def working_folder(output: Path, wait: bool) -> Iterator[Path | None]:
 
     The lock ends with the process, even if it is killed.
     """
+    if output.exists():
+        yield None
+        return
     work = output.with_name(f".{output.name}.preparing")
-    while True:
-        if output.exists():
+    output.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(work.with_suffix(".lock"))
+    try:
+        lock.acquire(blocking=wait)
+    except Timeout as error:
+        raise BlockingIOError(f"another process is preparing {output} at this moment") from error
+    try:
+        if output.exists():  # made while this waited
             yield None
             return
-        work.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(work, os.O_RDONLY)
-        try:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            except BlockingIOError as error:
-                raise BlockingIOError(f"another process is preparing {output} at this moment") from error
-            # while waiting, the folder may have been renamed to `output`, or removed
-            if work.exists() and os.path.samestat(os.fstat(descriptor), work.stat()):
-                for leftover in work.glob(".*.tmp"):  # temporary files of a call that was killed
-                    leftover.unlink()
-                yield work
-                return
-        finally:
-            os.close(descriptor)
+        work.mkdir(exist_ok=True)
+        for leftover in work.glob(".*.tmp"):  # temporary files of a call that was killed
+            leftover.unlink()
+        yield work
+    finally:
+        lock.release()
+        if output.exists():  # nobody needs the lock any more
+            work.with_suffix(".lock").unlink(missing_ok=True)
 
 
 def publish(work: Path, output: Path) -> None:

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from mamba2.device import widen
 from mamba2.evaluation.perplexity import token_nats
 from mamba2.initializers import DtParams, dt_bias_sha256, half_life
 from mamba2.mixer import Mamba2Mixer, MixerState
@@ -59,7 +60,7 @@ def trace(model: Mamba2LM, ids: torch.Tensor) -> list[LayerTrace]:
 
 
 def _rms(x: torch.Tensor, dims: tuple[int, ...] | None = None) -> torch.Tensor:
-    return x.double().square().mean(dim=dims).sqrt()
+    return widen(x).square().mean(dim=dims).sqrt()
 
 
 # ------------------------------------------------------------------------------------------------------------ half-life
@@ -67,12 +68,12 @@ def _rms(x: torch.Tensor, dims: tuple[int, ...] | None = None) -> torch.Tensor:
 
 def nominal_half_life(model: Mamba2LM) -> np.ndarray:
     """Half-life of every head in tokens, (L, h), for W_dt x = 0."""
-    return half_life(F.softplus(model.dt_bias().double()), model.A()).numpy(force=True)
+    return half_life(F.softplus(widen(model.dt_bias())), model.A()).numpy(force=True)
 
 
 def effective_half_life(model: Mamba2LM, traces: list[LayerTrace]) -> np.ndarray:
     """Half-life of every head in tokens, (L, h), for the mean dt over the data: the state decays by exp(-A Σ dt)."""
-    dt = torch.stack([layer.dt.double().mean(dim=(0, 1)) for layer in traces])
+    dt = torch.stack([widen(layer.dt).mean(dim=(0, 1)) for layer in traces])
     return half_life(dt, model.A()).numpy(force=True)
 
 
@@ -84,7 +85,7 @@ def shares_remembering(tau: np.ndarray) -> dict[int, float]:
 
 def decay_mask(dt: torch.Tensor, A: float) -> np.ndarray:
     """How much of token j is left at token i: exp(-A Σ_{j<k≤i} dt_k), nan for j > i. dt is (l,), the result (l, l)."""
-    total = (dt.double() * A).cumsum(0)
+    total = (widen(dt) * A).cumsum(0)
     mask = torch.exp(-(total[:, None] - total[None, :]))
     return mask.masked_fill(torch.ones_like(mask).triu(1).bool(), math.nan).numpy(force=True)
 
@@ -121,7 +122,7 @@ def drift(before: Mamba2LM, after: Mamba2LM) -> dict[str, float]:
     """How far training moved dt_bias: mean and largest distance over heads, and Spearman's rank correlation."""
     from scipy import stats
 
-    a, b = (model.dt_bias().double().flatten().numpy(force=True) for model in (before, after))
+    a, b = (widen(model.dt_bias()).flatten().numpy(force=True) for model in (before, after))
     moved = np.abs(b - a)
     constant = np.ptp(a) == 0 or np.ptp(b) == 0  # ranks are undefined
     correlation = math.nan if constant else float(stats.spearmanr(a, b).statistic)
@@ -151,7 +152,7 @@ def gradient_against_distance(model: Mamba2LM, ids: torch.Tensor) -> np.ndarray:
             (gradient,) = torch.autograd.grad(model(ids[:, :-1], targets), inputs)  # (b, l-1, d)
     finally:
         handle.remove()
-    return gradient.double().norm(dim=-1).mean(0).flip(0).numpy(force=True)
+    return widen(gradient).norm(dim=-1).mean(0).flip(0).numpy(force=True)
 
 
 @torch.no_grad()
@@ -195,7 +196,7 @@ def gradient_norms(model: Mamba2LM, ids: torch.Tensor) -> list[float]:
     with torch.enable_grad():
         loss = model(ids[:, :-1], ids[:, 1:]) / ids[:, 1:].numel()
         gradients = iter(torch.autograd.grad(loss, [p for layer in parameters for p in layer]))
-    return [math.sqrt(sum(next(gradients).double().square().sum().item() for _ in layer)) for layer in parameters]
+    return [math.sqrt(sum(widen(next(gradients)).square().sum().item() for _ in layer)) for layer in parameters]
 
 
 def signals(model: Mamba2LM, ids: torch.Tensor) -> dict[str, list[float]]:

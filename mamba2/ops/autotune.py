@@ -1,15 +1,15 @@
 """MAMBA2_AUTOTUNE=1: choose the launch of a kernel by timing candidates, once per device and shape; kept on disk."""
 
-import contextlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import TypeVar
 
 import torch
+from filelock import FileLock
 
 from mamba2.files import write_text
 from mamba2.ops.language import triton
@@ -30,7 +30,8 @@ def fastest(key: str, candidates: Sequence[Candidate], start: Callable[[Candidat
     """
     names = [repr(candidate) for candidate in candidates]
     if read().get(key) not in names:
-        with _locked():
+        path().parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(path().with_suffix(".lock")):
             if read().get(key) not in names:
                 times = [_seconds(candidate, start) for candidate in candidates]
                 if min(times) == float("inf"):
@@ -42,16 +43,6 @@ def fastest(key: str, candidates: Sequence[Candidate], start: Callable[[Candidat
 def path() -> Path:
     """$MAMBA2_CACHE/autotune.json, by default in ~/.cache/mamba2."""
     return Path(os.environ.get("MAMBA2_CACHE", "~/.cache/mamba2")).expanduser() / "autotune.json"
-
-
-@contextlib.contextmanager
-def _locked() -> Iterator[None]:
-    import fcntl  # not on Windows
-
-    path().parent.mkdir(parents=True, exist_ok=True)
-    with open(path().with_suffix(".lock"), "w", encoding="utf-8") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def _seconds(candidate: Candidate, start: Callable[[Candidate], object]) -> float:

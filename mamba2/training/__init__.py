@@ -1,6 +1,6 @@
 """The parts of a training run: hardware, optimizer, schedule, step, metrics, output folder. No argument parsing."""
 
-from mamba2.training.hardware import autocast, choose_device, memory_used, versions
+from mamba2.training.hardware import autocast, memory_used, versions
 from mamba2.training.job import Counters, Job
 from mamba2.training.metrics import MetricsLog, Progress, Tracker, dt_summary
 from mamba2.training.optimizer import DECAYS, OPTIMIZERS, SCHEDULES, make_optimizer
@@ -19,7 +19,6 @@ __all__ = [
     "Stop",
     "Tracker",
     "autocast",
-    "choose_device",
     "dt_summary",
     "make_optimizer",
     "memory_used",

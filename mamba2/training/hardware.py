@@ -3,14 +3,13 @@
 import contextlib
 import platform
 import re
-import resource
 import subprocess
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 
+from mamba2.cli import INSTALLED, ROOT
 from mamba2.config import Mamba2Config
 from mamba2.model import num_parameters
 from mamba2.ops.language import HAS_TRITON, triton
@@ -43,11 +42,6 @@ PEAKS = {
 }
 
 
-def choose_device(local_rank: int = 0) -> torch.device:
-    """The GPU with that number, or the CPU if there is none."""
-    return torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
-
-
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     """Dtype of the matrix products: `bf16`, `fp32`, or `auto`, which is bf16 if the hardware supports it."""
     if name == "auto":
@@ -55,6 +49,8 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
         in_hardware = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
         if device.type == "cuda":  # GPUs older than Ampere only emulate bfloat16
             in_hardware = torch.cuda.is_bf16_supported(including_emulation=False)
+        elif device.type != "cpu":
+            in_hardware = device.type == "xpu" and torch.xpu.is_bf16_supported(including_emulation=False)
         name = "bf16" if in_hardware else "fp32"
     return {"bf16": torch.bfloat16, "fp32": torch.float32}[name]
 
@@ -67,8 +63,8 @@ def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractCon
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
     """Peak FLOP/s of matrix products in `dtype`. A GPU's is from PEAKS, None if it is not listed; a CPU's is the best
     of a few products timed now, on all threads."""
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
+    if device.type != "cpu":
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
         peaks = next((peaks for part, peaks in PEAKS.items() if re.search(rf"\b{part}\b", name)), None)
         return peaks and peaks[dtype != torch.float32] * 1e12
     size, best, spent = 1024, 0.0, 0.0
@@ -116,9 +112,15 @@ def memory_estimate(
 
 
 def memory_used(device: torch.device) -> int:
-    """Peak bytes in use so far: by a GPU's allocator, or by this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+    """Peak bytes in use so far: by a GPU's allocator, or by this process; 0 on Windows, which does not say."""
+    if device.type == "mps":
+        return torch.mps.driver_allocated_memory()
+    if device.type != "cpu":
+        return torch.get_device_module(device).max_memory_allocated(device)
+    if platform.system() == "Windows":
+        return 0
+    import resource  # not on Windows
+
     unit = 1 if platform.system() == "Darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
@@ -147,8 +149,10 @@ def explain_out_of_memory(micro_batch: int, length: int, accumulation: int, chec
 
 def versions() -> str:
     """Python's, torch's and Triton's version, and this code's git revision, with a + if files were modified."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+", "--exclude=*"]
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty=+", "--exclude=*"]
     try:
+        if INSTALLED:  # perhaps in an environment inside of somebody else's checkout
+            raise FileNotFoundError(ROOT / ".git")
         revision = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         revision = "unknown (not a git checkout)"

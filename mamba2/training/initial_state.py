@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
+from mamba2.device import widen
 from mamba2.distributed import World
 from mamba2.files import save_tensors
 from mamba2.initializers import seed_stream
@@ -61,7 +62,7 @@ class InitialStates:
 
     def _draw(self, step: int) -> None:
         # A row that this process has only to be as many as the others is not part of the batch.
-        squares = torch.stack([layer.ssm[: self.mine].double().square().sum((0, 2, 3)) for layer in self.ended])
+        squares = torch.stack([widen(layer.ssm[: self.mine]).square().sum((0, 2, 3)) for layer in self.ended])
         counts = self.mine * self.ended[0].ssm[0, 0].numel()
         total, count = self.world.sum(squares), self.world.sum(torch.tensor(float(counts)))
         size = (total / count.to(total.device)).sqrt().float()  # (L, h)

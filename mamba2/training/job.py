@@ -30,7 +30,6 @@ from mamba2.ops.fusion import fuse, require_cxx_compiler
 from mamba2.tokenizer import find_tokenizer, save_tokenizer
 from mamba2.training.hardware import (
     autocast,
-    choose_device,
     choose_dtype,
     explain_out_of_memory,
     memory_estimate,
@@ -95,7 +94,7 @@ class Job:
     def __init__(self, model_path: Path, args: argparse.Namespace, world: World):
         self.args, self.model_path, self.world = args, model_path, world
         torch.manual_seed(args.seed)
-        self.device = choose_device(world.local_rank)
+        self.device = world.device
         self.dtype = choose_dtype(args.dtype, self.device)
         if args.compile == "graph" and (self.device.type != "cuda" or world.size > 1):
             place = f"on {self.device.type}, in {world.size} process{'es' if world.size > 1 else ''}"

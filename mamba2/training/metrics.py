@@ -165,7 +165,7 @@ class Progress:
         parts += ["no finite gradient" if norm is None else f"gradient {norm:.2f}", f"{tokens / seconds:,.0f} tokens/s"]
         if self._peak:
             parts.append(f"MFU {tokens * self._flops / seconds / self._peak:.0%}")
-        parts += [f"{memory / 1e9:.2f} GB", f"{_duration(left)} left"]
+        parts += [f"{memory / 1e9:.2f} GB"] * (memory > 0) + [f"{_duration(left)} left"]
         print("   ".join(parts), flush=True)
 
 

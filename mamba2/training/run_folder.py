@@ -8,13 +8,14 @@ A checkpoint is written and removed atomically: a folder named checkpoint-N is a
 """
 
 import contextlib
-import fcntl
 import os
 import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from mamba2.checkpoint.training_state import DamagedCheckpoint, read_state, write_state
 from mamba2.distributed import ALONE, World
@@ -41,25 +42,24 @@ class RunFolder:
         matches = {CHECKPOINT.fullmatch(folder.name): folder for folder in found if folder.is_dir()}
         return dict(sorted((int(match[1]), folder) for match, folder in matches.items() if match))
 
-    def lock(self) -> int:
+    def lock(self) -> FileLock:
         """Create the folder and lock it for this process, and delete the temporary files that killed runs left.
 
-        Returns a file descriptor: close it to unlock. Raises OSError when the folder cannot be written to or another
-        run has locked it.
+        Returns the lock, to be released. Raises OSError when the folder cannot be written to or another run has locked
+        it.
         """
         self.path.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(self.path / ".lock", os.O_CREAT | os.O_RDWR, 0o644)
+        lock = FileLock(self.path / ".lock")
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(descriptor)
+            lock.acquire(blocking=False)
+        except Timeout:
             raise OSError(f"another run is training in {self.path}; choose another --output-dir") from None
         for leftover in (*self.path.glob(".*.tmp"), *self.path.parent.glob(f".{self.final.name}.*.tmp")):
             if leftover.is_dir() and not leftover.is_symlink():
                 shutil.rmtree(leftover)
             else:
                 leftover.unlink()
-        return descriptor
+        return lock
 
     def find(self, resume: str) -> tuple[Path, dict[str, Any]] | None:
         """The checkpoint to resume from and its state. `resume` is a path, `auto` (the last intact one, None if there
@@ -146,7 +146,9 @@ class RunFolder:
 
 
 def _link(link: Path, target: str) -> None:
-    """Atomically point `link` at `target` in the same folder."""
+    """Atomically point `link` at `target` in the same folder; not on Windows, where users may not make links."""
+    if os.name == "nt":
+        return
     temporary = temporary_name(link)
     temporary.unlink(missing_ok=True)
     temporary.symlink_to(target)

@@ -13,7 +13,8 @@ class Stop:
     The handler only records the signal, so that a save in progress completes. A second SIGINT stops immediately.
     """
 
-    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    # Windows has no SIGUSR1.
+    SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name))
 
     def __init__(self) -> None:
         self.signal = 0

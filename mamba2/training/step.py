@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from mamba2.data import Windows
+from mamba2.device import widen
 from mamba2.distributed import ALONE, World, full, gradient_sync, reshard
 from mamba2.mixer import MixerState
 from mamba2.model import Mamba2LM
@@ -37,7 +38,7 @@ def accumulate_gradients(
     batches = _micro_batches(windows, indices, micro_batch, world)
     tokens = int(world.sum(torch.tensor(sum(_count(targets) for _, targets, _ in batches))))
     # The sum stays on the device: reading it after every micro-batch would synchronise with the GPU.
-    total = torch.zeros((), dtype=torch.float64, device=device)
+    total = widen(torch.zeros((), device=device))
     add = add or functools.partial(add_gradients, model, dtype, world.size)
     for i, batch in enumerate(batches):
         rows = slice(i * micro_batch, i * micro_batch + len(batch[0]))
@@ -97,12 +98,12 @@ def mean_loss(
     device = next(model.parameters()).device
     training = model.training
     model.eval()
-    sums = torch.zeros(2, dtype=torch.float64, device=device)  # loss, tokens
+    sums = widen(torch.zeros(2, device=device))  # loss, tokens
     for batch in _micro_batches(windows, spread(len(windows), count), micro_batch, world):
         inputs, targets, seq_idx = _to(batch, device)
         with autocast(device, dtype):
             losses, _ = model.token_losses(inputs, targets, seq_idx)
-        sums[0] += losses.sum(dtype=torch.float64)
+        sums[0] += losses.sum(dtype=sums.dtype)
         sums[1] += _count(targets)
     reshard(model)
     model.train(training)

@@ -1,5 +1,6 @@
 """Generation: what is drawn and how often, what is printed and when it ends."""
 
+import argparse
 import io
 import sys
 
@@ -274,4 +275,4 @@ def test_a_model_that_is_not_finite_draws_nothing_and_is_refused_by_name(tmp_pat
     with pytest.raises(ValueError, match=named):
         command.main()
     with pytest.raises(ValueError, match=named):
-        evaluation_script.measure(folder, None, [], [], None)
+        evaluation_script.measure(folder, None, [], [], argparse.Namespace(device="cpu"))

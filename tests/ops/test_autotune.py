@@ -1,12 +1,12 @@
 """MAMBA2_AUTOTUNE=1: what is passed over, what is told apart, and that processes agree."""
 
-import fcntl
 import json
 import threading
 import time
 
 import pytest
 import torch
+from filelock import FileLock
 from triton.runtime.errors import OutOfResources, PTXASError
 
 from mamba2.ops import autotune
@@ -46,8 +46,7 @@ def test_a_fault_of_a_kernel_is_not_passed_over():
 
 def test_a_process_waits_for_another_that_measures_and_takes_what_it_found(cache):
     taken, started = [], []
-    with open(cache.with_suffix(".lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with FileLock(cache.with_suffix(".lock")):
         waiting = threading.Thread(target=lambda: taken.append(autotune.fastest("key", ["a", "b"], started.append)))
         waiting.start()
         time.sleep(0.2)
