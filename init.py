@@ -18,7 +18,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from mamba2.cli import parse_arguments, run
+from mamba2.cli import parse_arguments, run, shipped
 from mamba2.config import WEIGHT_INITS, Mamba2Config
 from mamba2.data import load_tokens
 from mamba2.data.correlation import measure_eigenvalue
@@ -77,7 +77,7 @@ def main() -> None:
         return
 
     # Everything that can be wrong is found before the first folder is made.
-    config = Mamba2Config.from_json(args.config_path)
+    config = Mamba2Config.from_json(shipped(args.config_path))
     if args.weight_init:
         config = config.with_weight_init(args.weight_init)
     used = {name: initializers(name) for name in args.initializations}

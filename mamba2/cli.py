@@ -8,6 +8,8 @@ import re
 import sys
 import tomllib
 from collections.abc import Callable, Iterable
+from importlib import import_module
+from importlib.metadata import requires
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,9 @@ from mamba2.files import write_text
 # Packages that only some commands need, and the extra of pyproject.toml that installs each.
 EXTRAS = {"triton": "gpu", "datasets": "data", "pyarrow": "data", "wandb": "wandb"}
 EXTRAS |= dict.fromkeys(("matplotlib", "PIL", "scipy"), "report")
-CONFIGS = Path(__file__).parent.parent / "configs"
+ROOT = Path(__file__).parent.parent
+INSTALLED = not (ROOT / "pyproject.toml").is_file()
+CONFIGS = Path(__file__).parent / "configs" if INSTALLED else ROOT / "configs"
 SECTIONS = ("init", "train", "eval")
 NO_NAME = f"text in {sys.getfilesystemencoding()}, in which files are named here; PYTHONUTF8=1 makes that UTF-8"
 
@@ -67,6 +71,12 @@ def _read_preset(name: str, section: str, parser: argparse.ArgumentParser) -> li
 def switches(parser: argparse.ArgumentParser) -> set[str]:
     """The options that take no value."""
     return {option for action in parser._actions if action.nargs == 0 for option in action.option_strings}
+
+
+def shipped(name: str) -> Path:
+    """The path `name`, or what is shipped under it: configs/tiny.json is there from any folder."""
+    path = Path(name)
+    return path if path.exists() or not (CONFIGS.parent / path).exists() else CONFIGS.parent / path
 
 
 def flags(table: dict[str, Any], known: set[str] | None = None) -> list[str]:
@@ -118,8 +128,20 @@ def extra_of(error: Exception) -> str | None:
 
 def explain_missing(error: Exception) -> str:
     """Of a missing package the command that installs it, else what the error says."""
-    extra, folder = extra_of(error), Path(__file__).parent.parent
-    return f"this needs the package {error.name}: pip install '{folder}[{extra}]'" if extra else str(error)
+    extra = extra_of(error)
+    if extra is None:
+        return str(error)
+    wanted = [f"'{ROOT}[{extra}]'"]
+    if INSTALLED:
+        asked = (line.partition(";") for line in requires("mamba2"))
+        wanted = [f"'{package.strip()}'" for package, _, only in asked if re.search(rf"\b{extra}\b", only)]
+    return f"this needs the package {error.name}: pip install {' '.join(wanted)}"
+
+
+def installed() -> None:
+    """The commands mamba2-init, mamba2-train, mamba2-eval and mamba2-generate of an installation: those scripts."""
+    name = Path(sys.argv[0]).stem.removeprefix("mamba2-")
+    run(import_module("mamba2.generate" if name == "generate" else f"mamba2.scripts.{name}").main)
 
 
 def run(main: Callable[[], None]) -> None:

@@ -146,7 +146,7 @@ class Study:
 
 def read_study(path: str | Path) -> Study:
     """Read a study. Raises FileNotFoundError, or ValueError naming the key that is missing, unknown or wrong."""
-    path = Path(path)
+    path = cli.shipped(path)
     if not path.is_file():
         raise FileNotFoundError(f"no study at {path}: give a .toml file such as configs/study-text.toml")
     try:
