@@ -34,9 +34,11 @@ from mamba2.ops.conv1d_torch import (
     causal_conv1d_reference,
     causal_conv1d_step_reference,
     differentiable,
+    document_last_inputs,
     empty_pieces,
     last_inputs,
 )
+from mamba2.ops.documents import document_numbers
 from mamba2.ops.gradient import empty_gradients
 from mamba2.ops.kernel import (
     aligned,
@@ -66,6 +68,7 @@ def causal_conv1d(
     activation: bool = True,
     return_final_state: bool = False,
     splits: tuple[int, ...] | None = None,
+    cu_seqlens: torch.Tensor | None = None,
 ) -> torch.Tensor | tuple:
     """Causal depthwise convolution of width K and, with `activation`, SiLU; sums in float32.
 
@@ -79,6 +82,8 @@ def causal_conv1d(
             that passing them to the next segment as `initial_state` equals one long sequence.
         splits: None, or widths that sum to d: y is then a tuple of pieces (b, l, width). Unlike after
             `y.split(splits, -1)`, the backward takes the gradients of the pieces without concatenating them.
+        cu_seqlens: (documents + 1,) integers or None, in place of `seq_idx` and without `initial_state`, as in
+            `mamba2.ops.ssd`; the last inputs are then those of each document, (documents, K - 1, d).
 
     Returns y (b, l, d) in x's dtype, or the tuple of its pieces; with `return_final_state` a pair of that and the last
     inputs. Follows `causal_conv1d_fn` of the causal-conv1d package, channels last.
@@ -97,6 +102,8 @@ def causal_conv1d(
     ):
         if tensor is not None and tuple(tensor.shape) != shape:
             raise ValueError(f"{name} must have shape {shape}, not {tuple(tensor.shape)}")
+    if cu_seqlens is not None:
+        seq_idx = document_numbers(cu_seqlens, x, seq_idx=seq_idx, initial_state=initial_state)
     pieces = (d,) if splits is None else tuple(splits)
     if sum(pieces) != d or min(pieces) < 1:
         raise ValueError(f"splits must be positive widths that sum to the {d} channels of x, not {pieces}")
@@ -104,7 +111,11 @@ def causal_conv1d(
     implementation = IMPLEMENTATIONS[backend]
     ys = implementation(x, weight, bias, seq_idx, initial_state, activation, pieces)
     y = ys[0] if splits is None else tuple(ys)
-    return (y, last_inputs(x, width - 1, initial_state, seq_idx)) if return_final_state else y
+    if not return_final_state:
+        return y
+    if cu_seqlens is not None:
+        return y, document_last_inputs(x, width - 1, cu_seqlens)
+    return y, last_inputs(x, width - 1, initial_state, seq_idx)
 
 
 @torch.no_grad()

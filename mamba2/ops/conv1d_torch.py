@@ -78,6 +78,14 @@ def last_inputs(
     return torch.where(same.unsqueeze(-1), kept, torch.zeros_like(kept))
 
 
+def document_last_inputs(x: torch.Tensor, window: int, cu_seqlens: torch.Tensor) -> torch.Tensor:
+    """The last `window` inputs of each document in x (1, l, d), (documents, window, d), zero before its first token."""
+    starts, ends = (cu_seqlens.narrow(0, i, len(cu_seqlens) - 1).unsqueeze(1) for i in (0, 1))
+    index = ends - window + torch.arange(window, device=x.device)  # (documents, window)
+    kept = x.squeeze(0).index_select(0, index.clamp(min=0).flatten()).unflatten(0, index.shape)
+    return torch.where((index >= starts).unsqueeze(-1), kept, torch.zeros_like(kept))
+
+
 def causal_conv1d_step_reference(
     window: torch.Tensor,  # (b, K - 1, d)
     x: torch.Tensor,  # (b, d)

@@ -4,6 +4,7 @@ Accuracy: the error of every value and gradient against the torch form in float6
 form in the same dtype, with a floor of a few roundings for what torch gets exactly right.
 """
 
+import itertools
 from collections.abc import Callable
 
 import torch
@@ -29,6 +30,30 @@ def run(op: Callable, inputs: dict[str, torch.Tensor | None]) -> dict[str, torch
     results = torch.autograd.grad(list(outputs.values()), list(leaves.values()), gradients, allow_unused=True)
     gradients = {f"d{k}": torch.zeros_like(leaves[k]) if g is None else g for k, g in zip(leaves, results)}
     return {**outputs, **gradients}
+
+
+LENGTHS = (1, 7, 64, 0, 33)  # of documents in one row, one of them empty; 105 tokens
+
+
+def cu_seqlens(dtype: torch.dtype) -> torch.Tensor:
+    """Where these documents begin and end."""
+    return torch.tensor([0, *itertools.accumulate(LENGTHS)], dtype=dtype, device=DEVICE)
+
+
+def one_by_one(op: Callable, inputs: dict[str, torch.Tensor], of_tokens: tuple[str, ...]) -> dict[str, torch.Tensor]:
+    """As `run`, of an op that returns y (1, l, ...) and a state, over these documents one after another: the results
+    put together. `of_tokens` names the inputs (1, l, ...)."""
+
+    def apart(**inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        ys, states = [], []
+        for start, stop in itertools.pairwise(cu_seqlens(torch.int64).tolist()):
+            if start < stop:
+                y, state = op(**{k: t[:, start:stop] if k in of_tokens else t for k, t in inputs.items()})
+                ys.append(y)
+            states.append(state if start < stop else torch.zeros_like(state))
+        return torch.cat(ys, dim=1), torch.cat(states)
+
+    return run(apart, inputs)
 
 
 def relative_errors(actual: dict, expected: dict) -> dict[str, float]:

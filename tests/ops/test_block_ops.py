@@ -1,5 +1,7 @@
 """Convolution, norms and the chunked cross-entropy against torch's own forms and float64 differences."""
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -56,6 +58,26 @@ def test_convolution_sees_nothing_of_earlier_documents():
     seq_idx = torch.tensor([[0, 0, 0, 0, 1, 0, 0, 0, 0]])
     parts = [causal_conv1d(part, weight) for part in x.split([4, 1, 4], dim=1)]
     torch.testing.assert_close(causal_conv1d(x, weight, seq_idx=seq_idx), torch.cat(parts, dim=1))
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+def test_convolution_of_documents_by_cu_seqlens_equals_that_of_each(monkeypatch, backend, dtype):
+    inputs = {"x": randn(1, 105, 3), "weight": randn(3, 4, seed=1), "bias": randn(3, seed=2)}
+    op = partial(causal_conv1d, return_final_state=True)
+    monkeypatch.setenv("MAMBA2_BACKEND", "reference")
+    expected = checks.one_by_one(op, inputs, ("x",))
+    monkeypatch.setenv("MAMBA2_BACKEND", backend)
+    checks.assert_close(checks.run(partial(op, cu_seqlens=checks.cu_seqlens(dtype)), inputs), expected, 1e-12)
+
+
+def test_convolution_refuses_what_does_not_go_with_cu_seqlens():
+    x, weight, cu_seqlens = randn(1, 105, 3), randn(3, 4), checks.cu_seqlens(torch.int64)
+    for name, value in (("seq_idx", torch.zeros(1, 105, dtype=torch.int64)), ("initial_state", randn(1, 3, 3))):
+        with pytest.raises(ValueError, match=f"{name} does not go with cu_seqlens"):
+            causal_conv1d(x, weight, cu_seqlens=cu_seqlens, **{name: value})
+    with pytest.raises(ValueError, match="a batch of 1, and this batch is of 2"):
+        causal_conv1d(x.expand(2, -1, -1), weight, cu_seqlens=cu_seqlens)
 
 
 def test_add_rms_norm_equals_torch_and_adds_in_the_streams_dtype():

@@ -1,6 +1,7 @@
 """The Triton kernels of the convolution: in the interpreter where there is no GPU, compiled where there is one."""
 
 import itertools
+from functools import partial
 
 import pytest
 import torch
@@ -81,6 +82,15 @@ def test_what_is_not_given_is_left_out(monkeypatch, optional, activation):
 def test_sequences_shorter_than_the_window(monkeypatch, length):
     for seq_idx in (None, documents(1, length)):
         checks.check_accuracy(monkeypatch, op(seq_idx), make_inputs(1, length, 6, 8))
+
+
+def test_documents_by_cu_seqlens_equal_those_run_one_by_one(monkeypatch):
+    inputs = make_inputs(1, 105, 6, 4, optional=("bias",))
+    inputs.pop("initial_state")
+    whole = partial(causal_conv1d, return_final_state=True, cu_seqlens=checks.cu_seqlens(torch.int32))
+    actual = checks.run(whole, inputs)
+    monkeypatch.setenv("MAMBA2_BACKEND", "reference")
+    checks.assert_close(actual, checks.one_by_one(op(), inputs, ("x",)), 1e-6)
 
 
 @pytest.mark.parametrize("splits", [(1, 19), (64, 40, 38), (257, 3, 4)])

@@ -120,6 +120,29 @@ def test_documents_equal_sequences_run_one_by_one():
     torch.testing.assert_close(together, torch.cat(parts, dim=1), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+def test_documents_by_cu_seqlens_and_their_states_equal_those_run_one_by_one(monkeypatch, backend, dtype):
+    """State and gradients with documents of less than a window, of exactly four, and of no token."""
+    inputs = make_inputs(1, 105, 4, 8, 2, 6, optional=("D", "z", "dt_bias"))
+    op = partial(ssd, chunk_size=16, dt_softplus=True, dt_limit=(0.05, 1.5), return_final_states=True)
+    monkeypatch.setenv("MAMBA2_BACKEND", "reference")
+    expected = checks.one_by_one(op, inputs, ("x", "dt", "B", "C", "z"))
+    monkeypatch.setenv("MAMBA2_BACKEND", backend)
+    checks.assert_close(checks.run(partial(op, cu_seqlens=checks.cu_seqlens(dtype)), inputs), expected, 1e-12)
+
+
+def test_the_state_of_a_document_behind_many_tokens_is_as_exact_as_of_one_alone():
+    """Sums over the whole row are far larger than those inside the last document."""
+    inputs = {k: v.detach() for k, v in make_inputs(1, 4096, 1, 4, 1, 6, torch.float32, optional=()).items()}
+    inputs["dt"] = inputs["dt"].abs() * 100
+    inputs["dt"][:, 4000:] /= 10_000
+    options = {"chunk_size": 64, "return_final_states": True}
+    _, states = ssd(**inputs, **options, cu_seqlens=torch.tensor([0, 4000, 4096]))
+    _, alone = ssd(**{k: v.double() for k, v in part(inputs, 4000, 4096).items()}, **options)
+    torch.testing.assert_close(states[1].double(), alone[0], rtol=1e-5, atol=1e-5)
+
+
 def test_the_final_state_of_one_half_starts_the_other():
     inputs = {k: v.detach() for k, v in make_inputs(2, 41, 2, 4, 1, 6, optional=("D",)).items()}
     options = {"chunk_size": 8, "return_final_states": True, "dt_softplus": True}
@@ -158,6 +181,7 @@ def test_result_has_the_dtype_of_x_and_the_state_is_wide(dtype):
     assert state.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
 
 
+CU_SEQLENS = torch.tensor([0, 2, 5])
 BAD = {
     "x must have shape": {"x": torch.zeros(2, 3, 4)},
     "B must have shape": {"B": torch.zeros(1, 4, 2, 5)},
@@ -171,6 +195,14 @@ BAD = {
     "initial_states must have shape": {"initial_states": torch.zeros(1, 4, 3, 4)},
     "seq_idx must have shape": {"seq_idx": torch.zeros(1, 4, dtype=torch.int64)},
     "seq_idx must be of an integer dtype": {"seq_idx": torch.zeros(1, 5)},
+    "seq_idx does not go with cu_seqlens": {"cu_seqlens": CU_SEQLENS, "seq_idx": torch.zeros(1, 5, dtype=torch.int64)},
+    "initial_states does not go with cu_seqlens": {"cu_seqlens": CU_SEQLENS, "initial_states": torch.zeros(1, 4, 3, 5)},
+    "cu_seqlens must have shape": {"cu_seqlens": CU_SEQLENS[:1]},
+    "cu_seqlens must be int32 or int64": {"cu_seqlens": CU_SEQLENS.double()},
+    "cu_seqlens is on meta": {"cu_seqlens": CU_SEQLENS.to("meta")},
+    "cu_seqlens must begin with 0.*; it goes from 1 to 5": {"cu_seqlens": CU_SEQLENS.clamp(min=1)},
+    "end with 5, .*; it goes from 0 to 4": {"cu_seqlens": CU_SEQLENS.clamp(max=4)},
+    "its smallest step is -1": {"cu_seqlens": torch.tensor([0, 3, 2, 5])},
     "dt must be of a floating-point dtype": {"dt": torch.zeros(1, 5, 4, dtype=torch.int64)},
     "B must have the dtype of x": {"B": torch.zeros(1, 5, 2, 5).double()},
     "D is on meta": {"D": torch.zeros(4, device="meta")},

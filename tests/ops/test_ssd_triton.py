@@ -197,6 +197,25 @@ def test_documents_equal_sequences_run_one_by_one():
         torch.testing.assert_close(together[:, start:stop], alone, rtol=1e-5, atol=1e-5)
 
 
+def test_documents_by_cu_seqlens_and_their_states_equal_the_recurrence_one_by_one(monkeypatch):
+    inputs = make(1, 105, 2, 16, 1, 16, optional=("D", "dt_bias"))
+    actual = checks.run(op(cu_seqlens=checks.cu_seqlens(torch.int32)), inputs)
+    monkeypatch.setenv("MAMBA2_BACKEND", "reference")
+    exact = {name: tensor.double() for name, tensor in inputs.items()}
+    checks.assert_close(actual, checks.one_by_one(op(), exact, ("x", "dt", "B", "C")), 1e-5)
+
+
+@pytest.mark.slow
+def test_states_of_documents_equal_mamba_ssm():
+    inputs = make(1, 105, 2, 16, 1, 16, optional=("D", "dt_bias"))
+    cu_seqlens = checks.cu_seqlens(torch.int32).unique()  # no empty document there
+    seq_idx = torch.arange(4, dtype=torch.int32, device=DEVICE).repeat_interleave(cu_seqlens.diff())[None]
+    options = {"chunk_size": 16, "dt_softplus": True, "cu_seqlens": cu_seqlens}
+    theirs = mamba_ssm_scan()(**inputs, **options, seq_idx=seq_idx, return_varlen_states=True)
+    for ours, expected in zip(ssd(**inputs, **options, return_final_states=True), theirs, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("cut", [19, 32])
 def test_the_final_state_of_one_half_starts_the_other(cut):
     inputs = make(1, 50, 2, 16, 1, 16, optional=("D",))

@@ -12,7 +12,9 @@ import math
 import torch
 
 from mamba2.ops.backend import choose_backend
+from mamba2.ops.documents import document_numbers
 from mamba2.ops.ssd.blocked import ssd_blocked
+from mamba2.ops.ssd.documents import document_states
 from mamba2.ops.ssd.op import ssd_triton
 from mamba2.ops.ssd.reference import SSDInputs, ssd_reference
 
@@ -31,11 +33,12 @@ def ssd(
     dt_bias: torch.Tensor | None = None,
     initial_states: torch.Tensor | None = None,
     seq_idx: torch.Tensor | None = None,
+    cu_seqlens: torch.Tensor | None = None,
     dt_softplus: bool = False,
     dt_limit: tuple[float, float] = (0.0, math.inf),
     return_final_states: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """Selective state-space scan with a scalar decay per head, differentiable in every tensor argument but `seq_idx`.
+    """Selective state-space scan with a scalar decay per head, differentiable in every floating tensor.
 
     Arguments (b batch, l seqlen, h nheads, p headdim, g ngroups, n d_state; any strides; floating dtype unless noted):
         x: (b, l, h, p) input. Its dtype is the dtype of the result.
@@ -50,12 +53,17 @@ def ssd(
         initial_states: (b, h, p, n) state before the first token, or None for zeros.
         seq_idx: (b, l) integers, or None. The state is reset to zero before each token whose value differs from that
             of the token before it; `initial_states` belongs to the first token's document.
+        cu_seqlens: (documents + 1,) int32 or int64, or None: 0, then where each document ends, the last one at l, for
+            documents one after another in a batch of 1. In place of `seq_idx`, and without `initial_states`. Wrong
+            values are refused on a CPU and fail an assertion on a GPU; equal neighbours are an empty document.
         dt_softplus: apply softplus to dt + dt_bias.
         dt_limit: (low, high), the range that the step is clamped to.
-        return_final_states: also return the state after the last token.
+        return_final_states: also return the state after the last token; with `cu_seqlens` that after each document.
 
     Returns y: (b, l, h, p) in x's dtype, and with `return_final_states` the state (b, h, p, n), in float32 (float64 for
-    float64 input). Argument names and meanings follow mamba-ssm's `mamba_chunk_scan_combined`.
+    float64 input); with `cu_seqlens` the states (documents, h, p, n), zeros after an empty document. Argument names and
+    meanings follow mamba-ssm's `mamba_chunk_scan_combined`, except that there `cu_seqlens` only says which states to
+    return, as `varlen_states`, and `seq_idx` must say where to reset.
 
     Raises ValueError naming the argument whose shape, dtype or device does not fit.
     """
@@ -63,10 +71,15 @@ def ssd(
         x, dt, A, B, C, chunk_size, D, z, dt_bias, initial_states, seq_idx, dt_softplus, dt_limit, return_final_states
     )
     _check(inputs)
+    if cu_seqlens is not None:
+        numbers = document_numbers(cu_seqlens, x, seq_idx=seq_idx, initial_states=initial_states)
+        inputs = inputs._replace(seq_idx=numbers, return_final_states=False)
     implementation = IMPLEMENTATIONS[choose_backend(x, tuple(IMPLEMENTATIONS))]
     # Which dtype each product uses is decided in the implementations, not by an enclosing autocast.
     with torch.autocast(x.device.type, enabled=False):
         y, final_states = implementation(inputs)
+        if cu_seqlens is not None and return_final_states:
+            final_states = document_states(inputs, cu_seqlens)
     return (y, final_states) if return_final_states else y
 
 
