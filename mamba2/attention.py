@@ -20,6 +20,7 @@ from torch import nn
 from mamba2.config import AttentionConfig, Mamba2Config
 from mamba2.mixer import Linear, Parameters, draw_uniform, init_linear
 from mamba2.ops import causal_conv1d, causal_conv1d_step
+from mamba2.ops.documents import document_numbers
 
 
 @dataclass
@@ -72,17 +73,24 @@ class AttentionMixer(nn.Module):
         seq_idx: torch.Tensor | None = None,
         state: AttentionState | None = None,
         return_state: bool = True,
+        cu_seqlens: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, AttentionState | None]:
+        """As in the Mamba-2 mixer."""
+        numbers = seq_idx  # (b, l)
+        if cu_seqlens is not None:
+            numbers = document_numbers(cu_seqlens, u, seq_idx=seq_idx, state=state)
         qkv = self.in_proj(u)  # (b, l, (h + 2 g) d)
         conv = None if state is None else state.conv
         if self.conv1d is not None:
             weight, bias = self.conv1d.weight.squeeze(1), self.conv1d.bias
-            qkv = causal_conv1d(qkv, weight, bias, seq_idx, conv, activation=False, return_final_state=return_state)
+            options = {"activation": False, "return_final_state": return_state, "cu_seqlens": cu_seqlens}
+            qkv = causal_conv1d(qkv, weight, bias, seq_idx, conv, **options)
             qkv, conv = qkv if return_state else (qkv, None)
         elif return_state and conv is None:
-            conv = qkv.new_empty(len(qkv), 0, qkv.shape[-1])
+            rows = len(qkv) if cu_seqlens is None else len(cu_seqlens) - 1
+            conv = qkv.new_empty(rows, 0, qkv.shape[-1])
         past = 0 if state is None else state.k.shape[1]
-        places, document = self._places(u, seq_idx, state)  # (b, l) each
+        places, document = self._places(u, numbers, state)  # (b, l) each
         q, k, v = self._heads(qkv, places)
         if past:
             k, v = (torch.cat(parts, dim=1) for parts in ((state.k.to(k.dtype), k), (state.v.to(v.dtype), v)))
@@ -92,6 +100,12 @@ class AttentionMixer(nn.Module):
         y = self._attend(q, k, v, mask)
         if not return_state:
             return y, None
+        if cu_seqlens is not None:
+            lengths = cu_seqlens.diff().long()  # (documents,)
+            longest = int(lengths.max())
+            index = cu_seqlens[1:, None] - longest + torch.arange(longest, device=u.device)  # (documents, longest)
+            index = index.clamp(min=0)
+            return y, AttentionState(conv, k[0, index], v[0, index], lengths)
         lengths = places[:, -1] + 1
         # Keep the last document only.
         kept = k.shape[1] if document is None else int(lengths.max())

@@ -3,7 +3,9 @@
 A mixer owns all that depends on its kind: how its parameters are initialised, its cost, its state. To add another one,
 write a file with these methods and add a line to `mamba2.model.build_mixer`:
 
-    forward(u, seq_idx, state, return_state) -> (y, state)     u and y (b, l, d); state None: start empty
+    forward(u, seq_idx, state, return_state, cu_seqlens) -> (y, state)
+                                                               u and y (b, l, d); state None: start empty;
+                                                               cu_seqlens: returns the state after each document
     step(u, state) -> y                                        one token, (b, d); updates the state in place
     new_state(batch) -> state                                  an empty state, with rows(), detach() and join()
     init_parameters(generator)                                 all but dt_bias
@@ -104,10 +106,15 @@ class Mamba2Mixer(nn.Module):
         seq_idx: torch.Tensor | None = None,
         state: MixerState | None = None,
         return_state: bool = True,
+        cu_seqlens: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, MixerState | None]:
-        """u (b, l, d) -> y (b, l, d), and with `return_state` the new state. `state` None starts from zeros."""
+        """u (b, l, d) -> y (b, l, d), and with `return_state` the new state. `state` None starts from zeros.
+
+        `cu_seqlens` is in place of `seq_idx` and `state` (see `mamba2.ops.ssd`); the new state is then that after each
+        document, as a batch.
+        """
         z, xBC, dt = self.in_proj(u)  # (b, l, d_inner), (b, l, d_inner + 2 g n), (b, l, h)
-        (x, B, C), conv_state = self.convolve(xBC, seq_idx, state, return_state)
+        (x, B, C), conv_state = self.convolve(xBC, seq_idx, state, return_state, cu_seqlens)
         y = ssd(
             x,
             dt,
@@ -119,6 +126,7 @@ class Mamba2Mixer(nn.Module):
             dt_bias=self.dt_bias,
             initial_states=None if state is None else state.ssm,
             seq_idx=seq_idx,
+            cu_seqlens=cu_seqlens,
             dt_softplus=True,
             dt_limit=self.config.time_step_limit,
             return_final_states=return_state,
@@ -146,7 +154,12 @@ class Mamba2Mixer(nn.Module):
         return self._finish(y, z)
 
     def convolve(
-        self, xBC: torch.Tensor, seq_idx: torch.Tensor | None, state: MixerState | None, return_state: bool
+        self,
+        xBC: torch.Tensor,
+        seq_idx: torch.Tensor | None,
+        state: MixerState | None,
+        return_state: bool,
+        cu_seqlens: torch.Tensor | None = None,
     ) -> tuple[tuple[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor | None]:
         """The causal convolution of xBC (b, l, d_inner + 2 g n), split into x (b, l, h, p), B and C (b, l, g, n), and
         its new state."""
@@ -158,6 +171,7 @@ class Mamba2Mixer(nn.Module):
             initial_state=None if state is None else state.conv,
             return_final_state=return_state,
             splits=conv_widths(self.config),
+            cu_seqlens=cu_seqlens,
         )
         pieces, conv_state = pieces if return_state else (pieces, None)
         return by_head(self.config, *pieces), conv_state

@@ -28,6 +28,7 @@ from mamba2.host_memory import require_memory
 from mamba2.initializers import INITIALIZERS, DtParams, make_dt_bias, require_normal, seed_stream
 from mamba2.mixer import Mamba2Mixer, MixerState, Parameters, draw_uniform
 from mamba2.ops import add_rms_norm, linear_cross_entropy, linear_token_losses
+from mamba2.ops.documents import document_numbers
 
 State = MixerState | AttentionState
 
@@ -98,9 +99,10 @@ class Mamba2Block(nn.Module):
         seq_idx: torch.Tensor | None,
         state: State | None,
         return_state: bool = True,
+        cu_seqlens: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, State | None]:
         """Returns (output (b, l, d), residual (b, l, d), state)."""
-        arguments = x, residual, seq_idx, state, return_state
+        arguments = x, residual, seq_idx, state, return_state, cu_seqlens
         if self.training and self.keep_products_only:
             results = _recompute(self, self._mix, *arguments, context_fn=_keep_products)
             if results[0].requires_grad and not torch.compiler.is_compiling():
@@ -115,9 +117,10 @@ class Mamba2Block(nn.Module):
         seq_idx: torch.Tensor | None,
         state: State | None,
         return_state: bool,
+        cu_seqlens: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor, State | None]:
         normed, residual = add_and_norm(x, residual, self.norm.weight, self.eps)
-        x, state = self.mixer(normed, seq_idx, state, return_state)
+        x, state = self.mixer(normed, seq_idx, state, return_state, cu_seqlens)
         return x, residual, state
 
     def step(self, x: torch.Tensor, residual: torch.Tensor | None, state: State) -> tuple[torch.Tensor, torch.Tensor]:
@@ -143,13 +146,18 @@ class Mamba2Backbone(nn.Module):
         seq_idx: torch.Tensor | None = None,
         state: list[State] | None = None,
         return_state: bool = True,
+        cu_seqlens: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, list[State | None]]:
         """Returns hidden (b, l, d) after the last norm, and a list with the state of each layer after the last token.
         Without `return_state` the states are None and are not computed."""
+        if cu_seqlens is not None:
+            numbers = document_numbers(cu_seqlens, input_ids, seq_idx=seq_idx, state=state)
+            if not return_state:  # then these are all that the layers need, made once
+                seq_idx, cu_seqlens = numbers, None
         x, residual = self._embed(input_ids), None  # (b, l, d)
         new_state = []
         for i, layer in enumerate(self.layers):
-            arguments = x, residual, seq_idx, None if state is None else state[i], return_state
+            arguments = x, residual, seq_idx, None if state is None else state[i], return_state, cu_seqlens
             if self.training and self.checkpoint_every and i % self.checkpoint_every == 0:
                 x, residual, layer_state = _recompute(layer, layer, *arguments)
             else:
@@ -226,6 +234,7 @@ class Mamba2LM(nn.Module):
         seq_idx: torch.Tensor | None = None,
         state: list[State] | None = None,
         return_state: bool = False,
+        cu_seqlens: torch.Tensor | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, list[State]]:
         """Logits of the next token, or with `targets` the summed loss.
 
@@ -237,10 +246,13 @@ class Mamba2LM(nn.Module):
                 last one's. `state` belongs to the document of the first token.
             state: the state that an earlier call returned, to continue from; None starts empty.
             return_state: also return the state after the last token, a list with one entry per layer.
+            cu_seqlens: (documents + 1,) int32 or int64: 0, then where each document ends, the last one at l, for
+                documents one after another in a batch of 1. In place of `seq_idx`, and without `state`. The state
+                returned is that after each document, (documents, ...): `step` goes on from there.
 
         Returns logits (b, l, v), or the loss, and the state if asked for.
         """
-        hidden, new_state = self.backbone(input_ids, seq_idx, state, return_state)
+        hidden, new_state = self.backbone(input_ids, seq_idx, state, return_state, cu_seqlens)
         if targets is None:
             result = F.linear(hidden, self.lm_head.weight)
         else:
@@ -254,9 +266,10 @@ class Mamba2LM(nn.Module):
         targets: torch.Tensor,
         seq_idx: torch.Tensor | None = None,
         state: list[State] | None = None,
+        cu_seqlens: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, list[State]]:
         """Loss of each token, (b, l) float32 in nats, 0 where the target is -100; and the state. No gradient."""
-        hidden, new_state = self.backbone(input_ids, seq_idx, state)
+        hidden, new_state = self.backbone(input_ids, seq_idx, state, cu_seqlens=cu_seqlens)
         return linear_token_losses(hidden, self.lm_head.weight, targets), new_state
 
     @torch.no_grad()

@@ -18,7 +18,7 @@ from mamba2.generate import generate
 from mamba2.model import Mamba2LM, flops_per_token, num_parameters
 from tests.oracles import mamba_ssm_classes, mamba_ssm_logits
 from tests.runs import arguments, contents, interrupt_after, make_study, run_train
-from tests.test_model import relative_error, small_config
+from tests.test_model import check_documents_by_cu_seqlens, relative_error, small_config
 
 SHAPE = {"num_heads": 4, "num_heads_kv": 2, "head_dim": 6, "causal": True, "d_conv": 3, "rotary_emb_dim": 4}
 
@@ -92,6 +92,11 @@ def test_documents_equal_sequences_one_by_one_and_do_not_look_back():
         a, b = (model.step(following, s)[0] for s in (state, last))
         assert_close(a, b)
     assert state[1].k.shape[1] == 15 and last[1].lengths.tolist() == [15]
+
+
+@pytest.mark.parametrize("d_conv", [0, 3])
+def test_documents_by_cu_seqlens_equal_documents_run_one_by_one(d_conv):
+    check_documents_by_cu_seqlens(hybrid(d_conv=d_conv), torch.int32)
 
 
 @pytest.mark.parametrize("cut", [1, 2, 13])

@@ -1,5 +1,6 @@
 """The model against transformers' Mamba2ForCausalLM, and the promises that training and evaluation rest on."""
 
+import itertools
 from collections import Counter
 
 import pytest
@@ -15,6 +16,7 @@ from mamba2.config import Mamba2Config
 from mamba2.initializers import INITIALIZERS, DtParams, dt_bias_sha256
 from mamba2.model import Mamba2LM, num_parameters
 from mamba2.ops.ssd import op as ssd_op
+from tests.ops import kernel_checks as checks
 
 STUDY = "configs/config.json"
 IDS = torch.arange(80).view(2, 40) % 61
@@ -171,6 +173,39 @@ def test_document_resets_equal_documents_run_one_by_one():
     assert relative_error(together, apart) < 1e-6
 
 
+def check_documents_by_cu_seqlens(config: Mamba2Config, dtype: torch.dtype) -> None:
+    """Loss, losses and gradients of documents in one row equal those of each alone, and from the state after each one,
+    also after an empty one, decoding goes on as if there had been no other."""
+    model = Mamba2LM(config).double()
+    ids = torch.randint(61, (1, 105), generator=torch.Generator().manual_seed(0))
+    targets, cu_seqlens = ids.roll(-1, dims=1), checks.cu_seqlens(dtype).cpu()
+    targets[:, ::5] = -100
+    parts = [slice(start, stop) for start, stop in itertools.pairwise(cu_seqlens.tolist())]
+    losses = [model(ids[:, part], targets[:, part]) for part in parts if part.start < part.stop]
+    gradients = torch.autograd.grad(sum(losses), list(model.parameters()))
+    loss = model(ids, targets, cu_seqlens=cu_seqlens)
+    with_state, state = model(ids, targets, return_state=True, cu_seqlens=cu_seqlens)
+    each, _ = model.token_losses(ids, targets, cu_seqlens=cu_seqlens)
+    for value in (loss, with_state):
+        assert value.item() == pytest.approx(sum(losses).item(), rel=1e-6)
+        for actual, expected in zip(torch.autograd.grad(value, list(model.parameters())), gradients, strict=True):
+            assert relative_error(actual, expected) < 1e-6
+    assert each[:, parts[2]].sum().item() == pytest.approx(losses[2].item(), rel=1e-6)
+    following = torch.arange(len(parts))
+    assert {len(layer.conv) for layer in state} == {len(parts)}
+    logits, _ = model.step(following, [layer.detach() for layer in state])
+    for part, token, actual in zip(parts, following, logits, strict=True):
+        assert relative_error(actual, model(torch.cat([ids[:, part], token.view(1, 1)], dim=1))[0, -1]) < 1e-6
+    for name, value in (("state", model.new_state(1)), ("seq_idx", torch.zeros_like(ids))):
+        with pytest.raises(ValueError, match=f"^{name} does not go with cu_seqlens"):
+            model(ids, cu_seqlens=cu_seqlens, **{name: value})
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_documents_by_cu_seqlens_equal_documents_run_one_by_one(dtype):
+    check_documents_by_cu_seqlens(small_config(), dtype)
+
+
 def test_the_loss_is_the_cross_entropy_of_the_logits():
     model = Mamba2LM(small_config()).double()
     targets = NEXT.clone()
@@ -272,6 +307,8 @@ def test_a_forward_pass_on_a_gpu_mixes_no_devices_and_waits_for_nothing(monkeypa
                     module._parameters[name] = nn.Parameter(torch.empty(parameter.shape, device="cuda"))
         ids, seq_idx = (torch.zeros(2, 300, dtype=kind, device="cuda") for kind in (torch.int64, torch.int32))
         results = [model(ids), model(ids, ids, seq_idx=seq_idx), model.token_losses(ids, ids, seq_idx)[0]]
+        cu_seqlens = torch.zeros(5, dtype=torch.int32, device="cuda")
+        results += model(ids.narrow(0, 0, 1), return_state=True, cu_seqlens=cu_seqlens)[1][0]
         assert all(result.device.type == "cuda" for result in results)
 
 

@@ -38,6 +38,20 @@ def test_the_model_compiles_whole(monkeypatch, implementation, keep_products_onl
     compare(monkeypatch, implementation, "aot_eager", keep_products_only)
 
 
+@torch.no_grad()
+def test_documents_by_cu_seqlens_and_their_states_compile_whole():
+    torch.compiler.reset()
+    model = Mamba2LM(small_config(num_hidden_layers=1), seed=1)
+    ids, cu_seqlens = torch.arange(15)[None], torch.tensor([0, 4, 4, 15])
+    expected, state = model(ids, return_state=True, cu_seqlens=cu_seqlens)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    actual, compiled_state = compiled(ids, return_state=True, cu_seqlens=cu_seqlens)
+    for value, other in zip((expected, *state[0]), (actual, *compiled_state[0]), strict=True):
+        torch.testing.assert_close(other, value)
+    with pytest.raises(RuntimeError, match="cu_seqlens must begin with 0, never fall, and end with 15"):
+        compiled(ids, return_state=True, cu_seqlens=cu_seqlens - 1)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("keep_products_only", [False, True])
 def test_the_model_compiles_with_inductor(monkeypatch, keep_products_only):
