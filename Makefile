@@ -45,7 +45,7 @@ $(VENV)/.requirements: requirements.txt
 	touch $@
 
 # mamba-ssm is what the tests compare with. It is installed without its CUDA extension: its Triton kernels run in
-# Triton's interpreter. lm-evaluation-harness comes without what its models and metrics need, as the tests use neither.
+# Triton's interpreter. lm-evaluation-harness comes without most of what its tasks need, as the tests bring their own.
 $(VENV)/.requirements-test: requirements-test.txt $(VENV)/.requirements
 	$(BIN)/python -m pip install --quiet --requirement requirements-test.txt
 	MAMBA_FORCE_BUILD=TRUE MAMBA_SKIP_CUDA_BUILD=TRUE \

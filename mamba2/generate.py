@@ -220,14 +220,16 @@ def main() -> None:
     if args.samples == 1:
         print_continuation(stream, tokenizer, prompt, args)
     else:
-        for i, pieces in enumerate(zip(*text_pieces(stream, tokenizer, args))):
+        for i, pieces in enumerate(zip(*text_pieces(stream, tokenizer, args.samples, args.max_new_tokens, args.stop))):
             print(f"--- sample {i + 1}\n{prompt}{''.join(pieces)}")
 
 
-def text_pieces(stream: TokenStream, tokenizer: Tokenizer, args: argparse.Namespace) -> Iterator[list[str]]:
-    """The text that each step adds to every row, up to --max-new-tokens or until all rows have ended."""
-    texts = [TextStream(tokenizer, args.stop) for _ in range(args.samples)]
-    for _, drawn in zip(range(args.max_new_tokens), stream):
+def text_pieces(
+    stream: TokenStream, tokenizer: Tokenizer, rows: int, max_new_tokens: int, stop: tuple[str, ...]
+) -> Iterator[list[str]]:
+    """The text that each step adds to every row, up to `max_new_tokens` or until all rows have ended."""
+    texts = [TextStream(tokenizer, stop) for _ in range(rows)]
+    for _, drawn in zip(range(max_new_tokens), stream):
         yield [text.push(token_id) for text, token_id in zip(texts, drawn.tolist())]
         if all(text.ended for text in texts):
             break
@@ -237,7 +239,7 @@ def text_pieces(stream: TokenStream, tokenizer: Tokenizer, args: argparse.Namesp
 def print_continuation(stream: TokenStream, tokenizer: Tokenizer, shown: str, args: argparse.Namespace) -> None:
     """Print `shown` and the text of a single row as it is drawn."""
     print(shown, end="", flush=True)
-    for (piece,) in text_pieces(stream, tokenizer, args):
+    for (piece,) in text_pieces(stream, tokenizer, args.samples, args.max_new_tokens, args.stop):
         print(piece, end="", flush=True)
     print(flush=True)
 

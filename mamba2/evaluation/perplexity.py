@@ -151,7 +151,7 @@ def plan(corpus: Corpus, tokenizer: Tokenizer, protocol: str, context: int, stri
         for document, text, words, n_bytes in _texts(corpus, protocol):
             ids = tokenizer.encode(text)
             losses.append(DocumentLoss(document, words=words, bytes=n_bytes))
-            parts = _cut(ids, protocol, context, tokenizer.eot_id)
+            parts = cut(ids, protocol, context, tokenizer.eot_id)
             sequences += [Scored(part, first, len(losses) - 1) for part, first in parts]
     sequences = [sequence for sequence in sequences if len(sequence.ids) > sequence.first]
     if not sequences:
@@ -179,7 +179,7 @@ def _texts(corpus: Corpus, protocol: str) -> Iterator[tuple[int, str, int, int]]
             yield number, text, len(text.split()), 0
 
 
-def _cut(ids: list[int], protocol: str, context: int, eot: int) -> list[tuple[list[int], int]]:
+def cut(ids: list[int], protocol: str, context: int, eot: int) -> list[tuple[list[int], int]]:
     """(ids, first one to score) of each sequence of one document."""
     if protocol == "stateful":
         return [([eot, *ids], 1)]
