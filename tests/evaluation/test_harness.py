@@ -77,7 +77,7 @@ def local(tokenizer, continuations, tmp_path_factory):
     root = tmp_path_factory.mktemp("tasks")
     said = tokenizer.decode(tokenizer.encode(continuations[0])[:3])
     documents = {
-        "choice": [*CHOICES, {"context": PROMPTS[0], "choices": [said, " other"], "answer": 0}],
+        "choice": [*CHOICES, {"context": PROMPTS[0], "choices": [said, LONG[:40], "!"], "answer": 0}],
         "rolling": [{"text": text} for text in TEXTS],
         "until": [{"prompt": p, "target": text} for p, text in zip(PROMPTS, continuations)],
     }
@@ -207,18 +207,29 @@ def test_log_likelihoods_are_those_of_a_pass_over_context_and_continuation(tmp_p
         assert value == pytest.approx(sum(log_p[i - 1, ids[i]].item() for i in scored), abs=1e-4)
 
 
-def test_a_context_is_read_once_for_all_its_continuations(tmp_path):
-    lm, read = of_bytes(tmp_path, size=8), []
+def tokens_read(lm: HarnessLM) -> list[int]:
+    """A list to which every pass from now on adds its number of tokens."""
+    read = []
     lm.model.backbone.register_forward_pre_hook(lambda _, arguments: read.append(arguments[0].numel()))
+    return read
+
+
+def test_a_context_is_read_once_for_all_its_continuations(tmp_path):
+    lm = of_bytes(tmp_path, size=8)
+    read = tokens_read(lm)
     lm.loglikelihood([request("a context of 22 bytes,", end) for end in ("one", "two", "six", "ten")])
     assert read == [22, 4 * 2]  # the last token of a continuation is only predicted
 
 
 def test_a_context_that_is_too_long_loses_its_beginning_with_a_warning(tmp_path, capsys):
     lm = of_bytes(tmp_path)
+    read = tokens_read(lm)
     full, cut = lm.loglikelihood([request("x" * 50 + "y" * 36, "four!"), request("y" * 36, "four!")])
     assert full == cut
     assert "warning: 1 of 2 contexts lose their beginning" in capsys.readouterr().err
+    lm.generate_until([request("x" * 50, {"max_gen_toks": 10})])
+    assert read == [36, 2 * 4, 30]
+    assert "warning: 1 of 1 contexts lose their beginning" in capsys.readouterr().err
 
 
 def text_of(lm: HarnessLM, **options) -> str:
