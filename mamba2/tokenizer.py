@@ -64,6 +64,7 @@ class Tokenizer:
         tokens: the bytes of each id.
         extra: the id of each token that is taken out of the text before the merging.
         nfc: whether text is normalised to NFC first.
+        pattern: the regular expression whose matches are the pieces in which merging happens.
     """
 
     def __init__(
@@ -81,11 +82,11 @@ class Tokenizer:
     ):
         """`ranks`: id of each token that merging can yield, in the order of merging. `extra`: id of each token that is
         taken out of the text before the merging; those in `raw` are taken out before it is normalised. `unused`: id of
-        each token that `encode` never yields, such as the special ones. `pattern`: the regular expression whose matches
-        are the pieces in which merging happens. `file`: the tokenizer.json that all this was read from."""
+        each token that `encode` never yields, such as the special ones. `file`: the tokenizer.json that all this was
+        read from."""
         extra = extra or {}
         self.name, self.identity, self.eot_id, self.file = name, identity, eot_id, file
-        self.nfc, self.extra = nfc, extra
+        self.nfc, self.extra, self.pattern = nfc, extra, pattern
         # `encode` yields one id for the same bytes, but a run of spaces has a second id, which a model can sample.
         self.tokens = {i: token for some in (unused or {}, ranks, extra) for token, i in some.items()}
         self.vocab_size = max(*self.tokens, eot_id) + 1

@@ -64,6 +64,7 @@ def test_models_are_made_trained_and_sampled_without_any_extra(trained):
         ("eval.py --model-base-path . --dataset-name pair.jsonl --seeds 42 --initializations x", "report"),
         ("train.py --model-path models/seed-42-log_uniform --dataset-path no/such --output-dir o", "data"),
         ("mamba2.evaluation --model mamba2 --model_args pretrained=out-final --tasks wikitext", "harness"),
+        ("mamba2.checkpoint convert out-final out.gguf --to gguf", "gguf"),
     ],
 )
 def test_a_missing_package_is_named_with_the_command_that_installs_it(trained, command, extra):

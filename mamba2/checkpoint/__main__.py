@@ -1,8 +1,9 @@
-"""Describe a model folder, convert it to another project's layout, or export a checkpoint's optimizer state.
+"""Describe a model folder, convert it for another project, or export a checkpoint's optimizer state.
 
     python -m mamba2.checkpoint inspect MODEL [--strict] [--no-text]
     python -m mamba2.checkpoint convert SOURCE TARGET --to transformers
     python -m mamba2.checkpoint convert SOURCE TARGET --to mamba-ssm --dtype bfloat16
+    python -m mamba2.checkpoint convert SOURCE TARGET.gguf --to gguf --dtype float16
     python -m mamba2.checkpoint export-optimizer OUT/checkpoint-2000 moments.safetensors
 
 MODEL and SOURCE can be folders of this project, transformers, mamba-ssm (state-spaces' mamba2-*) or Codestral Mamba.
@@ -28,9 +29,9 @@ def main() -> None:
     inspect.add_argument("--strict", action="store_true", help="exit code 1 if something looks wrong")
     what = "do not load the model to see on text whether z and x are exchanged in in_proj"
     inspect.add_argument("--no-text", action="store_true", help=what)
-    conversion = commands.add_parser("convert", help="write a folder that another project loads")
+    conversion = commands.add_parser("convert", help="write a folder or file that another project loads")
     conversion.add_argument("source", help="model folder of any layout")
-    conversion.add_argument("target", help="folder to write; must not exist")
+    conversion.add_argument("target", help="folder or file to write; must not exist")
     conversion.add_argument("--to", choices=LAYOUTS, required=True)
     conversion.add_argument("--tokenizer", help="name or tokenizer.json, for a source that carries none")
     conversion.add_argument(
@@ -52,6 +53,8 @@ def main() -> None:
         print(f"wrote {export_optimizer(args.checkpoint, args.file)} tensors to {args.file}")
         return
     tokenizer = convert(args.source, args.target, args.to, args.tokenizer, getattr(torch, args.dtype))
+    if args.to == "gguf" and tokenizer and tokenizer.nfc:
+        print("llama.cpp does not normalise text: it finds the ids of this tokenizer for text that is in NFC")
     print(f"wrote {args.target}, tokenizer {tokenizer.name if tokenizer else 'none: give one with --tokenizer'}")
 
 

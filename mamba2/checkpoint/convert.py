@@ -1,4 +1,4 @@
-"""Convert a model folder of any layout into one that transformers or mamba-ssm loads."""
+"""Convert a model folder of any layout into one that transformers or mamba-ssm loads, or a file for llama.cpp."""
 
 import json
 import os
@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from mamba2.checkpoint.foreign import read_config, to_mamba_ssm
+from mamba2.checkpoint.gguf import write_gguf
 from mamba2.checkpoint.model_folder import read_model, write_model
 from mamba2.checkpoint.weights import EMBEDDINGS
 from mamba2.files import atomic_folder
@@ -14,7 +15,7 @@ from mamba2.model import SHAPES
 from mamba2.tokenizer import Tokenizer, find_tokenizer, get_tokenizer, save_tokenizer
 from mamba2.tokenizer_json import write_tokenizer_json
 
-LAYOUTS = ("transformers", "mamba-ssm")
+LAYOUTS = ("transformers", "mamba-ssm", "gguf")
 
 
 def convert(
@@ -24,7 +25,8 @@ def convert(
     tokenizer: str | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Tokenizer | None:
-    """Write the model of the folder `source` into the new folder `target`, stored in `dtype`.
+    """Write the model of the folder `source` into the new folder `target`, stored in `dtype`; in the layout gguf into
+    the new file `target`.
 
     Arguments: `layout` is one of LAYOUTS; `tokenizer` a name or a tokenizer.json, for a source without one.
     Returns the tokenizer, which is written too (for transformers as the tokenizer.json of its AutoTokenizer), or None.
@@ -35,14 +37,17 @@ def convert(
         raise ValueError(f"layout {layout!r} is unknown; choose {', '.join(LAYOUTS)}")
     chosen = find_tokenizer(source) if tokenizer is None else get_tokenizer(tokenizer)
     config = read_config(Path(source))
-    if layout == "transformers" and config.attn_layer_idx:
+    if layout != "mamba-ssm" and config.attn_layer_idx:
         raise ValueError(
-            f"attn_layer_idx is {list(config.attn_layer_idx)}, and transformers' Mamba2 has no layers of attention"
+            f"attn_layer_idx is {list(config.attn_layer_idx)}, and the Mamba-2 of {layout} has no layers of attention"
         )
     if chosen is not None and chosen.vocab_size > config.vocab_size:
         raise ValueError(
             f"tokenizer {chosen.name} has {chosen.vocab_size} ids and the model only {config.vocab_size} rows"
         )
+    if layout == "gguf":
+        write_gguf(Path(target), *read_model(source, SHAPES), chosen, dtype)
+        return chosen
     with atomic_folder(target) as folder:
         if layout == "transformers":
             write_model(folder, *read_model(source, SHAPES, dtype), dtype)

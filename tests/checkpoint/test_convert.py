@@ -225,8 +225,8 @@ def test_what_a_layout_cannot_say_is_refused_and_nothing_is_left(tmp_path):
         convert(tmp_path / "model", tmp_path / "out", "mamba-ssm")
     with pytest.raises(ValueError, match="tokenizer gpt2 has 50257 ids and the model only 61 rows"):
         convert(tmp_path / "model", tmp_path / "out", "transformers", tokenizer="gpt2")
-    with pytest.raises(ValueError, match="layout 'gguf' is unknown"):
-        convert(tmp_path / "model", tmp_path / "out", "gguf")
+    with pytest.raises(ValueError, match="layout 'onnx' is unknown"):
+        convert(tmp_path / "model", tmp_path / "out", "onnx")
     assert [file.name for file in tmp_path.iterdir()] == ["model"]
     with pytest.raises(FileExistsError):
         convert(tmp_path / "model", tmp_path / "model", "transformers")
