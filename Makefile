@@ -1,5 +1,6 @@
 # make study   the whole project in a few minutes: models, training, comparison
 # make test    everything that the tests need, then the tests
+# make test-peers  the same models in programs that are built for it (llama.cpp), which takes some minutes
 # make lint    style
 # make gpu     everything that can be learned of a GPU in eight minutes: correct? fast? into runs/gpu
 # make wheels  what that compares with, as wheels, for a machine with a GPU and no network
@@ -11,7 +12,7 @@ MAMBA_SSM = mamba-ssm==2.3.2.post1
 LM_EVAL = lm-eval==0.4.13
 FLA = flash-linear-attention==0.6.0 fla-core==0.6.0
 
-.PHONY: study test lint gpu wheels clean
+.PHONY: study test test-peers lint gpu wheels clean
 
 study: $(VENV)/.requirements
 	$(BIN)/python init.py
@@ -20,6 +21,9 @@ study: $(VENV)/.requirements
 
 test: $(VENV)/.requirements-test
 	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile $(TESTFLAGS)
+
+test-peers: $(VENV)/.requirements-peers
+	$(BIN)/python -m pytest tests/peers $(TESTFLAGS)
 
 lint: $(VENV)/.requirements-test
 	$(BIN)/ruff check .
@@ -51,4 +55,9 @@ $(VENV)/.requirements-test: requirements-test.txt $(VENV)/.requirements
 	MAMBA_FORCE_BUILD=TRUE MAMBA_SKIP_CUDA_BUILD=TRUE \
 	  $(BIN)/python -m pip install --quiet --no-build-isolation --no-deps $(MAMBA_SSM)
 	$(BIN)/python -m pip install --quiet --no-deps $(LM_EVAL)
+	touch $@
+
+$(VENV)/.requirements-peers: requirements-peers.txt $(VENV)/.requirements-test
+	CMAKE_ARGS="-DGGML_NATIVE=OFF -DLLAVA_BUILD=OFF -DLLAMA_OPENSSL=OFF" \
+	  $(BIN)/python -m pip install --quiet --requirement requirements-peers.txt
 	touch $@
