@@ -59,6 +59,8 @@ def main() -> None:
     what = "data that autocorrelation is measured in [a study's]"
     parser.add_argument("--dataset-path", help=what)
     parser.add_argument("--weight-init", choices=list(WEIGHT_INITS), help="all other weights [what the config says]")
+    what = "hidden_size from which muP scales initial weights and rates, with one learning rate for all widths [off]"
+    parser.add_argument("--mup-base-width", type=int, help=what)
     parser.add_argument("--tokenizer", help="bytes, gpt2, gpt-neox-20b, a tokenizer.json [by the vocabulary's size]")
     parser.add_argument("--list", action="store_true", help="list the initialisations and stop")
     parser.add_argument(
@@ -80,6 +82,8 @@ def main() -> None:
     config = Mamba2Config.from_json(shipped(args.config_path))
     if args.weight_init:
         config = config.with_weight_init(args.weight_init)
+    if args.mup_base_width is not None:
+        config = dataclasses.replace(config, mup_base_width=args.mup_base_width)
     used = {name: initializers(name) for name in args.initializations}
     tokenizer = choose_tokenizer(args.tokenizer, config.vocab_size)
     parameters = read_parameters(args, study, config, used, tokenizer)
@@ -98,7 +102,7 @@ def main() -> None:
     }
     finished = {key for key, folder in folders.items() if folder.exists()}
     for seed, name in finished:
-        require_same(folders[seed, name], used[name], parameters)
+        require_same(folders[seed, name], used[name], parameters, config.mup_base_width)
 
     print(f"config       {args.config_path}: {num_parameters(config):,} parameters")
     print(f"layers       {config.num_hidden_layers} x {config.num_heads} heads of {config.head_dim}")
@@ -166,9 +170,14 @@ def read_parameters(
     return parameters
 
 
-def require_same(folder: Path, used: dict[str, Initializer], parameters: DtParams) -> None:
+def require_same(folder: Path, used: dict[str, Initializer], parameters: DtParams, mup_base_width: int | None) -> None:
     """Raise ValueError where a model that is there already was initialised with other parameters."""
     config = Mamba2Config.from_json(folder)
+    if config.mup_base_width != mup_base_width:
+        raise ValueError(
+            f"{folder} is there already, with mup_base_width = {config.mup_base_width}, and not {mup_base_width} as "
+            "wanted now: choose another --output-path"
+        )
     records = {"dt_bias": config.dt_bias_init, **(config.factors_init or {})}
     for parameter, initializer in used.items():
         record = records.get(parameter) or {}

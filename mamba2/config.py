@@ -2,8 +2,8 @@
 
 The file is Hugging Face's: the same keys and, where a key is absent, the same default as `transformers.Mamba2Config`,
 so that a folder written by either opens in the other. Keys that this code does not use stay in `extra` and are written
-back unchanged and in their place. Five more keys are written only when they are set: `weight_init`, `dt_bias_init` and
-`factors_init` of this package, and mamba-ssm's `attn_layer_idx` and `attn_cfg` for attention layers.
+back unchanged and in their place. Six more keys are written only when they are set: `weight_init`, `mup_base_width`,
+`dt_bias_init` and `factors_init` of this package, and mamba-ssm's `attn_layer_idx` and `attn_cfg` for attention layers.
 """
 
 import dataclasses
@@ -68,6 +68,8 @@ class Mamba2Config:
     rescale_prenorm_residual: bool = False
     # "transformers": A = 1..num_heads in every layer. "mamba_ssm": A ~ U(1, 16) per head.
     weight_init: str = "transformers"
+    # Initial scales and rates follow muP from this hidden_size on, see `width_multiple`; None: they do not.
+    mup_base_width: int | None = None
     # What `initializers.make_dt_bias` recorded (name, parameters, seed, sha256); None: dt_bias has no recorded origin.
     dt_bias_init: dict[str, Any] | None = None
     # By factor, what `factors.apply_factor` recorded (name, seed, sha256); None: all as `weight_init` has it.
@@ -107,6 +109,33 @@ class Mamba2Config:
     def d_in_proj(self) -> int:
         """Rows of in_proj: z, x, B, C, dt."""
         return self.d_inner + self.conv_dim + self.num_heads
+
+    @property
+    def width_multiple(self) -> float:
+        """m = hidden_size / mup_base_width, by which muP scales initial weights and AdamW's rates; 1 without muP.
+
+        The maximal update parametrisation keeps activations and their changes in a step the same size while
+        hidden_size grows, and with it num_heads; vocabulary, depth, expand, head_dim, state_size and n_groups stay.
+        Its condition: the spectral norms of a weight and of its update are as √(fan_out / fan_in). Independent weights
+        of deviation σ have σ (√fan_in + √fan_out); an update of AdamW, with entries of about ± the rate and of low
+        rank, has rate √(fan_in fan_out). Beside the model of the base width, which stays as it is:
+
+                               fan_in  fan_out   initial weights        AdamW's rate
+            in_proj: z, x, dt    m        m      as without (1/√fan_in)     1/m
+            in_proj: B, C        m        1      1/√m of that               1/m
+            out_proj             m        m      as without                 1/m
+            lm_head              m        1      1/√m of that               1/m
+            embeddings           1        m      as without                 1
+            all others           1        1      as without                 1
+
+        So nothing in the forward pass changes. Rows of B and C are like lm_head's: each reads the whole width and is
+        one of state_size, over which C·B sums. A state that grew with the width would need another rule (Vankadara et
+        al. 2024, On Feature Learning in Structured State Space Models, NeurIPS).
+
+        References: Yang et al. 2022, arXiv:2203.03466, table 3; the condition: Yang, Simon & Bernstein 2023,
+        arXiv:2310.17813.
+        """
+        return 1.0 if self.mup_base_width is None else self.hidden_size / self.mup_base_width
 
     @property
     def initialization(self) -> str | None:
@@ -156,7 +185,7 @@ class Mamba2Config:
             ]
         if self.weight_init == "transformers":
             del values["weight_init"]
-        for key in ("dt_bias_init", "factors_init"):
+        for key in ("mup_base_width", "dt_bias_init", "factors_init"):
             if values[key] is None:
                 del values[key]
         if self.attn_layer_idx:
@@ -258,6 +287,19 @@ class Mamba2Config:
             AttentionConfig.of(self)
         elif self.attn_cfg:
             raise ValueError(f"attn_cfg is {self.attn_cfg!r}, and attn_layer_idx names no layer that it is for")
+        if self.mup_base_width is not None:
+            check_int("mup_base_width", self.mup_base_width)
+            A = (self.factors_init or {}).get("A", {}).get("name", self.weight_init)
+            needs = {
+                "tie_word_embeddings false, for it scales lm_head and not the embeddings": not self.tie_word_embeddings,
+                "layers without attention (attn_layer_idx), for which it has no rule here": not layers,
+                "weight_init mamba_ssm without A=arange, for A = 1..num_heads is another range at every width": (
+                    self.weight_init == "mamba_ssm" and A != "arange"
+                ),
+            }
+            for what, given in needs.items():
+                if not given:
+                    raise ValueError(f"mup_base_width is {self.mup_base_width}, and needs {what}")
         name = "" if self.dt_bias_init is None else self.dt_bias_init.get("name")
         if not isinstance(name, str):
             raise ValueError(f"dt_bias_init.name is {name!r}, and must be the name of an initialisation")

@@ -198,6 +198,8 @@ class Mamba2Mixer(nn.Module):
         cfg = self.config
         for linear in (self.in_proj, self.out_proj):
             init_linear(linear, generator)
+        for rows in self.tensors_of("BC"):
+            rows.mul_(cfg.width_multiple**-0.5)
         if cfg.rescale_prenorm_residual:
             self.out_proj.weight.div_(math.sqrt(cfg.num_hidden_layers))
         for tensor in (self.conv1d.weight, self.conv1d.bias):

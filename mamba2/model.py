@@ -341,7 +341,7 @@ class Mamba2LM(nn.Module):
             layer.norm.weight.fill_(1.0)
         self.backbone.norm_f.weight.fill_(1.0)
         if not cfg.tie_word_embeddings:
-            draw_uniform(self.lm_head.weight, cfg.hidden_size**-0.5, generator)
+            draw_uniform(self.lm_head.weight, (cfg.hidden_size * cfg.width_multiple) ** -0.5, generator)
 
     def _init_factors(self, factors: dict[str, str], seed: int, parameters: DtParams, after_dt_bias: bool) -> None:
         """Replace the drawn values of each factor by its named choice, and record that in the config: of those that

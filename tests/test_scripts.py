@@ -240,6 +240,19 @@ def test_parameters_and_factors_are_set_recorded_and_never_changed_in_silence(tm
     assert (folder / "model.safetensors").read_bytes() == before
 
 
+def test_the_base_width_of_muP_is_recorded_shown_and_never_changed_in_silence(tmp_path):
+    small_config(num_hidden_layers=2, vocab_size=257).save(tmp_path / "config.json")
+    (tmp_path / "train.txt").write_text("abcdefgh" * 100)
+    base = "init.py --config-path config.json --output-path o --initializations uniform --mup-base-width "
+    assert "needs weight_init mamba_ssm" in run_script(tmp_path, base + "16", code=1).stderr
+    base = base.replace("init.py", "init.py --weight-init mamba_ssm")
+    run_script(tmp_path, base + "16")
+    assert Mamba2Config.from_json(tmp_path / "o/seed-42-uniform").mup_base_width == 16
+    assert "with mup_base_width = 16, and not 8 as wanted now" in run_script(tmp_path, base + "8", code=1).stderr
+    train = "train.py --model-path o/seed-42-uniform --output-dir t --dataset-path train.txt --max-length 16 --dry-run"
+    assert "in_proj, out_proj and lm_head divided by 2" in run_script(tmp_path, train).stdout
+
+
 def test_dt_from_the_length_and_the_data(tmp_path):
     small_config(num_hidden_layers=2, vocab_size=257).save(tmp_path / "config.json")
     (tmp_path / "train.txt").write_text("abcdefgh" * 100)

@@ -337,6 +337,8 @@ class Job:
         print(
             f"schedule     {args.schedule}, peak {args.learning_rate:g}, {self.schedule.warmup_steps} steps of warm-up"
         )
+        if self.config.mup_base_width is not None:
+            print(f"muP          rates of in_proj, out_proj and lm_head divided by {self.config.width_multiple:g}")
         print(f"memory       about {memory / 1e9:.1f} GB a device")
         processes = f"{self.world.size} processes ({args.parallel}), " if self.world.size > 1 else ""
         print(f"runs on      {processes}{self.device}, {self.dtype}, {torch.get_num_threads()} threads")

@@ -22,12 +22,13 @@ class Group(NamedTuple):
     decay: bool  # whether --decay matrices reaches them
     muon: bool  # whether --optimizer muon makes their updates orthogonal; it leaves the others to AdamW
     rate: str = ""  # the name under which `rates` has a multiple of the learning rate for them
+    wide: bool = False  # whether they read the whole width, so that muP divides their rate by `width_multiple`
 
 
 GROUPS = (
-    Group("*_proj.weight", decay=True, muon=True),  # the matrices of mixers
+    Group("*_proj.weight", decay=True, muon=True, wide=True),  # the matrices of mixers
     Group("*embeddings.weight", decay=True, muon=False),
-    Group("lm_head.weight", decay=True, muon=False),
+    Group("lm_head.weight", decay=True, muon=False, wide=True),
     Group("*.dt_bias", decay=False, muon=False, rate="dt"),
     Group("*.A_log", decay=False, muon=False, rate="A"),
     Group("*", decay=False, muon=False),  # D, norms, biases, convolution
@@ -41,7 +42,9 @@ def grouped(
     model: Mamba2LM, learning_rate: float, weight_decay: float, decay: str, rates: dict[str, float]
 ) -> list[dict[str, Any]]:
     """The parameter groups: one for each of GROUPS, two where weight decay applies to some of its parameters only.
-    `peak` is the rate that the schedule multiplies."""
+    `peak` is the rate that the schedule multiplies. Where muP lowers it, weight decay rises, for AdamW multiplies the
+    one by the other: a weight's share that decays in a step is the same at every width (as microsoft/mup has it)."""
+    multiple = 1.0, model.config.width_multiple  # by Group.wide
     groups: dict[tuple[Group, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         group = next(group for group in GROUPS if fnmatch(name, group.pattern))
@@ -50,8 +53,8 @@ def grouped(
     return [
         {
             "params": parameters,
-            "weight_decay": weight_decay * decayed,
-            "peak": learning_rate * rates.get(group.rate, 1.0),
+            "weight_decay": weight_decay * decayed * multiple[group.wide],
+            "peak": learning_rate * rates.get(group.rate, 1.0) / multiple[group.wide],
             "muon": group.muon,
         }
         for (group, decayed), parameters in groups.items()
@@ -148,6 +151,8 @@ def _adamw(model: Mamba2LM, groups: list[dict], lr: float, betas: tuple[float, f
 
 def _muon(model: Mamba2LM, groups: list[dict], lr: float, betas: tuple[float, float], eps: float) -> Both:
     """for the matrices of mixers, with AdamW for the rest"""
+    if (base := model.config.mup_base_width) is not None:
+        raise ValueError(f"muon does not go with the model's mup_base_width {base}, whose rates are AdamW's: use adamw")
     mixers = [layer.mixer for layer in model.backbone.layers]
     muon = Muon([group for group in groups if group["muon"]], {m.in_proj.weight: m.in_proj_rows() for m in mixers}, lr)
     return Both(muon, _adamw(model, [group for group in groups if not group["muon"]], lr, betas, eps))
