@@ -19,6 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from mamba2.decoding.sampling import Sampling
+from mamba2.device import choose_device
 from mamba2.evaluation.perplexity import cut, token_nats
 from mamba2.generate import TokenStream, text_pieces
 from mamba2.model import Mamba2LM
@@ -37,7 +38,7 @@ class HarnessLM(TemplateLM):
         pretrained: str,
         tokenizer: str | None = None,
         dtype: str = "float32",
-        device: str | None = None,
+        device: str = "auto",
         batch_size: int | str = 1,
         max_length: int | str = 2048,
         max_gen_toks: int | str = 256,
@@ -47,7 +48,7 @@ class HarnessLM(TemplateLM):
 
         Arguments:
             pretrained: model folder; tokenizer: name or tokenizer.json, for a folder that carries none.
-            dtype: of the weights, float32 or bfloat16; device: cuda where there is one, else cpu.
+            dtype: of the weights, float32 or bfloat16; device: see `choose_device`.
             batch_size: rows at a time, which changes results only by rounding.
             max_length: tokens of a window; what is longer loses its beginning, or under loglikelihood_rolling is cut
                 into windows. 2048 as for `hf`, whose config of Mamba-2 names no length.
@@ -64,7 +65,7 @@ class HarnessLM(TemplateLM):
         self.rows_at_a_time = _whole("batch_size", batch_size)
         self.max_length = _whole("max_length", max_length)
         self.max_gen_toks = _whole("max_gen_toks", max_gen_toks)
-        self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self._device = choose_device(device)
         self.tokenizer = get_tokenizer(tokenizer) if tokenizer else load_tokenizer(pretrained)
         self.model = Mamba2LM.from_pretrained(pretrained, self._device, DTYPES[dtype], finite=True).eval()
         if self.tokenizer.vocab_size > self.model.config.vocab_size:

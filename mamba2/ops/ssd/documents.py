@@ -9,6 +9,7 @@ any order: the last bits of a state of more than two windows may differ between 
 
 import torch
 
+from mamba2.device import widen
 from mamba2.ops.ssd.blocked import best_chunk
 from mamba2.ops.ssd.reference import SSDInputs, activate_dt
 
@@ -24,7 +25,7 @@ def document_states(inputs: SSDInputs, cu_seqlens: torch.Tensor) -> torch.Tensor
     wide = torch.promote_types(inputs.x.dtype, torch.float32)
     dt = activate_dt(inputs.dt, inputs.dt_bias, inputs.dt_softplus, inputs.dt_limit, wide).squeeze(0)  # (l, h)
     # Sums over all tokens are far larger than their differences inside a document: float32 would lose these.
-    cs = (dt.double() * inputs.A.double()).cumsum(0)  # (l, h)
+    cs = (widen(dt) * widen(inputs.A)).cumsum(0)  # (l, h)
     starts, ends = (cu_seqlens.long().narrow(0, i, documents) for i in (0, 1))  # (documents,)
     document = inputs.seq_idx.squeeze(0)  # (l,)
     last = cs.index_select(0, ends.index_select(0, document) - 1)  # (l, h), of the last token of its document
