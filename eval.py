@@ -14,13 +14,12 @@ Prints a table by initialisation and seed, and writes JSON: {initialization: {"m
 """
 
 import argparse
-import hashlib
 import json
 from pathlib import Path
 
 import torch
 
-from mamba2.checkpoint import WEIGHTS
+from mamba2.checkpoint import weights_sha256
 from mamba2.cli import json_ready, parse_arguments, run
 from mamba2.data import is_synthetic, synthetic_samples
 from mamba2.device import choose_device
@@ -153,12 +152,10 @@ def main() -> None:
 
 def identify(path: Path, corpora: list[Corpus], args: argparse.Namespace) -> dict:
     """All that a measurement depends on; a stored one with the same identity is used again."""
-    with open(path / WEIGHTS, "rb") as file:
-        weights = hashlib.file_digest(file, "sha256").hexdigest()
     options = ("dataset_name", "dataset_split", "protocol", "context", "stride", "max_tokens")
     return {
         "version": RECORD_VERSION,
-        "weights": weights,
+        "weights": weights_sha256(path),
         "data": [[corpus.label, corpus.revision] for corpus in corpora],
         "diagnosed": args.report is not None,
         **{name: getattr(args, name) for name in options},

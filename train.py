@@ -202,11 +202,11 @@ def train(job: Job, folder: RunFolder) -> int:
     """Train one model, from its last checkpoint if there is one. Returns the signal that stopped it, or 0."""
     args, world = job.args, job.world
     identity = world.first(job.identity)
-    lock = world.first(folder.lock)
+    world.first(folder.lock)
     try:
         checkpoint, state = world.first(lambda: starting_point(job, folder, identity))
         counters = Counters(**state["counters"])
-        job.build(checkpoint, counters.updates)
+        job.build(checkpoint, counters)
         job.describe(folder.path)
         metrics = tracker = None
         if world.is_main:
@@ -234,7 +234,7 @@ def train(job: Job, folder: RunFolder) -> int:
         return 0
     finally:
         if world.is_main:
-            lock.release()
+            folder.unlock()
 
 
 def starting_point(job: Job, folder: RunFolder, identity: dict[str, Any]) -> tuple[Path | None, dict[str, Any]]:

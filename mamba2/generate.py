@@ -11,10 +11,10 @@ import argparse
 import codecs
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 
+from mamba2.checkpoint.hub import fetch
 from mamba2.cli import run
 from mamba2.decoding import make_decoder
 from mamba2.decoding.sampling import Sampling
@@ -167,7 +167,7 @@ class TextStream:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path, help="model folder, of any layout that `python -m mamba2.checkpoint` reads")
+    parser.add_argument("model", help="model folder of any layout that is read, or OWNER/MODEL on the hub")
     parser.add_argument("prompt", nargs="?", help="text to continue; standard input when left out")
     parser.add_argument("--interactive", action="store_true", help="read prompts line by line; the state is carried on")
     parser.add_argument("--max-new-tokens", type=int, default=200, help="of each continuation [200]")
@@ -196,8 +196,9 @@ def main() -> None:
         raise ValueError("--interactive carries one text on: --samples must be 1")
     keep_freed_memory()
     device = choose_device(args.device)
-    tokenizer = get_tokenizer(args.tokenizer) if args.tokenizer else load_tokenizer(args.model)
-    model = Mamba2LM.from_pretrained(args.model, device, getattr(torch, args.dtype), finite=True).eval()
+    folder = fetch(args.model)
+    tokenizer = get_tokenizer(args.tokenizer) if args.tokenizer else load_tokenizer(folder)
+    model = Mamba2LM.from_pretrained(folder, device, getattr(torch, args.dtype), finite=True).eval()
     sampling = Sampling(
         repetition_penalty=args.repetition_penalty,
         temperature=0.0 if args.greedy else args.temperature,

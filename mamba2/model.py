@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 from mamba2.attention import AttentionMixer, AttentionState
 from mamba2.checkpoint import Shapes, read_model, write_model
+from mamba2.checkpoint.hub import fetch
 from mamba2.config import Mamba2Config
 from mamba2.device import widen
 from mamba2.factors import apply_factor, parse_initialization
@@ -397,8 +398,9 @@ class Mamba2LM(nn.Module):
         dtype: torch.dtype = torch.float32,
         finite: bool = False,
     ) -> Self:
-        """Load a model folder (see `mamba2.checkpoint.read_model` for layouts, errors, and what `finite` refuses)."""
-        config, tensors = read_model(path, SHAPES, dtype, finite)
+        """Load a model folder, or OWNER/MODEL from the hub (see `mamba2.checkpoint.read_model` for layouts, errors, and
+        what `finite` refuses, and `mamba2.checkpoint.hub`)."""
+        config, tensors = read_model(fetch(path), SHAPES, dtype, finite)
         with torch.device("meta"):
             model = cls(config)
         model.load_state_dict(tensors, strict=True, assign=True)
@@ -407,7 +409,8 @@ class Mamba2LM(nn.Module):
         return model.to(device)
 
     def save_pretrained(self, path: str | os.PathLike) -> Path:
-        """Write model.safetensors (float32) and config.json into the folder `path`; each file is written atomically."""
+        """Write model.safetensors (float32), config.json and the model card README.md into the folder `path`; each file
+        is written atomically."""
         return write_model(path, self.config, self.state_dict())
 
 

@@ -323,10 +323,11 @@ def test_a_folder_that_cannot_be_written_is_found_before_training(study, monkeyp
 
 
 def test_two_runs_do_not_share_a_folder(run, tmp_path):
-    lock = RunFolder(tmp_path / "run").lock()
+    folder = RunFolder(tmp_path / "run")
+    folder.lock()
     with pytest.raises(OSError, match="another run is training in"):
         run()
-    lock.release()
+    folder.unlock()
 
 
 def test_what_a_killed_run_left_half_written_goes(run, whole, tmp_path):

@@ -72,6 +72,10 @@ def test_the_model_is_looked_at_before_the_first_step_and_after_the_last(whole):
     config, tensors = read_model(whole.with_name("whole-final"), SHAPES)
     assert config == Mamba2LM.from_pretrained(whole / "latest").config
     assert torch.equal(tensors["lm_head.weight"], Mamba2LM.from_pretrained(whole / "latest").lm_head.weight)
+    tokens, best = (metrics(whole, "tokens"), metrics(whole, "validation_loss"))
+    card = whole.with_name("whole-final").joinpath("README.md").read_text()
+    assert f"| training | 8 steps, {tokens[-1]['tokens']:,} tokens in windows of" in card
+    assert f"| lowest held-out loss | {min(row['validation_loss'] for row in best):.4f} nats per token" in card
 
 
 def test_dt_and_half_life_of_every_layer_are_logged_as_they_move(study, whole):

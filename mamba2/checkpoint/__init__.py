@@ -1,5 +1,5 @@
 """Read and write model folders and checkpoints."""
 
-from mamba2.checkpoint.model_folder import WEIGHTS, Shapes, read_model, write_model
+from mamba2.checkpoint.model_folder import Shapes, read_model, weights_sha256, write_model
 
-__all__ = ["WEIGHTS", "Shapes", "read_model", "write_model"]
+__all__ = ["Shapes", "read_model", "weights_sha256", "write_model"]

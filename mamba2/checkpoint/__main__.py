@@ -4,6 +4,7 @@
     python -m mamba2.checkpoint convert SOURCE TARGET --to transformers
     python -m mamba2.checkpoint convert SOURCE TARGET --to mamba-ssm --dtype bfloat16
     python -m mamba2.checkpoint convert SOURCE TARGET.gguf --to gguf --dtype float16
+    python -m mamba2.checkpoint push MODEL OWNER/MODEL
     python -m mamba2.checkpoint export-optimizer OUT/checkpoint-2000 moments.safetensors
 
 MODEL and SOURCE can be folders of this project, transformers, mamba-ssm (state-spaces' mamba2-*) or Codestral Mamba.
@@ -16,6 +17,7 @@ from pathlib import Path
 import torch
 
 from mamba2.checkpoint.convert import LAYOUTS, convert
+from mamba2.checkpoint.hub import fetch, push
 from mamba2.checkpoint.inspect import report
 from mamba2.checkpoint.training_state import export_optimizer
 from mamba2.cli import run
@@ -42,9 +44,16 @@ def main() -> None:
     )
     moments.add_argument("checkpoint", type=Path, help="checkpoint-N of a run")
     moments.add_argument("file", type=Path, help="safetensors file to write; must not exist")
+    upload = commands.add_parser("push", help="upload a model folder to the hub")
+    upload.add_argument("model", type=Path, help="model folder with safetensors")
+    upload.add_argument("name", help="OWNER/MODEL; made if it is not there")
+    upload.add_argument("--private", action="store_true", help="if it is made, for its owner alone")
     args = parser.parse_args()
+    if args.command == "push":
+        print(f"pushed {args.model} to {push(args.model, args.name, args.private)}")
+        return
     if args.command == "inspect":
-        text, found = report(args.model, not args.no_text)
+        text, found = report(fetch(args.model), not args.no_text)
         print(text)
         if found and args.strict:
             sys.exit(1)
@@ -52,7 +61,7 @@ def main() -> None:
     if args.command == "export-optimizer":
         print(f"wrote {export_optimizer(args.checkpoint, args.file)} tensors to {args.file}")
         return
-    tokenizer = convert(args.source, args.target, args.to, args.tokenizer, getattr(torch, args.dtype))
+    tokenizer = convert(fetch(args.source), args.target, args.to, args.tokenizer, getattr(torch, args.dtype))
     if args.to == "gguf" and tokenizer and tokenizer.nfc:
         print("llama.cpp does not normalise text: it finds the ids of this tokenizer for text that is in NFC")
     print(f"wrote {args.target}, tokenizer {tokenizer.name if tokenizer else 'none: give one with --tokenizer'}")

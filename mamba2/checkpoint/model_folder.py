@@ -1,10 +1,12 @@
 """Model folders: `model.safetensors` (float32) and `config.json`, in the layout of `transformers.Mamba2ForCausalLM`.
 
-Tensors have the names and shapes of `mamba2.model.tensor_shapes`. A tied lm_head is not stored. Both files are written
-atomically, config.json last.
+Tensors have the names and shapes of `mamba2.model.tensor_shapes`. A tied lm_head is not stored. Every file is written
+atomically, config.json last; README.md is the model card.
 """
 
 import dataclasses
+import hashlib
+import json
 import os
 import sys
 from collections.abc import Callable
@@ -13,11 +15,13 @@ from typing import NamedTuple
 
 import torch
 
+from mamba2.checkpoint.card import write_card
 from mamba2.checkpoint.foreign import read_config
 from mamba2.checkpoint.weights import (
     EMBEDDINGS,
     FLOATING,
     HEAD,
+    INDEX_FILES,
     StoredTensor,
     equals,
     find_weights,
@@ -25,10 +29,11 @@ from mamba2.checkpoint.weights import (
     read_tensors,
 )
 from mamba2.config import Mamba2Config
-from mamba2.files import atomic_file, save_tensors
+from mamba2.files import atomic_file, save_tensors, sha256, write_text
 from mamba2.host_memory import require_memory
 
 WEIGHTS = "model.safetensors"
+SHARD_BYTES = 5 * 10**9
 
 
 class Shapes(NamedTuple):
@@ -80,26 +85,52 @@ def write_model(
     config: Mamba2Config,
     tensors: dict[str, torch.Tensor],
     dtype: torch.dtype = torch.float32,
+    facts: dict[str, str] | None = None,
 ) -> Path:
     """Write `tensors` (a Mamba2LM's state_dict), stored in `dtype`, and `config` into the folder `path`. Returns it.
 
-    Raises OSError naming the file when it cannot be written; the old file is then unchanged.
+    More than SHARD_BYTES become several files and an index, as transformers has them. `facts` are more rows of the
+    model card. Raises OSError naming the file when it cannot be written; the old file is then unchanged.
     """
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
-    stored = {
-        key: tensor.detach().to("cpu", dtype).contiguous()
-        for key, tensor in tensors.items()
-        if not (config.tie_word_embeddings and key == HEAD)
-    }
-    try:
-        with atomic_file(path / WEIGHTS) as temporary:
-            save_tensors(temporary, stored, metadata={"format": "pt"})
-    except OSError as error:
-        raise OSError(f"cannot write {path / WEIGHTS}: {error}") from error
+    stored = {k: tensor.detach() for k, tensor in tensors.items() if not (config.tie_word_embeddings and k == HEAD)}
+    shards, room = [{}], SHARD_BYTES
+    for key, tensor in stored.items():
+        size = tensor.numel() * dtype.itemsize
+        if size > room and shards[-1]:
+            shards.append({})
+            room = SHARD_BYTES
+        shards[-1][key] = tensor
+        room -= size
+    names = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
+    names = [WEIGHTS] if len(shards) == 1 else names
+    before = {path / WEIGHTS, path / INDEX_FILES[0], *path.glob("model-*-of-*.safetensors")}
+    for name, shard in zip(names, shards):
+        try:
+            with atomic_file(path / name) as temporary:
+                held = {key: tensor.to("cpu", dtype).contiguous() for key, tensor in shard.items()}
+                save_tensors(temporary, held, metadata={"format": "pt"})
+        except OSError as error:
+            raise OSError(f"cannot write {path / name}: {error}") from error
+    if len(shards) > 1:
+        places = {key: name for name, shard in zip(names, shards) for key in shard}
+        total = sum(tensor.numel() for tensor in stored.values()) * dtype.itemsize
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
+        write_text(path / INDEX_FILES[0], json.dumps(index, indent=2) + "\n")
+        names.append(INDEX_FILES[0])
+    for old in before - {path / name for name in names}:
+        old.unlink(missing_ok=True)
+    write_card(path, config, sum(tensor.numel() for tensor in stored.values()), facts or {})
     # This option is about initialisation, but transformers 5 would also rescale the weights that it loads.
     dataclasses.replace(config, rescale_prenorm_residual=False).save(path)
     return path
+
+
+def weights_sha256(folder: Path) -> str:
+    """The hash of a model folder's weights; of several files that of their hashes."""
+    hashes = [sha256(file) for file in find_weights(folder)]
+    return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 
 def check_tensors(files: list[Path], config: Mamba2Config, stored: dict[str, StoredTensor], shapes: Shapes) -> None:

@@ -18,6 +18,7 @@ from lm_eval.api.model import TemplateLM
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
+from mamba2.checkpoint.hub import fetch
 from mamba2.decoding.sampling import Sampling
 from mamba2.device import choose_device
 from mamba2.evaluation.perplexity import cut, token_nats
@@ -47,7 +48,8 @@ class HarnessLM(TemplateLM):
         """The arguments are those of `--model_args`.
 
         Arguments:
-            pretrained: model folder; tokenizer: name or tokenizer.json, for a folder that carries none.
+            pretrained: model folder, or OWNER/MODEL on the hub.
+            tokenizer: name or tokenizer.json, for a folder that carries none.
             dtype: of the weights, float32 or bfloat16; device: see `choose_device`.
             batch_size: rows at a time, which changes results only by rounding.
             max_length: tokens of a window; what is longer loses its beginning, or under loglikelihood_rolling is cut
@@ -66,8 +68,9 @@ class HarnessLM(TemplateLM):
         self.max_length = _whole("max_length", max_length)
         self.max_gen_toks = _whole("max_gen_toks", max_gen_toks)
         self._device = choose_device(device)
-        self.tokenizer = get_tokenizer(tokenizer) if tokenizer else load_tokenizer(pretrained)
-        self.model = Mamba2LM.from_pretrained(pretrained, self._device, DTYPES[dtype], finite=True).eval()
+        folder = fetch(pretrained)
+        self.tokenizer = get_tokenizer(tokenizer) if tokenizer else load_tokenizer(folder)
+        self.model = Mamba2LM.from_pretrained(folder, self._device, DTYPES[dtype], finite=True).eval()
         if self.tokenizer.vocab_size > self.model.config.vocab_size:
             raise ValueError(
                 f"tokenizer {self.tokenizer.name} has {self.tokenizer.vocab_size} ids and the model only "

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from mamba2.checkpoint import WEIGHTS, write_model
+from mamba2.checkpoint import weights_sha256, write_model
 from mamba2.checkpoint.training_state import (
     load_optimizer,
     load_rng,
@@ -22,7 +22,6 @@ from mamba2.cuda_graph import GraphGradients
 from mamba2.data import Tokens, Windows, describe, load_tokens, load_validation
 from mamba2.data.tokens import SIDECAR
 from mamba2.distributed import World, full, parallelize, reshard
-from mamba2.files import sha256
 from mamba2.generate import NoDistribution, generate
 from mamba2.initializers import dt_table
 from mamba2.model import Mamba2LM, flops_per_token, num_parameters
@@ -143,8 +142,9 @@ class Job:
         # FSDP moves the model to the device block by block.
         return Mamba2LM.from_pretrained(folder, "cpu" if self.sharded else self.device, finite=True)
 
-    def build(self, checkpoint: Path | None, updates: int = 0) -> None:
-        """Prepare model, optimizer and generators to train from the start, or from `checkpoint` after `updates`."""
+    def build(self, checkpoint: Path | None, counters: Counters | None = None) -> None:
+        """Prepare model, optimizer and generators to train from the start, or from `checkpoint`."""
+        self.counters = counters or Counters()
         args, every = self.args, self.args.checkpoint_every
         if checkpoint is not None:
             self.model = self._load(checkpoint)
@@ -178,7 +178,7 @@ class Job:
         if args.initial_state != "zero":
             self.states = InitialStates(args.initial_state, self.model, self.batch, args.seed, self.world, self.device)
         if checkpoint is not None:
-            load_optimizer(checkpoint, self.model, self.optimizer, updates)
+            load_optimizer(checkpoint, self.model, self.optimizer, self.counters.updates)
             load_rng(checkpoint, self.world.rank)
             if self.states:
                 self.states.load(checkpoint)
@@ -249,11 +249,24 @@ class Job:
                 tensors[name] = whole.cpu()
 
         def write() -> None:
-            write_model(folder, self.config, tensors)
+            write_model(folder, self.config, tensors, facts=self.facts())
             if self.tokenizer is not None:
                 save_tokenizer(self.tokenizer, folder)
 
         self.world.first(write)
+
+    def facts(self) -> dict[str, str]:
+        """What the model card says of the training so far."""
+        data, trained, done = self.args.dataset_path, self.train_tokens, self.counters
+        name = Path(data).name if Path(data).exists() else data
+        facts = {
+            "tokenizer": self.tokenizer.name if self.tokenizer else "none",
+            "data": f"{name}, {len(trained.ids):,} tokens (sha256 {trained.sha256[:16]})",
+            "training": f"{done.step:,} steps, {done.tokens:,} tokens in windows of {self.args.max_length}",
+        }
+        if done.best_loss is not None:
+            facts["lowest held-out loss"] = f"{done.best_loss:.4f} nats per token, at step {done.best_step:,}"
+        return facts
 
     def write_checkpoint(self, folder: Path) -> None:
         self.write_model(folder)
@@ -275,7 +288,7 @@ class Job:
             **{name: getattr(self.args, name) for name in SAME_ON_RESUME},
             "dtype": str(self.dtype).removeprefix("torch."),
             "windows per step": self.batch,
-            "weights in --model-path (sha256)": sha256(self.model_path / WEIGHTS),
+            "weights in --model-path (sha256)": weights_sha256(self.model_path),
             "config in --model-path": self.config.to_dict(),
             "tokenizer": self.tokenizer and self.tokenizer.identity,
             "training data (sha256)": self.train_tokens.sha256,

@@ -42,16 +42,15 @@ class RunFolder:
         matches = {CHECKPOINT.fullmatch(folder.name): folder for folder in found if folder.is_dir()}
         return dict(sorted((int(match[1]), folder) for match, folder in matches.items() if match))
 
-    def lock(self) -> FileLock:
+    def lock(self) -> None:
         """Create the folder and lock it for this process, and delete the temporary files that killed runs left.
 
-        Returns the lock, to be released. Raises OSError when the folder cannot be written to or another run has locked
-        it.
+        Raises OSError when the folder cannot be written to or another run has locked it.
         """
         self.path.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(self.path / ".lock")
+        self._lock = FileLock(self.path / ".lock")
         try:
-            lock.acquire(blocking=False)
+            self._lock.acquire(blocking=False)
         except Timeout:
             raise OSError(f"another run is training in {self.path}; choose another --output-dir") from None
         for leftover in (*self.path.glob(".*.tmp"), *self.path.parent.glob(f".{self.final.name}.*.tmp")):
@@ -59,7 +58,9 @@ class RunFolder:
                 shutil.rmtree(leftover)
             else:
                 leftover.unlink()
-        return lock
+
+    def unlock(self) -> None:
+        self._lock.release()
 
     def find(self, resume: str) -> tuple[Path, dict[str, Any]] | None:
         """The checkpoint to resume from and its state. `resume` is a path, `auto` (the last intact one, None if there

@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mamba2.checkpoint import WEIGHTS
 from mamba2.checkpoint.convert import convert
+from mamba2.checkpoint.model_folder import WEIGHTS
 from mamba2.files import atomic_folder
 from mamba2.model import Mamba2LM
 from tests.distributed_runs import spawn
@@ -193,7 +193,7 @@ def test_a_disk_that_fills_up_while_saving_leaves_what_was_there(folder):
     before = (folder / WEIGHTS).read_bytes()
     assert spawn(save_until_the_disk_is_full, 1, folder) == [0]
     assert (folder / WEIGHTS).read_bytes() == before
-    assert sorted(file.name for file in folder.iterdir()) == ["config.json", WEIGHTS]
+    assert sorted(file.name for file in folder.iterdir()) == ["README.md", "config.json", WEIGHTS]
 
 
 def load_in_little_memory(folder: Path, dtype: torch.dtype, small: Path) -> None:
