@@ -25,7 +25,7 @@ from mamba2.data import INITIAL_STATES, STDLIB
 from mamba2.distributed import PARALLEL, World
 from mamba2.host_memory import keep_freed_memory
 from mamba2.initializers import dt_table
-from mamba2.study import add_study, read_study
+from mamba2.study import add_study
 from mamba2.training import (
     DECAYS,
     OPTIMIZERS,
@@ -117,8 +117,9 @@ def parse() -> argparse.Namespace:
     add("--compile", choices=("off", "blocks", "model", "fused", "graph"), default="off", help=what)
     add("--device", default="auto", help="auto (the GPU that is there), cpu, cuda, mps or xpu [auto]")
     add("--cuda-visible-devices", help='GPUs to use ["0", unless CUDA_VISIBLE_DEVICES is set]')
-    add_study(parser, "train")
+    study = add_study(parser, "train")
     args = parse_arguments(parser, "train", required=("model_path", "output_dir"))
+    args.study_file = study
     check(args, parser)
     return args
 
@@ -173,7 +174,7 @@ def main() -> None:
         os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
 
     runs = [(Path(path), Path(args.output_dir), args) for path in args.model_path]
-    study = read_study(args.study) if args.study else None
+    study = args.study_file
     if study and {"model_path": args.model_path, "output_dir": args.output_dir} == study.options("train"):
         runs = [(run.model, run.output, argparse.Namespace(**{**vars(args), **run.options})) for run in study.runs()]
     elif len(runs) > 1 or args.study:
@@ -258,7 +259,7 @@ def starting_point(job: Job, folder: RunFolder, identity: dict[str, Any]) -> tup
 
 def resolved_options(job: Job, folder: RunFolder) -> dict[str, Any]:
     """The options of this model's run, defaults included, without those that only say how to start."""
-    starting = ("preset", "study", "resume", "overwrite", "dry_run", "wandb_token")
+    starting = ("preset", "study", "study_file", "resume", "overwrite", "dry_run", "wandb_token")
     options = {name: value for name, value in vars(job.args).items() if name not in starting}
     return {**options, "model_path": [str(job.model_path)], "output_dir": str(folder.path)}
 

@@ -91,13 +91,17 @@ def generate(
     lengths: list[int] | None = None,
     eos_token_id: int | None = None,
     compiled: bool = False,
-    **sampling: float,
+    vocab_size: int | None = None,
+    repetition_penalty: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
 ) -> torch.Tensor:
     """Continue each row of `input_ids` (b, l) by `max_new_tokens` ids. Returns (b, l + max_new_tokens) int64.
 
     Arguments:
-        temperature, and as `sampling` top_k, top_p, min_p, repetition_penalty, vocab_size: see
-            `mamba2.decoding.sampling.Sampling`; temperature 0 takes the most likely id.
+        temperature, vocab_size, repetition_penalty, top_k, top_p, min_p: see `mamba2.decoding.sampling.Sampling`;
+            temperature 0 takes the most likely id.
         generator: on the model's device; None draws from torch's global one.
         lengths: the length of each row's prompt, if they differ. The new ids follow the prompt directly, and the rest
             of the row is filled with eos_token_id, or 0.
@@ -109,7 +113,14 @@ def generate(
     """
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens must be at least 0, not {max_new_tokens}")
-    filters = Sampling(temperature=temperature, **sampling)
+    filters = Sampling(
+        vocab_size=vocab_size,
+        repetition_penalty=repetition_penalty,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+    )
     b, l = input_ids.shape
     fill = 0 if eos_token_id is None else eos_token_id
     result = input_ids.new_full((b, l + max_new_tokens), fill)
