@@ -36,22 +36,22 @@ def fetch(name: str | os.PathLike) -> Path:
 def push(folder: Path, name: str, private: bool = False) -> str:
     """Create the model OWNER/MODEL on the hub, if it is not there, and upload a folder to it. Returns its address.
 
-    Raises FileNotFoundError if the folder holds no weights, ValueError if they are pickles or `name` is no such name.
+    Raises FileNotFoundError if the folder holds no weights, ValueError if they are pickles or `name` is no such name,
+    OSError if the hub does not take it.
     """
     match = NAME.fullmatch(name)
     if match is None or match[2] is not None:
         raise ValueError(f"{name!r} is no name on the hub, which reads OWNER/MODEL")
-    if pickles := [file.name for file in find_weights(folder) if file.suffix != ".safetensors"]:
+    weights = find_weights(folder)
+    if pickles := [file.name for file in weights if file.suffix != ".safetensors"]:
         raise ValueError(f"{folder / pickles[0]} is a pickle; `convert --to transformers` makes safetensors of it")
     import huggingface_hub
 
+    files = [file.name for file in weights] + ["config.json", "*tokenizer*.json", "*.index.json", "README.md"]
     hub = huggingface_hub.HfApi()
-    hub.create_repo(name, private=private, exist_ok=True)
-    files = [file.name for file in find_weights(folder)] + [
-        "config.json",
-        "*tokenizer*.json",
-        "*.index.json",
-        "README.md",
-    ]
-    hub.upload_folder(repo_id=name, folder_path=folder, allow_patterns=files, ignore_patterns="*/*")
+    try:
+        hub.create_repo(name, private=private, exist_ok=True)
+        hub.upload_folder(repo_id=name, folder_path=folder, allow_patterns=files, ignore_patterns="*/*")
+    except Exception as error:  # of the network, in classes of the client that huggingface_hub has at the moment
+        raise OSError(f"{folder} did not get to {hub.endpoint}/{name}: {error}") from error
     return f"{hub.endpoint}/{name}"

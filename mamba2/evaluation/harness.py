@@ -36,7 +36,7 @@ class HarnessLM(TemplateLM):
 
     def __init__(
         self,
-        pretrained: str,
+        pretrained: str | None = None,
         tokenizer: str | None = None,
         dtype: str = "float32",
         device: str = "auto",
@@ -62,6 +62,8 @@ class HarnessLM(TemplateLM):
         if unknown:
             known = "pretrained, tokenizer, dtype, device, batch_size, max_length, max_gen_toks"
             raise ValueError(f"model_args: {', '.join(unknown)} is unknown; choose from {known}")
+        if pretrained is None:
+            raise ValueError("model_args: pretrained is missing: pretrained=FOLDER, or OWNER/MODEL on the hub")
         if dtype not in DTYPES:
             raise ValueError(f"dtype must be {' or '.join(DTYPES)}, not {dtype}")
         self.rows_at_a_time = _whole("batch_size", batch_size)

@@ -1,5 +1,6 @@
 """Models on the hub, which is a folder here: what goes there, what comes back, what is refused. And the model card."""
 
+import functools
 import json
 import shutil
 import sys
@@ -90,6 +91,13 @@ def test_a_folder_comes_before_the_hub_and_pickles_never_come(hub, model):
     Path("model/model.safetensors").rename("model/pytorch_model.bin")
     with pytest.raises(ValueError, match=r"pytorch_model\.bin is a pickle"):
         push(Path("model"), "me/tiny")
+
+
+def test_a_hub_that_is_not_reached_is_a_sentence(model, tmp_path, monkeypatch):
+    api = functools.partial(huggingface_hub.HfApi, endpoint="http://localhost:1", token="none")
+    monkeypatch.setattr(huggingface_hub, "HfApi", api)
+    with pytest.raises(OSError, match="model did not get to http://localhost:1/me/tiny: "):
+        push(tmp_path / "model", "me/tiny")
 
 
 def test_the_card_is_one_that_the_hub_reads_and_replaces_nobody_elses(model, tmp_path, monkeypatch):

@@ -272,6 +272,7 @@ def test_options_that_are_not_understood_are_refused_by_name(tmp_path, options, 
     ("arguments", "message"),
     [
         ({"trust_remote_code": True, "peft": "x"}, "model_args: trust_remote_code, peft is unknown; choose from pretr"),
+        ({"pretrained": None}, "model_args: pretrained is missing"),
         ({"dtype": "int8"}, "dtype must be float32 or bfloat16, not int8"),
         ({"batch_size": "auto"}, "batch_size must be a whole number from 1 on, not auto"),
         ({"max_length": 0}, "max_length must be a whole number from 1 on, not 0"),
@@ -282,7 +283,7 @@ def test_options_that_are_not_understood_are_refused_by_name(tmp_path, options, 
 def test_model_args_that_are_not_understood_are_refused_by_name(tmp_path, arguments, message):
     of_bytes(tmp_path)
     with pytest.raises(ValueError, match=message):
-        HarnessLM(str(tmp_path), **{"tokenizer": "bytes", **arguments})
+        HarnessLM(**{"pretrained": str(tmp_path), "tokenizer": "bytes", **arguments})
 
 
 @pytest.mark.parametrize(("continuation", "count"), [("", 0), ("x" * 41, 41)])
