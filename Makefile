@@ -1,6 +1,6 @@
 # make study   the whole project in a few minutes: models, training, comparison
 # make test    everything that the tests need, then the tests
-# make test-peers  the same models in programs that are built for it (llama.cpp), which takes some minutes
+# make test-peers  the same models in programs that are built for it (llama.cpp), which takes half an hour
 # make lint    style
 # make gpu     everything that can be learned of a GPU in eight minutes: correct? fast? into runs/gpu
 # make wheels  what that compares with, as wheels, for a machine with a GPU and no network
