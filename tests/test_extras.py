@@ -12,9 +12,11 @@ from tests.test_model import small_config
 
 ROOT = Path(__file__).parent.parent
 WITHOUT = f"""
-import runpy, sys
+import os, runpy, signal, sys
 sys.path.insert(0, {str(ROOT)!r})
 sys.modules.update(dict.fromkeys({list(EXTRAS)}))  # importing one raises ModuleNotFoundError
+sys.modules["fcntl"] = None  # what Windows lacks
+del signal.SIGUSR1, os.sysconf
 sys.argv = sys.argv[1:]
 if sys.argv[0].endswith(".py"):
     runpy.run_path(sys.argv[0], run_name="__main__")
@@ -35,7 +37,7 @@ def run_without(folder: Path, command: str, code: int = 0) -> subprocess.Complet
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A model of text, created and trained without Triton, datasets, wandb, matplotlib and scipy."""
+    """A model of text, created and trained without any extra, fcntl, SIGUSR1 and sysconf."""
     folder = tmp_path_factory.mktemp("bare")
     (folder / "text/train").mkdir(parents=True)
     (folder / "text/train/a.txt").write_text("To be, or not to be, that is the question. " * 40)
