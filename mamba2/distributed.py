@@ -49,6 +49,8 @@ class World:
             return cls(device=choose_device(device))
         local_rank = int(os.environ["LOCAL_RANK"])
         chosen = choose_device(device, local_rank)
+        if ":" in device:
+            raise ValueError(f"--device {device} names one GPU, and every process has its own: leave out the number")
         if chosen.type not in COLLECTIVES:
             raise ValueError(f"several processes train on {', '.join(COLLECTIVES)}, not on {chosen.type}")
         if chosen.type != "cpu":

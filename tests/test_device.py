@@ -16,6 +16,7 @@ from torchgen.model import DispatchKey
 from mamba2 import model as model_module
 from mamba2.decoding.sampling import Sampling
 from mamba2.device import choose_device, widen
+from mamba2.distributed import World
 from mamba2.model import Mamba2LM
 from mamba2.training.optimizer import OPTIMIZERS, make_optimizer
 from mamba2.training.step import update
@@ -101,6 +102,15 @@ def test_a_device_that_is_not_there_is_refused_by_name(monkeypatch):
         assert str(choose_device(local_rank=2)) == chosen
         assert choose_device("cpu", 2).type == "cpu"
     assert str(choose_device("cuda:1")) == "cuda:1"
+
+
+def test_several_processes_have_a_device_each(monkeypatch):
+    for name, value in {"WORLD_SIZE": "2", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: torch.device("mps"))
+    for device, message in (("cpu:0", "cpu:0 names one GPU"), ("auto", "train on cpu, cuda, xpu, not on mps")):
+        with pytest.raises(ValueError, match=message):
+            World.join(device)
 
 
 def test_sums_are_in_float64_where_the_device_has_it():
