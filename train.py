@@ -89,7 +89,10 @@ def parse() -> argparse.Namespace:
     add("--sample-steps", type=int, default=1000, help="steps between samples of text [1000]")
     add("--sample-tokens", type=int, default=64, help="tokens of a sample; 0: none [64]")
     add("--dt-steps", type=int, default=100, help="steps between records of dt, beside 0, 1, 2, 4, 8, … [100]")
-    add("--wandb", choices=("online", "offline", "disabled"), help="[online if there is an API key, else disabled]")
+    what = "where the numbers go beside metrics.jsonl: {output-dir}/tensorboard, wandb [wandb if there is an API key]"
+    add("--log", nargs="*", choices=("tensorboard", "wandb"), default=[], help=what)
+    what = "[online with an API key, offline with --log wandb]"
+    add("--wandb", choices=("online", "offline", "disabled"), help=what)
     add("--wandb-project", default="mamba2", help="[mamba2]")
     add("--wandb-token", help="API key; the environment variable WANDB_API_KEY keeps it out of the process list")
 
@@ -160,6 +163,8 @@ def check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
         )
     if args.parallel == "fsdp" and args.compile == "model":
         parser.error("--compile model does not go with --parallel fsdp, which gathers block by block; blocks does")
+    if args.wandb == "disabled" and "wandb" in args.log:
+        parser.error("--wandb disabled does not go with --log wandb; leave out one of them")
     if args.resume not in ("auto", "none") and len(args.model_path) > 1:
         parser.error("--resume PATH goes with one --model-path; auto finds the checkpoint of each")
 
@@ -216,8 +221,7 @@ def train(job: Job, folder: RunFolder) -> int:
             options = resolved_options(job, folder)
             write_preset(folder.path / "train.toml", "train", options, f"options of {str(folder.path)!r}\n{versions()}")
             metrics = MetricsLog(folder.path / "metrics.jsonl", counters.step)
-            name, run_id = folder.path.name, state["wandb_run_id"]
-            tracker = Tracker(wandb_mode(args), args.wandb_project, name, folder.path, options, run_id)
+            tracker = Tracker(log_to(args), folder.path, options, counters.step, state["wandb_run_id"])
         try:
             stopped = loop(job, folder, counters, metrics, tracker, identity, resumed=checkpoint is not None)
         finally:
@@ -357,11 +361,13 @@ def loop(
                 )
 
 
-def wandb_mode(args: argparse.Namespace) -> str:
+def log_to(args: argparse.Namespace) -> set[str]:
+    """What --log names, and wandb where --wandb or an API key asks for it."""
     if args.wandb_token:
         print("warning: --wandb-token shows in the process list and the shell's history; prefer WANDB_API_KEY")
         os.environ["WANDB_API_KEY"] = args.wandb_token
-    return args.wandb or ("online" if os.environ.get("WANDB_API_KEY") else "disabled")
+    wandb = args.wandb != "disabled" and (args.wandb or os.environ.get("WANDB_API_KEY"))
+    return {*args.log, "wandb"} if wandb else set(args.log)
 
 
 if __name__ == "__main__":

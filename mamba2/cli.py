@@ -19,7 +19,7 @@ from mamba2.files import write_text
 
 # Packages that only some commands need, and the extra of pyproject.toml that installs each.
 EXTRAS = {"triton": "gpu", "datasets": "data", "pyarrow": "data", "wandb": "wandb"}
-EXTRAS |= {"lm_eval": "harness", "gguf": "gguf", "huggingface_hub": "hub"}
+EXTRAS |= {"tensorboard": "tensorboard", "lm_eval": "harness", "gguf": "gguf", "huggingface_hub": "hub"}
 EXTRAS |= dict.fromkeys(("matplotlib", "PIL", "scipy"), "report")
 ROOT = Path(__file__).parent.parent
 INSTALLED = not (ROOT / "pyproject.toml").is_file()

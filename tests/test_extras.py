@@ -67,12 +67,13 @@ def test_models_are_made_trained_and_sampled_without_any_extra(trained):
         ("train.py --model-path models/seed-42-log_uniform --dataset-path no/such --output-dir o", "data"),
         ("mamba2.evaluation --model mamba2 --model_args pretrained=out-final --tasks wikitext", "harness"),
         ("mamba2.checkpoint convert out-final out.gguf --to gguf", "gguf"),
+        ("mamba2.training.log out --to tensorboard", "tensorboard"),
     ],
 )
 def test_a_missing_package_is_named_with_the_command_that_installs_it(trained, command, extra):
     (trained / "seed-42-x").exists() or (trained / "seed-42-x").symlink_to(trained / "out-final")
     error = run_without(trained, command, code=1).stderr
-    assert "error: this needs the package" in error and f"pip install '{ROOT}[{extra}]'" in error
+    assert "error: " in error and "this needs the package" in error and f"pip install '{ROOT}[{extra}]'" in error
     assert "Traceback" not in error
 
 

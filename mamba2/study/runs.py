@@ -20,6 +20,7 @@ FREE = (
         "output_dir",
         "wandb",
         "wandb_project",
+        "log",
         "save_steps",
         "keep",
         "keep_best",

@@ -1,11 +1,12 @@
-"""Logging: metrics.jsonl, wandb when asked, and a line of progress."""
+"""Logging: metrics.jsonl, wandb and TensorBoard when asked, and a line of progress."""
 
 import contextlib
 import json
 import math
 import os
+import textwrap
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ class MetricsLog:
 
     def __init__(self, file: Path, step: int):
         self._path, self.seconds = file, 0.0
-        rows = _rows(file, step) if file.exists() else []
+        rows = read_metrics(file, step) if file.exists() else []
         self.seconds = next((row["seconds"] for row in reversed(rows) if "seconds" in row), 0.0)
         write_text(file, "".join(json.dumps(row) + "\n" for row in rows))
         self._file = open(file, "a", encoding="utf-8", buffering=1)  # noqa: SIM115 (open for the whole run)
@@ -46,7 +47,8 @@ class MetricsLog:
         self._file.close()
 
 
-def _rows(file: Path, step: int) -> list[dict[str, Any]]:
+def read_metrics(file: Path, step: float = math.inf) -> list[dict[str, Any]]:
+    """Rows of a metrics.jsonl up to `step`, without an incomplete last line. Another that is no JSON: ValueError."""
     rows = []
     for number, line in enumerate(lines := file.read_text(encoding="utf-8").splitlines(), start=1):
         try:
@@ -60,55 +62,103 @@ def _rows(file: Path, step: int) -> list[dict[str, Any]]:
     return rows
 
 
-class Tracker:
-    """A wandb run, or nothing. After an error of wandb it warns and stops logging there; training continues.
+def scalars(row: dict[str, Any]) -> dict[str, float | str]:
+    """What a tracker is given of a row of metrics.jsonl: numbers and texts by name, without what was not finite.
 
-    `run_id` identifies the wandb run for a resumed training run; None without one.
+    Lists with a value per layer become `name/layer i`.
+    """
+    flat = {}
+    for key, value in row.items():
+        flat |= {f"{key}/layer {i}": v for i, v in enumerate(value)} if isinstance(value, list) else {key: value}
+    return {key: value for key, value in flat.items() if value is not None and key != "step"}
+
+
+class TensorBoard:
+    """Event files in `folder`/tensorboard, with those methods of a wandb run that are called here.
+
+    TensorBoard then no longer shows what an earlier writer wrote of steps above `step`.
     """
 
-    def __init__(self, mode: str, project: str, name: str, folder: Path, options: dict[str, Any], run_id: str | None):
-        self._run, self.run_id = None, run_id
-        if mode == "disabled":
-            return
-        with self._or_warn("does not start"):
-            import wandb
+    def __init__(self, folder: Path, options: dict[str, Any], step: int):
+        from torch.utils.tensorboard import SummaryWriter
 
-            self._run = wandb.init(
-                project=project,
-                name=name,
-                id=run_id,
-                resume="allow",
-                mode=mode,
-                config=options,
-                dir=str(folder),
-                settings=wandb.Settings(init_timeout=WANDB_SECONDS),
-            )
-            self.run_id = self._run.id
+        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+        lines = (f"{key} = {json.dumps(value)}" for key, value in options.items() if value is not None)
+        self.log({"options": "\n".join(lines)}, step + 1)
 
-    def log(self, row: dict[str, Any]) -> None:
-        if self._run is None:
-            return
-        flat = {}
-        for key, value in row.items():
-            flat |= {f"{key}/layer {i}": v for i, v in enumerate(value)} if isinstance(value, list) else {key: value}
-        with self._or_warn("no longer takes values"):
-            self._run.log(flat, step=row["step"])
+    def log(self, values: dict[str, float | str], step: int) -> None:
+        for key, value in values.items():
+            if isinstance(value, str):
+                self._writer.add_text(key, textwrap.indent(value, "    ", lambda line: True), step)  # not as Markdown
+            else:
+                self._writer.add_scalar(key, value, step)
+        self._writer.flush()  # a killed run loses no step that a resumed one will not take again
 
     def finish(self) -> None:
-        if self._run is not None:
-            with self._or_warn("does not finish"):
-                self._run.finish()
+        self._writer.close()
+
+
+class Tracker:
+    """Runs of wandb and TensorBoard that take the rows of metrics.jsonl; with an empty `to`, none.
+
+    `options` are those of train.py: `wandb` (None: online with an API key, else offline) and `wandb_project` say how; a
+    run's name is its folder's. `run_id` identifies the wandb run of a resumed training run; None without one. After an
+    error of one it warns and stops logging there, and training continues; with `strict` it raises OSError.
+    """
+
+    def __init__(
+        self,
+        to: Iterable[str],
+        folder: Path,
+        options: dict[str, Any],
+        step: int = 0,
+        run_id: str | None = None,
+        strict: bool = False,
+    ):
+        self._runs, self.run_id, self._strict = {}, run_id, strict
+        for name in to:
+            with self._or_warn(name, "does not start"):
+                if name == "tensorboard":
+                    self._runs[name] = TensorBoard(folder, options, step)
+                else:
+                    self._runs[name] = _start_wandb(folder, options, run_id)
+                    self.run_id = self._runs[name].id
+
+    def log(self, row: dict[str, Any]) -> None:
+        for name, run in list(self._runs.items()):
+            with self._or_warn(name, "no longer takes values"):
+                run.log(scalars(row), step=row["step"])
+
+    def finish(self) -> None:
+        for name, run in list(self._runs.items()):
+            with self._or_warn(name, "does not finish"):
+                run.finish()
 
     @contextlib.contextmanager
-    def _or_warn(self, what: str) -> Iterator[None]:
+    def _or_warn(self, name: str, what: str) -> Iterator[None]:
         try:
             yield
         except Exception as error:  # wandb raises its own errors and those of the network
-            print(
-                f"warning: wandb {what} ({explain_missing(error)}); metrics.jsonl holds everything all the same",
-                flush=True,
-            )
-            self._run = None
+            self._runs.pop(name, None)
+            sentence = f"{name} {what} ({explain_missing(error)})"
+            if self._strict:
+                raise OSError(sentence) from error
+            print(f"warning: {sentence}; metrics.jsonl holds everything all the same", flush=True)
+
+
+def _start_wandb(folder: Path, options: dict[str, Any], run_id: str | None) -> Any:
+    import wandb
+
+    return wandb.init(
+        project=options["wandb_project"],
+        name=folder.resolve().name,
+        id=run_id,
+        resume="allow",
+        mode=options["wandb"] or ("online" if os.environ.get("WANDB_API_KEY") else "offline"),
+        config=options,
+        dir=str(folder),
+        settings=wandb.Settings(init_timeout=WANDB_SECONDS),
+    )
 
 
 def dt_summary(dt_bias: torch.Tensor, A: torch.Tensor) -> dict[str, list[float]]:

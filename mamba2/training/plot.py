@@ -4,13 +4,13 @@ python -m mamba2.training.plot OUT            writes OUT/metrics.png
 """
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from mamba2.cli import run
+from mamba2.training.metrics import read_metrics
 
 
 def read_rows(folder: Path) -> list[dict[str, Any]]:
@@ -18,7 +18,7 @@ def read_rows(folder: Path) -> list[dict[str, Any]]:
     file = folder / "metrics.jsonl"
     if not file.is_file():
         raise FileNotFoundError(f"no metrics.jsonl in {folder}: name the --output-dir of a run")
-    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    rows = read_metrics(file)
     if not any("loss" in row for row in rows):
         raise ValueError(f"{file} holds no training step yet")
     return rows

@@ -2,6 +2,7 @@
 
     OUT/metrics.jsonl   OUT/train.toml        every number logged; every option, in the form of a preset
     OUT/checkpoint-N/   OUT/latest  OUT/best  links to the last one and to the one with the lowest validation loss
+    OUT/tensorboard/                          its event files, where asked for
     OUT-final/                                the trained model
 
 A checkpoint is written and removed atomically: a folder named checkpoint-N is always complete.
@@ -107,8 +108,9 @@ class RunFolder:
         if after < 0:
             for name in ("latest", "best", "metrics.jsonl", "train.toml"):
                 (self.path / name).unlink(missing_ok=True)
-            if self.final.exists():
-                _remove(self.final)
+            for folder in (self.final, self.path / "tensorboard"):
+                if folder.exists():
+                    _remove(folder)
 
     def save(self, step: int, state: dict[str, Any], best_step: int | None, write: Callable[[Path], None]) -> Path:
         """Write checkpoint-`step` with `write`, then `state`; update the links; remove old checkpoints."""
