@@ -1,6 +1,7 @@
 # make study   the whole project in a few minutes: models, training, comparison
 # make test    everything that the tests need, then the tests
 # make test-peers  the same models in programs that are built for it (llama.cpp), which takes half an hour
+# make test-oldest  the quick tests with every package of requirements.txt at the oldest version that it allows
 # make lint    style
 # make gpu     everything that can be learned of a GPU in eight minutes: correct? fast? into runs/gpu
 # make wheels  what that compares with, as wheels, for a machine with a GPU and no network
@@ -12,7 +13,7 @@ MAMBA_SSM = mamba-ssm==2.3.2.post1
 LM_EVAL = lm-eval==0.4.13
 FLA = flash-linear-attention==0.6.0 fla-core==0.6.0
 
-.PHONY: study test test-peers lint gpu wheels clean
+.PHONY: study test test-peers test-oldest lint gpu wheels clean
 
 study: $(VENV)/.requirements
 	$(BIN)/python init.py
@@ -24,6 +25,10 @@ test: $(VENV)/.requirements-test
 
 test-peers: $(VENV)/.requirements-peers
 	$(BIN)/python -m pytest tests/peers $(TESTFLAGS)
+
+test-oldest:
+	sed -E 's/>=([^,]+).*/==\1/' requirements.txt > $(VENV)-oldest.txt
+	PIP_CONSTRAINT=$(abspath $(VENV)-oldest.txt) $(MAKE) test VENV=$(VENV)-oldest TESTFLAGS='-m "not slow"'
 
 lint: $(VENV)/.requirements-test
 	$(BIN)/ruff check .
@@ -41,7 +46,7 @@ wheels: $(VENV)/.requirements-test
 	$(BIN)/python -m pip download --quiet --no-deps --dest wheels $(FLA) tomli-w
 
 clean:
-	rm -rf $(VENV) runs wheels
+	rm -rf $(VENV) $(VENV)-oldest* runs wheels
 
 $(VENV)/.requirements: requirements.txt
 	$(PYTHON) -m venv $(VENV)

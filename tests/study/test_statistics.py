@@ -52,7 +52,7 @@ def test_sign_flip_by_hand():
 def test_sign_flip_of_many_differences_draws_patterns():
     d = list(RNG.normal(0.35, 1, 24))
     expected = stats.permutation_test(
-        (d,), np.mean, permutation_type="samples", n_resamples=50_000, rng=np.random.default_rng(1)
+        (d,), np.mean, permutation_type="samples", n_resamples=50_000, random_state=np.random.default_rng(1)
     ).pvalue
     assert sign_flip_p(d) == pytest.approx(expected, abs=0.01)
 
