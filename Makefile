@@ -26,9 +26,9 @@ test: $(VENV)/.requirements-test
 test-peers: $(VENV)/.requirements-peers
 	$(BIN)/python -m pytest tests/peers $(TESTFLAGS)
 
-# Not of Triton: a torch with CUDA names the one version that it goes with.
+# Not of Triton, of which torch with CUDA names one version, nor of safetensors, of which transformers wants a newer one.
 test-oldest:
-	sed -nE '/^triton/!s/>=([^,]+).*/==\1/p' requirements.txt > $(VENV)-oldest.txt
+	sed -nE '/^(triton|safetensors)/!s/>=([^,]+).*/==\1/p' requirements.txt > $(VENV)-oldest.txt
 	PIP_CONSTRAINT=$(abspath $(VENV)-oldest.txt) $(MAKE) test VENV=$(VENV)-oldest TESTFLAGS='-m "not slow"'
 
 lint: $(VENV)/.requirements-test
