@@ -142,7 +142,10 @@ def explain_missing(error: Exception) -> str:
 def installed() -> None:
     """The commands mamba2-init, mamba2-train, mamba2-eval and mamba2-generate of an installation: those scripts."""
     name = Path(sys.argv[0]).stem.removeprefix("mamba2-")
-    run(import_module("mamba2.generate" if name == "generate" else f"mamba2.scripts.{name}").main)
+    package = "mamba2.scripts." if INSTALLED else ""
+    if not INSTALLED:  # by pip install -e: the scripts are those of the checkout
+        sys.path.insert(0, str(ROOT))
+    run(import_module("mamba2.generate" if name == "generate" else f"{package}{name}").main)
 
 
 def run(main: Callable[[], None]) -> None:

@@ -13,8 +13,8 @@ def choose_device(name: str = "auto", local_rank: int = 0) -> torch.device:
     """
     gpu = torch.accelerator.current_accelerator(check_available=True)
     there = ["cpu"] if gpu is None or gpu.type not in DEVICES else ["cpu", gpu.type]
-    kind, _, number = (there[-1] if name == "auto" else name).partition(":")
-    if kind not in there or not (number.isdecimal() or number == ""):
+    kind, colon, number = (there[-1] if name == "auto" else name).partition(":")
+    if kind not in there or (colon and (kind in ("cpu", "mps") or not number.isdecimal())):
         raise ValueError(f"device {name!r} is not here: this machine, with torch {torch.__version__}, has {there}")
     return torch.device(kind) if kind in ("cpu", "mps") else torch.device(kind, int(number or local_rank))
 

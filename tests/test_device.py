@@ -94,7 +94,7 @@ def test_a_device_that_is_not_there_is_refused_by_name(monkeypatch):
     assert choose_device("cpu").type == "cpu"
     gpu = torch.accelerator.current_accelerator(check_available=True)
     assert choose_device().type == (gpu.type if gpu else "cpu")
-    for name in ("tpu", "cuda:x", "xpu:1", "meta", ""):
+    for name in ("tpu", "cuda:x", "xpu:1", "meta", "cpu:3", "cpu:", ""):
         with pytest.raises(ValueError, match=f"device '{name}' is not here: this machine, with torch .* has"):
             choose_device(name)
     for there, chosen in (("mps", "mps"), ("xpu", "xpu:2"), ("cuda", "cuda:2")):
@@ -107,8 +107,9 @@ def test_a_device_that_is_not_there_is_refused_by_name(monkeypatch):
 def test_several_processes_have_a_device_each(monkeypatch):
     for name, value in {"WORLD_SIZE": "2", "LOCAL_RANK": "1"}.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: torch.device("mps"))
-    for device, message in (("cpu:0", "cpu:0 names one GPU"), ("auto", "train on cpu, cuda, xpu, not on mps")):
+    cases = {"cuda": ("cuda:1", "cuda:1 names one GPU"), "mps": ("auto", "train on cpu, cuda, xpu, not on mps")}
+    for there, (device, message) in cases.items():
+        monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda there=there, **_: torch.device(there))
         with pytest.raises(ValueError, match=message):
             World.join(device)
 

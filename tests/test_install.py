@@ -61,6 +61,16 @@ def test_the_commands_are_the_scripts(installed):
     assert (result.returncode, result.stderr.splitlines()[-1][:26]) == (1, "error: no study at x.toml:")
 
 
+@pytest.mark.slow
+def test_a_checkout_installed_to_be_changed_has_the_commands(installed):
+    pip = [sys.executable, "-m", "pip", "--python", installed / "venv/bin/python", "install", "--quiet", "--no-deps"]
+    subprocess.run([*pip, "--no-build-isolation", "--editable", installed / "source"], check=True)
+    with open(installed / "source/init.py", "a") as script:
+        script.write('print("this is the checkout")\n')
+    listed = subprocess.run([installed / "venv/bin/mamba2-init", "--list"], cwd="/", capture_output=True, text=True)
+    assert listed.stdout.startswith("this is the checkout\n") and "log_uniform" in listed.stdout, listed.stderr
+
+
 def test_every_package_is_installed():
     packages = {str(file.parent.relative_to(ROOT)).replace("/", ".") for file in (ROOT / "mamba2").rglob("*.py")}
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]

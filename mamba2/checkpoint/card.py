@@ -24,8 +24,9 @@ def write_card(folder: Path, config: Mamba2Config, parameters: int, facts: dict[
         "layers": f"{config.num_hidden_layers}, hidden size {config.hidden_size}",
         "heads": f"{config.num_heads} of {config.head_dim}, groups {config.n_groups}, state size {config.state_size}",
         "vocabulary": f"{config.vocab_size:,}",
+        **({"muP": f"from hidden size {config.mup_base_width}"} if config.mup_base_width else {}),
         **{f"initialisation of {name}": f"`{json.dumps(record)}`" for name, record in records.items() if record},
-        **facts,
+        **(facts or {"training": "none recorded"}),
     }
     title = f"# Mamba-2, {config.initialization}" if config.initialization else "# Mamba-2"
     library = "mamba2" if config.attn_layer_idx else "transformers"

@@ -2,10 +2,12 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import torch
 
+from mamba2.checkpoint.card import CARD, MARK
 from mamba2.checkpoint.foreign import read_config, to_mamba_ssm
 from mamba2.checkpoint.gguf import write_gguf
 from mamba2.checkpoint.model_folder import read_model, write_model
@@ -51,6 +53,9 @@ def convert(
     with atomic_folder(target) as folder:
         if layout == "transformers":
             write_model(folder, *read_model(source, SHAPES, dtype), dtype)
+            card = Path(source) / CARD
+            if card.is_file() and MARK in card.read_text(encoding="utf-8"):  # it says how the model was trained
+                shutil.copyfile(card, folder / CARD)
         else:
             theirs = to_mamba_ssm(config)
             tensors = read_model(source, SHAPES, dtype)[1]

@@ -42,6 +42,8 @@ def push(folder: Path, name: str, private: bool = False) -> str:
     match = NAME.fullmatch(name)
     if match is None or match[2] is not None:
         raise ValueError(f"{name!r} is no name on the hub, which reads OWNER/MODEL")
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no model folder at {folder}")
     weights = find_weights(folder)
     if pickles := [file.name for file in weights if file.suffix != ".safetensors"]:
         raise ValueError(f"{folder / pickles[0]} is a pickle; `convert --to transformers` makes safetensors of it")

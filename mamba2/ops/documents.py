@@ -15,6 +15,8 @@ def document_numbers(cu_seqlens: torch.Tensor, x: torch.Tensor, **excluded: obje
     for name, value in excluded.items():
         if value is not None:
             raise ValueError(f"{name} does not go with cu_seqlens: leave out one of them")
+    if not isinstance(cu_seqlens, torch.Tensor):
+        raise ValueError(f"cu_seqlens must be a tensor of int32 or int64, not {type(cu_seqlens).__name__}")
     b, l = x.shape[:2]
     if b != 1:
         raise ValueError(f"with cu_seqlens all documents are in one row, a batch of 1, and this batch is of {b}")

@@ -14,6 +14,7 @@ from transformers import Mamba2ForCausalLM
 
 from mamba2.checkpoint import __main__ as command
 from mamba2.checkpoint import model_folder
+from mamba2.checkpoint.convert import convert
 from mamba2.checkpoint.hub import fetch, push
 from mamba2.generate import main as generate
 from mamba2.model import Mamba2LM
@@ -86,6 +87,8 @@ def test_a_folder_comes_before_the_hub_and_pickles_never_come(hub, model):
     (hub / "you/pickle/pytorch_model.bin").write_text("")
     with pytest.raises(ValueError, match="you/pickle on the hub has no safetensors"):
         fetch("you/pickle")
+    with pytest.raises(FileNotFoundError, match=r"no model folder at absent$"):
+        push(Path("absent"), "me/tiny")
     with pytest.raises(ValueError, match="'tiny' is no name on the hub"):
         push(Path("model"), "tiny")
     Path("model/model.safetensors").rename("model/pytorch_model.bin")
@@ -110,6 +113,11 @@ def test_the_card_is_one_that_the_hub_reads_and_replaces_nobody_elses(model, tmp
     }
     record = json.dumps(model.config.dt_bias_init)
     assert "# Mamba-2, log_uniform+A=ones" in card.text and f"| initialisation of dt_bias | `{record}` |" in card.text
+    assert "| training | none recorded |" in card.text
+    trained = Path("model/README.md").read_text().replace("none recorded", "8 steps")
+    Path("model/README.md").write_text(trained)
+    convert("model", "theirs", "transformers")
+    assert Path("theirs/README.md").read_text() == trained
     model.save_pretrained("model")
     Path("model/README.md").write_text("My own words.")
     model.save_pretrained("model")

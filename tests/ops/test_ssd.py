@@ -199,6 +199,7 @@ BAD = {
     "initial_states does not go with cu_seqlens": {"cu_seqlens": CU_SEQLENS, "initial_states": torch.zeros(1, 4, 3, 5)},
     "cu_seqlens must have shape": {"cu_seqlens": CU_SEQLENS[:1]},
     "cu_seqlens must be int32 or int64": {"cu_seqlens": CU_SEQLENS.double()},
+    "cu_seqlens must be a tensor of int32 or int64, not list": {"cu_seqlens": [0, 5]},
     "cu_seqlens is on meta": {"cu_seqlens": CU_SEQLENS.to("meta")},
     "cu_seqlens must begin with 0.*; it goes from 1 to 5": {"cu_seqlens": CU_SEQLENS.clamp(min=1)},
     "end with 5, .*; it goes from 0 to 4": {"cu_seqlens": CU_SEQLENS.clamp(max=4)},
